@@ -1,0 +1,64 @@
+"""Every failure that has a name: one line what, one line how to fix, one exit code.
+
+The command line prints ``what`` and ``fix`` and exits with ``exit_code``; a stack trace appears only with ``--debug``.
+Anything that is not an ``SftError`` is a defect of this project and exits 1 with its trace.
+"""
+
+from __future__ import annotations
+
+
+class SftError(Exception):
+    """A failure that the user can act on.
+
+    Args:
+        what: one line that names the file, key or row and what is wrong with it.
+        fix: one line that says what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, fix: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  fix: {self.fix}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The keyword-only argument is lost by Exception's own pickling; worker processes send these over pipes.
+        return (_rebuild, (type(self), self.what, self.fix))
+
+
+def _rebuild(kind: type[SftError], what: str, fix: str) -> SftError:
+    return kind(what, fix=fix)
+
+
+class ConfigError(SftError):
+    """The configuration, its overrides or the launch environment are wrong or contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(SftError):
+    """A data file, a row of it or the chat template cannot be trained on."""
+
+    exit_code = 4
+
+
+class CheckpointError(SftError):
+    """A model or checkpoint on disk cannot be read or written."""
+
+    exit_code = 5
+
+
+class TrainingDiverged(SftError):
+    """The loss or the gradients are no longer finite."""
+
+    exit_code = 6
+
+
+class ShardingMismatch(SftError):
+    """What a rank holds is not what the plan said it would hold, or the optimizer moves nothing."""
+
+    exit_code = 1
