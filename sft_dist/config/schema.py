@@ -21,7 +21,9 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="Folder in Hugging Face layout, or a hub id that is in the local hub cache or reachable.")
+    path: str = Field(
+        description="Folder in Hugging Face layout, or a hub id that is in the local hub cache or reachable."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit when `path` is a hub id.")
 
 
@@ -52,14 +54,17 @@ MethodConfig = Annotated[FullMethod | LoraMethod | QloraMethod, Field(discrimina
 
 class SourceConfig(Section):
     path: str = Field(description="A .json or .jsonl file, or a glob of them.")
-    format: DataFormat = Field("auto", description="Layout of the rows; `auto` recognises it by the first row's content.")
+    format: DataFormat = Field(
+        "auto", description="Layout of the rows; `auto` recognises it by the first row's content."
+    )
 
 
 class DataConfig(Section):
     train: list[SourceConfig] = Field(min_length=1, description="Training sources, concatenated in this order.")
     eval: list[SourceConfig] = Field(default_factory=list, description="Held-out sources.")
     chat_template: str | None = Field(
-        None, description="Path of a Jinja file that replaces the tokenizer's own chat template; it is saved with the result."
+        None,
+        description="Path of a Jinja file that replaces the tokenizer's chat template; it is saved with the result.",
     )
     max_seq_len: int = Field(2048, ge=8, description="Tokens; the size of a pack and the most a row may have.")
     over_length: Literal["error", "drop", "truncate"] = Field(
@@ -101,7 +106,9 @@ ShardingConfig = Annotated[
 class PrecisionConfig(Section):
     """See docs/architecture.md for the dtype of every tensor under every strategy."""
 
-    compute: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of matrix products, activations and frozen weights.")
+    compute: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Dtype of matrix products, activations and frozen weights."
+    )
     master: Literal["fp32", "bf16"] = Field("fp32", description="Dtype that the optimizer updates, and of its states.")
     reduce: Literal["fp32", "bf16"] = Field("fp32", description="Dtype in which gradients are reduced over ranks.")
 

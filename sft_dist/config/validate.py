@@ -1,0 +1,131 @@
+"""Cross-checks between keys that need neither the number of processes nor the data. Reads, never changes.
+
+Checks that need the world (does the batch divide, is there a GPU) belong to ``resolve``; checks of files to ``data``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from sft_dist.config.schema import Config, LoraMethod
+from sft_dist.errors import ConfigError
+
+Finding = tuple[str, str]  # (what is wrong, how to fix it), each one line
+
+
+def validate(config: Config, *, source: str | None = None) -> None:
+    """Checks that the keys of a configuration fit together.
+
+    Args:
+        source: the file to name in messages, where there is one.
+
+    Raises:
+        ConfigError: naming every pair of keys that contradict each other, each with its fix.
+    """
+    prefix = f"{source}: " if source is not None else ""
+    findings = [(prefix + what, fix) for check in CHECKS for what, fix in check(config)]
+    if len(findings) == 1:
+        raise ConfigError(findings[0][0], fix=findings[0][1])
+    if findings:
+        raise ConfigError(
+            "\n".join(f"{what}; {fix}" for what, fix in findings), fix=f"correct these {len(findings)} places"
+        )
+
+
+def _length(config: Config) -> Iterator[Finding]:
+    epochs, steps = config.train.num_epochs, config.train.max_steps
+    if epochs is None and steps is None:
+        yield "the length of the run is missing", "set train.num_epochs or train.max_steps"
+    if epochs is not None and steps is not None:
+        yield (
+            f"train.num_epochs is {epochs} and train.max_steps is {steps}: both set the length of the run",
+            "remove one of them (as an override: train.num_epochs=null or train.max_steps=null)",
+        )
+
+
+def _batch(config: Config) -> Iterator[Finding]:
+    micro, whole = config.train.micro_batch_size, config.train.global_batch_size
+    if micro > whole:
+        yield (
+            f"train.micro_batch_size is {micro}, more than train.global_batch_size, which is {whole}",
+            f"set train.micro_batch_size to at most {whole}",
+        )
+
+
+def _warmup(config: Config) -> Iterator[Finding]:
+    ratio, steps = config.optim.warmup_ratio, config.train.max_steps
+    if steps is not None and steps > 1 and math.ceil(ratio * steps) >= steps:
+        yield (
+            f"optim.warmup_ratio {ratio} of train.max_steps {steps} is all of them: lr would never leave the warm-up",
+            f"set optim.warmup_ratio to at most {math.floor(100 * (steps - 1) / steps) / 100}, or train longer",
+        )
+
+
+def _precision(config: Config) -> Iterator[Finding]:
+    precision, strategy = config.precision, config.sharding.strategy
+    if precision.master == "bf16" and precision.compute == "fp32":
+        yield (
+            "precision.master bf16 stores the weights more coarsely than precision.compute fp32 multiplies them",
+            "set precision.master to fp32, or precision.compute to bf16",
+        )
+    elif precision.master == "bf16" and strategy.startswith("zero"):
+        yield (
+            f"precision.master is bf16, but sharding.strategy {strategy} (DeepSpeed) always keeps fp32 master weights",
+            "set precision.master to fp32, or sharding.strategy to fsdp2 or ddp",
+        )
+
+
+def _activation_checkpointing(config: Config) -> Iterator[Finding]:
+    mode, k = config.activation_checkpointing.mode, config.activation_checkpointing.k
+    if mode == "every_k" and k is None:
+        yield (
+            "activation_checkpointing.mode is every_k, but activation_checkpointing.k is missing",
+            ("set activation_checkpointing.k, e.g. to 2"),
+        )
+    if mode != "every_k" and k is not None:
+        yield (
+            f"activation_checkpointing.k is {k}, which has no effect with activation_checkpointing.mode {mode}",
+            "remove activation_checkpointing.k, or set activation_checkpointing.mode to every_k",
+        )
+
+
+def _adapter(config: Config) -> Iterator[Finding]:
+    if not isinstance(config.method, LoraMethod) or config.method.target_modules == "all-linear":
+        return
+    names = config.method.target_modules
+    if not names or not all(name.strip() for name in names):
+        yield (
+            f"method.target_modules is {names}: " + ("an adapter on nothing" if not names else "one name is empty"),
+            "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
+        )
+
+
+def _evaluation(config: Config) -> Iterator[Finding]:
+    if config.eval.every_steps is not None and not config.data.eval:
+        yield (
+            f"eval.every_steps is {config.eval.every_steps}, but data.eval is empty",
+            "add held-out sources to data.eval, or remove eval.every_steps",
+        )
+
+
+def _paths(config: Config) -> Iterator[Finding]:
+    paths: dict[str, str | None] = {"model.path": config.model.path, "data.chat_template": config.data.chat_template}
+    paths |= {f"data.train.{i}.path": source.path for i, source in enumerate(config.data.train)}
+    paths |= {f"data.eval.{i}.path": source.path for i, source in enumerate(config.data.eval)}
+    paths["output_dir"] = config.output_dir
+    for key, path in paths.items():
+        if path is not None and not path.strip():
+            yield f"{key} is empty", f"set {key} to a path"
+
+
+CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
+    _paths,
+    _length,
+    _batch,
+    _warmup,
+    _precision,
+    _activation_checkpointing,
+    _adapter,
+    _evaluation,
+)
