@@ -1,0 +1,1 @@
+"""From data files to batches: sources, chat template, mask, packs, loader."""

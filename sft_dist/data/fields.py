@@ -1,0 +1,149 @@
+"""Typed access to one row's keys, so that a reader states what it expects and every fault names file, row and key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from sft_dist.data.messages import Origin, ToolCall
+from sft_dist.errors import DataError
+
+_Name = TypeVar("_Name", bound=str)
+
+_KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def kind(value: object) -> str:
+    """What JSON calls ``value``, with its article."""
+    return "null" if value is None else _KINDS[type(value)]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The keys of one object of a row. ``where`` is the way to it, such as ``messages[2]``; "" is the row itself."""
+
+    values: Mapping[str, Any]
+    origin: Origin
+    where: str = ""
+
+    def path(self, key: str) -> str:
+        return f"{self.where}.{key}" if self.where else key
+
+    def error(self, what: str, *, fix: str) -> DataError:
+        return DataError(f"{self.origin}: {what}", fix=fix)
+
+    def text(self, key: str) -> str:
+        """The string under ``key``, which must be there."""
+        if key not in self.values:
+            seen = ", ".join(self.values) or "none"
+            fix = f"add the key {key}, or set `format` of the source"
+            raise self.error(f"{self.path(key)} is missing (keys: {seen})", fix=fix)
+        value = self.values[key]
+        if not isinstance(value, str):
+            raise self.error(f"{self.path(key)} is {kind(value)}, not a string", fix=f"write {key} as a string")
+        return self.whole(value, key)
+
+    def optional_text(self, key: str) -> str | None:
+        """The string under ``key``; None where the key is missing or null."""
+        return None if self.values.get(key) is None else self.text(key)
+
+    def whole(self, text: str, key: str) -> str:
+        """``text``, if UTF-8 can hold it: JSON may escape half an emoji, which no tokenizer accepts."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error(
+                f"{self.path(key)} holds half a surrogate pair at character {error.start + 1}",
+                fix="remove the broken character; it is usually an emoji that was cut in two",
+            )
+        return text
+
+    def items(self, key: str) -> list[Any]:
+        """The list under ``key``; empty where the key is missing or null."""
+        value = self.values.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self.error(f"{self.path(key)} is {kind(value)}, not a list", fix=f"write {key} as a list")
+        return value
+
+    def objects(self, key: str) -> list[Fields]:
+        """The objects in the list under ``key``, each knowing its own place."""
+        found = []
+        for index, value in enumerate(self.items(key)):
+            where = f"{self.path(key)}[{index}]"
+            if not isinstance(value, dict):
+                raise self.error(
+                    f"{where} is {kind(value)}, not an object", fix=f"write every element of {key} as an object"
+                )
+            found.append(Fields(value, self.origin, where))
+        return found
+
+    def choice(self, key: str, names: Mapping[str, _Name]) -> _Name:
+        """What the name under ``key`` stands for in ``names``."""
+        given = self.text(key)
+        if given in names:
+            return names[given]
+        near = get_close_matches(given.lower(), names, n=2)
+        raise self.error(
+            f"{self.path(key)}: unknown role {given!r}",
+            fix=f"use {' or '.join(near)}" if near else f"use one of {', '.join(names)}",
+        )
+
+    def json_value(self, key: str) -> Any:
+        """The value under ``key``, parsed when it is JSON text; None for a missing key, null and blank text."""
+        value = self.values.get(key)
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            return None
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise self.error(
+                f"{self.path(key)} is text, but not JSON: {error.msg} at line {error.lineno} column {error.colno}",
+                fix=f"write {key} as JSON, with double quotes",
+            )
+
+
+def tool_call(fields: Fields, *, id: str | None = None) -> ToolCall:
+    """Read ``{"name": ..., "arguments": ...}``, the arguments as an object or as its JSON text."""
+    name = fields.text("name")
+    arguments = fields.json_value("arguments")
+    if arguments is None:
+        arguments = {}
+    if not name:
+        raise fields.error(f"{fields.path('name')} is empty", fix="name the function that is called")
+    if not isinstance(arguments, dict):
+        raise fields.error(
+            f"{fields.path('arguments')} is {kind(arguments)}, not an object",
+            fix='write the arguments as an object, such as {"city": "Kyoto"}',
+        )
+    fields.whole(json.dumps(arguments, ensure_ascii=False), "arguments")
+    return ToolCall(name, arguments, id)
+
+
+def tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
+    """The row's tools in OpenAI form. Bare functions (Glaive: ``{"name": ..., "parameters": ...}``) are wrapped."""
+    value = row.json_value("tools")
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise row.error(f"{row.path('tools')} is {kind(value)}, not a list", fix="write tools as a list of functions")
+    return tuple(_tool(entry) for entry in Fields({"tools": value}, row.origin, row.where).objects("tools"))
+
+
+def _tool(entry: Fields) -> Mapping[str, Any]:
+    entry.whole(json.dumps(entry.values, ensure_ascii=False), "description")
+    function = entry.values.get("function")
+    if isinstance(function, dict) and isinstance(function.get("name"), str):
+        return {"type": "function", **entry.values}
+    if isinstance(entry.values.get("name"), str):
+        return {"type": "function", "function": {k: v for k, v in entry.values.items() if k != "type"}}
+    raise entry.error(
+        f"{entry.where} names no function",
+        fix='write a tool as {"name": ..., "description": ..., "parameters": {...}}',
+    )
