@@ -1,0 +1,133 @@
+"""The commands. Imports no torch at module level, so that ``--help`` and configuration mistakes answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sft_dist.config.load import dump_config, load_config
+from sft_dist.config.schema import Config
+from sft_dist.config.validate import validate
+from sft_dist.errors import SftError
+from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_unexpected
+
+UNEXPECTED_EXIT_CODE = 1
+
+EPILOG = (
+    "Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 4 data, 5 checkpoint or model on disk, "
+    "6 training diverged, 75 preempted after a saved checkpoint."
+)
+
+
+class _Commands(TyperGroup):
+    """Turns a failure of any command into its message and exit code, in one place."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SftError as error:
+            report(error, debug=ctx.obj)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+    help="Supervised fine-tuning of causal language models on any number of GPUs.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration without running it.")
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY.PATH=VALUE",
+        help="Change single keys, e.g. train.max_steps=20 'data.eval=[{path: x.jsonl}]'. The value is YAML.",
+        show_default=False,
+    ),
+]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the stack trace of an error; may stand anywhere.")
+    ] = False,
+) -> None:
+    # Here for the help text only: main() takes --debug out before the command line is parsed.
+    pass
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> Config:
+    config = load_config(path, overrides or [])
+    validate(config, source=str(path))
+    return config
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train. Under a launcher (torchrun, accelerate, deepspeed) each process runs this; without one, this process does.
+
+    Paths in the configuration count from the current directory.
+    """
+    checked = _load(config, overrides)
+    _put_own_tools_on_path()
+    from sft_dist.train.run import run_training
+
+    run_training(checked)
+
+
+def _put_own_tools_on_path() -> None:
+    """Lets DeepSpeed find ninja beside this Python when the environment is used without being activated."""
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+@config_app.command("check")
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Say whether a configuration is valid."""
+    _load(config, overrides)
+    typer.echo(f"{config}: valid")
+
+
+@config_app.command("show")
+def show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the configuration with every default, as YAML that can be loaded again."""
+    typer.echo(dump_config(_load(config, overrides)), nl=False)
+
+
+@config_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of a configuration, for editors; every key is described in it."""
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its code.
+
+    Args:
+        arguments: of the command line, without the program's name; those of this process by default.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    rest = [argument for argument in given if argument != "--debug"]
+    try:
+        app(args=rest, prog_name="sft-dist", obj=len(rest) < len(given))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except Exception as error:
+        report_unexpected(error)
+        sys.exit(UNEXPECTED_EXIT_CODE)
