@@ -1,0 +1,34 @@
+# Every target sets up .venv first and does nothing about it when it is up to date.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+# ninja, which DeepSpeed calls to compile its operators, is a program of the environment.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Tests start several processes; without this each would use every core, and they would wait for each other.
+test: export OMP_NUM_THREADS ?= 1
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## make or update .venv
+	@scripts/setup_venv.sh
+
+demo: setup  ## train a small model from nothing on this machine and show what it learned
+	.venv/bin/python -m sft_dist.demo
+
+test: lint  ## everything that must pass before a change is merged
+	.venv/bin/python -m pytest -q --durations=15
+
+lint: setup  ## style, types and layers
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: setup  ## format the code and fix what can be fixed without judgement
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+clean:  ## remove caches and logs of the tools (not .venv, not runs/)
+	rm -rf .build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
