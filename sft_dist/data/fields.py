@@ -58,7 +58,7 @@ class Fields:
             raise self.error(
                 f"{self.path(key)} holds half a surrogate pair at character {error.start + 1}",
                 fix="remove the broken character; it is usually an emoji that was cut in two",
-            )
+            ) from error
         return text
 
     def items(self, key: str) -> list[Any]:
@@ -106,7 +106,7 @@ class Fields:
             raise self.error(
                 f"{self.path(key)} is text, but not JSON: {error.msg} at line {error.lineno} column {error.colno}",
                 fix=f"write {key} as JSON, with double quotes",
-            )
+            ) from error
 
 
 def tool_call(fields: Fields, *, id: str | None = None) -> ToolCall:

@@ -1,0 +1,215 @@
+"""From a conversation to token ids and to which of them are trained on.
+
+A row is rendered once to text and tokenised once, without special tokens of the tokenizer's own: the template writes
+the BOS where there is one, so it is never doubled, exactly as ``apply_chat_template`` does at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_dist.data.jinja_template import JinjaTemplate, Span, TemplateFailure
+from sft_dist.data.masking import SpanFinder, supervised_tokens
+from sft_dist.data.messages import Conversation
+from sft_dist.data.presentation import ChatMessage, Presentation, Tools, find_presentation
+from sft_dist.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEMPLATE_FIX = "set data.chat_template to a Jinja file made for this kind of conversation, or correct the row"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """Token ids of one conversation, and for each whether the model is trained to produce it."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+class ChatRenderer:
+    """Renders and tokenises conversations with a tokenizer and its chat template, or another one.
+
+    Args:
+        tokenizer: a fast tokenizer. With ``template_path`` its ``chat_template`` is replaced, so that a copy of the
+            tokenizer saved with the model carries the template that the model was trained with.
+        template_path: a Jinja file, or None for the tokenizer's own template.
+
+    Raises:
+        DataError: there is no template, the file cannot be read or is not Jinja, or the tokenizer is a slow one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_path: str | None = None) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"{tokenizer.name_or_path}: the tokenizer is a slow one, which gives no character positions of tokens",
+                fix="convert it to a fast tokenizer (a tokenizer.json beside the model)",
+            )
+        if template_path is not None:
+            tokenizer.chat_template = _read_template(template_path)
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template",
+                fix="set data.chat_template to a Jinja file",
+            )
+        self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._added_ids = frozenset(tokenizer.added_tokens_decoder)
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._name = template_path or f"the chat template of {tokenizer.name_or_path}"
+        self._templates: dict[str, _Template] = {}
+        self._is_compared = False
+
+    def render(self, conversation: Conversation) -> TokenizedRow:
+        """Tokenise one conversation.
+
+        Messages after the last trained answer are left out: nothing is learned from them. If the template does not end
+        that answer with an end-of-turn token, the EOS token is appended and supervised, in place of the white space
+        that the template may put there; without it the model would never learn to stop.
+
+        Raises:
+            DataError: naming the row, when the template refuses it, loses a part of it, or hides where an answer is.
+        """
+        try:
+            return self._render(conversation)
+        except TemplateFailure as failure:
+            raise DataError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
+
+    def text(self, conversation: Conversation) -> str:
+        """The conversation as the template writes it, complete, before anything is cut or appended."""
+        template = self._template_for(conversation)
+        try:
+            return template.jinja.render(*template.presentation.present(conversation.messages, conversation.tools))
+        except TemplateFailure as failure:
+            raise DataError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
+
+    def _render(self, conversation: Conversation) -> TokenizedRow:
+        template = self._template_for(conversation)
+        trained = [message.trained for message in conversation.messages if message.role == "assistant"]
+        messages, tools = template.presentation.present(conversation.messages, conversation.tools)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [index for index, is_trained in zip(answers, trained, strict=True) if is_trained]
+        if not turns:
+            raise TemplateFailure("the conversation has no answer to train on")
+        messages = messages[: turns[-1] + 1]
+        text = template.jinja.render(messages, tools)
+        spans = template.finder.find(messages, tools, text, turns)
+        row, offsets = self._tokenise(text, spans)
+        if not self._is_compared:
+            self._compare_with_transformers(template.jinja, messages, tools, text, row.input_ids)
+        if not self._ends_turn(row, offsets, spans[-1], text, template.finder.end_of_turn):
+            row, offsets = self._end_with_eos(text, spans)
+        _check_every_span_is_supervised(row, offsets, spans)
+        return row
+
+    def _template_for(self, conversation: Conversation) -> _Template:
+        """The template that transformers picks: a tokenizer may have one by name for conversations with tools."""
+        source = self.tokenizer.get_chat_template(tools=list(conversation.tools) or None)
+        if source not in self._templates:
+            special = self.tokenizer.special_tokens_map
+            self._templates[source] = _Template.load(source, self._name, special, self.tokenizer.all_special_tokens)
+        return self._templates[source]
+
+    def _tokenise(self, text: str, spans: list[Span]) -> tuple[TokenizedRow, list[Span]]:
+        # transformers sets these for each call of a tokenizer; a tokenizer.json may ask for either.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        added = (id in self._added_ids for id in ids)
+        return TokenizedRow(ids, supervised_tokens(text, offsets, added, spans)), offsets
+
+    def _ends_turn(
+        self, row: TokenizedRow, offsets: list[Span], last: Span, text: str, end_of_turn: str | None
+    ) -> bool:
+        """Whether the last answer ends in a token that stops generation: a special one, or the template's own."""
+        at = max((index for index, is_supervised in enumerate(row.supervised) if is_supervised), default=-1)
+        if at < 0 or offsets[at][1] < last[1]:
+            return False
+        id = row.input_ids[at]
+        is_templates_own = bool(end_of_turn) and text[: last[1]].endswith(end_of_turn or "")
+        return id in self._special_ids or (id in self._added_ids and is_templates_own)
+
+    def _end_with_eos(self, text: str, spans: list[Span]) -> tuple[TokenizedRow, list[Span]]:
+        end = spans[-1][1]
+        if text[end:].strip():
+            raise TemplateFailure(f"{text[end:].strip()[:20]!r} follows the last answer and is no end-of-turn token")
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise TemplateFailure("it ends an answer without an end-of-turn token, and the tokenizer has no EOS token")
+        row, offsets = self._tokenise(text[:end], spans)
+        return TokenizedRow([*row.input_ids, eos], [*row.supervised, True]), [*offsets, (end, end)]
+
+    def _compare_with_transformers(
+        self, jinja: JinjaTemplate, messages: list[ChatMessage], tools: Tools, text: str, ids: list[int]
+    ) -> None:
+        """The model will be asked through transformers: the first row must come out there as it does here."""
+        self._is_compared = True
+        if not jinja.uses_clock:
+            theirs = self.tokenizer.apply_chat_template(
+                messages, tools=list(tools) if tools else None, chat_template=jinja.source, tokenize=False
+            )
+            if theirs != text:
+                raise TemplateFailure("transformers renders this row differently")
+        if self.tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+            raise TemplateFailure("transformers tokenises this row differently")
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A compiled template and what was found out about it once."""
+
+    jinja: JinjaTemplate
+    presentation: Presentation
+    finder: SpanFinder
+
+    @classmethod
+    def load(cls, source: str, name: str, variables: Mapping[str, Any], special_tokens: list[str]) -> _Template:
+        jinja = JinjaTemplate(source, name=name, variables=variables)
+        return cls(jinja, find_presentation(jinja), SpanFinder(jinja, special_tokens))
+
+
+def load_renderer(model_path: str, revision: str | None, template_path: str | None) -> ChatRenderer:
+    """The renderer of a model's tokenizer.
+
+    Args:
+        model_path: folder in Hugging Face layout, or hub id.
+        revision: branch, tag or commit of a hub id.
+        template_path: Jinja file in place of the tokenizer's chat template.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be loaded.
+        DataError: as ``ChatRenderer``.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{model_path}: the tokenizer cannot be loaded: {reason}",
+            fix="set model.path to a folder with a tokenizer, or to a hub id that is cached or reachable",
+        ) from error
+    return ChatRenderer(tokenizer, template_path)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", fix="set data.chat_template to a Jinja file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the chat template is not UTF-8", fix="save it as UTF-8") from error
+
+
+def _check_every_span_is_supervised(row: TokenizedRow, offsets: list[Span], spans: list[Span]) -> None:
+    """An answer of which no token is trained would be lost in silence: its tokens all hold characters of the prompt."""
+    ends = [end for (_, end), is_supervised in zip(offsets, row.supervised, strict=True) if is_supervised]
+    for number, (start, end) in enumerate(spans, start=1):
+        if not any(start < place <= end for place in ends):
+            raise TemplateFailure(f"no token of answer {number} lies wholly after the generation prompt")

@@ -1,0 +1,147 @@
+"""A chat template as transformers runs it, with two differences: no clock, and the answer's place on request.
+
+The environment is that of ``PreTrainedTokenizerBase.apply_chat_template`` (sandboxed, the same filters and globals),
+kept here because that function gives neither character positions nor a way to hold ``strftime_now`` still.
+``ChatRenderer`` compares the two on the first row it renders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sft_dist.errors import DataError
+
+Span = tuple[int, int]
+"""Characters ``[start, end)`` of a rendered conversation."""
+
+# A template that prints today's date would make another data set of the same files every day: caches would not match
+# and a resumed run would train on other tokens. The day is the one that Llama 3.1's template prints without a clock.
+FIXED_NOW = datetime(2024, 7, 26, 12, 0, 0)
+
+# Private-use characters, so that no trim or JSON filter of a template touches them.
+_OPEN, _CLOSE = "\ue0b5\ue0b1\ue0b5", "\ue0b5\ue0b2\ue0b5"
+
+
+class TemplateFailure(Exception):
+    """The template refused a conversation, in its own words; the caller knows which row it was."""
+
+
+class JinjaTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: the Jinja text.
+        name: where it is from, for error messages.
+        variables: the tokenizer's special tokens by name (``bos_token``, ``eos_token``, ...), which templates print.
+    """
+
+    def __init__(self, source: str, *, name: str, variables: Mapping[str, Any]) -> None:
+        self.source = source
+        self.name = name
+        self.uses_clock = "strftime_now" in source
+        self._environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+        )
+        self._environment.filters["tojson"] = _tojson
+        self._environment.globals.update(variables, raise_exception=_raise_exception, strftime_now=FIXED_NOW.strftime)
+        try:
+            self._compiled = self._environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"{name}: line {error.lineno} is not valid Jinja: {error.message}", fix="correct the chat template"
+            ) from error
+        self.marks_answers = "endgeneration" in source
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The conversation as text. Raises ``TemplateFailure`` with the template's own message."""
+        try:
+            return self._compiled.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
+            )
+        # A template is a program: besides its own raise_exception it can add a string to a dict or index past the end.
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise TemplateFailure(str(error) or type(error).__name__) from error
+
+    def render_marked(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[str, list[Span]]:
+        """The text, and the places that its ``{% generation %}`` blocks wrote. Raises ``TemplateFailure``."""
+        blocks = self._environment.extensions[_GenerationBlocks.identifier]
+        assert isinstance(blocks, _GenerationBlocks)
+        blocks.active = True
+        try:
+            marked = self.render(messages, tools)
+        finally:
+            blocks.active = False
+        return _unmark(marked)
+
+
+def _unmark(marked: str) -> tuple[str, list[Span]]:
+    """Take the marks out of a text and return where they stood. A block inside a block counts as part of the outer."""
+    parts: list[str] = []
+    spans: list[Span] = []
+    length, depth, start = 0, 0, 0
+    rest = marked
+    while True:
+        opened, closed = rest.find(_OPEN), rest.find(_CLOSE)
+        cut = min((place for place in (opened, closed) if place >= 0), default=-1)
+        if cut < 0:
+            break
+        parts.append(rest[:cut])
+        length += cut
+        if cut == opened:
+            start = length if depth == 0 else start
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 0 and length > start:
+                spans.append((start, length))
+        rest = rest[cut + len(_OPEN) :]
+    parts.append(rest)
+    return "".join(parts), spans
+
+
+class _GenerationBlocks(Extension):
+    """``{% generation %} ... {% endgeneration %}``, transformers' tag around what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+    active = False
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Macro) -> str:
+        text = str(caller())
+        return f"{_OPEN}{text}{_CLOSE}" if self.active else text
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML; chat templates want plain JSON, Japanese as it is.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
