@@ -1,0 +1,98 @@
+"""Which sequences each optimizer step trains, and which rank runs which of them when.
+
+Everything is a function of (data, batch plan, seed, step), computed anew on every rank: the position of a run is its
+step number, and no world size changes what a step learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sft_dist.data.batch import BatchPlan, MicroBatch
+from sft_dist.data.prepared import PreparedData
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, known on every rank before its first forward.
+
+    Args:
+        sequences: the step's sequence numbers over all ranks.
+        supervised_tokens: of all of them, the N that the loss is divided by.
+    """
+
+    epoch: int
+    sequences: NDArray[np.int64]
+    num_tokens: int
+    supervised_tokens: int
+
+
+class TrainingOrder:
+    """The sequences of every step: each epoch is a permutation by (seed, epoch), cut into global batches."""
+
+    def __init__(self, data: PreparedData, batch: BatchPlan, seed: int) -> None:
+        self.data, self.batch, self.seed = data, batch, seed
+        self.steps_per_epoch = batch.steps_per_epoch(data.num_sequences)
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    def _permute(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.data.num_sequences)
+
+    def step(self, number: int) -> Step:
+        """The step with this 0-based number."""
+        epoch, position = divmod(number, self.steps_per_epoch)
+        size = self.batch.global_batch_size
+        sequences = self._permutation(epoch)[position * size : (position + 1) * size]
+        return Step(
+            epoch=epoch,
+            sequences=sequences,
+            num_tokens=int(self.data.num_tokens[sequences].sum()),
+            supervised_tokens=int(self.data.num_supervised[sequences].sum()),
+        )
+
+
+def micro_batches(
+    data: PreparedData, batch: BatchPlan, sequences: NDArray[np.int64], rank: int
+) -> Iterator[tuple[MicroBatch, bool]]:
+    """This rank's forward passes over ``sequences``, each with whether it is the last.
+
+    Sequences are dealt round-robin. Every rank runs equally many passes; one that has nothing left runs an empty one,
+    since a rank that stays away from a collective would hang the others.
+    """
+    own = sequences[rank :: batch.world_size]
+    passes = batch.micro_batches(len(sequences))
+    for number in range(passes):
+        part = own[number * batch.micro_batch_size : (number + 1) * batch.micro_batch_size]
+        rows = [row for sequence in part for row in data.packs[sequence]]
+        yield (collate(data, rows) if rows else empty_micro_batch()), number == passes - 1
+
+
+def collate(data: PreparedData, rows: list[int]) -> MicroBatch:
+    """Concatenates rows; each becomes a segment."""
+    parts = [data.row(row) for row in rows]
+    lengths = [len(ids) for ids, _ in parts]
+    starts = np.cumsum([0, *lengths])
+    ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
+    # A position is trained when the token after it, in the same row, is supervised.
+    index = np.concatenate([np.flatnonzero(mask[1:]) + start for (_, mask), start in zip(parts, starts, strict=False)])
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        supervised_index=torch.from_numpy(index),
+        labels=torch.from_numpy(ids[index + 1]),
+        seq_lens=tuple(lengths),
+    )
+
+
+def empty_micro_batch() -> MicroBatch:
+    """One token and no label: loss 0 and zero gradients, through the whole model."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    return MicroBatch(one, one, torch.tensor([0, 1], dtype=torch.int32), nothing, nothing, (1,))

@@ -1,0 +1,56 @@
+"""Low-rank adapters, PEFT's, computing in the run's own precision."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from sft_dist.config.schema import LoraMethod
+from sft_dist.errors import ConfigError
+
+
+def lora_config(method: LoraMethod, base_model: str | None = None) -> LoraConfig:
+    """PEFT's description of the adapter, as it is saved beside the adapter's weights."""
+    targets = method.target_modules
+    return LoraConfig(
+        r=method.r,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT divides by r, a float is as good
+        lora_dropout=method.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+    )
+
+
+def add_lora(model: PreTrainedModel, method: LoraMethod, dtype: torch.dtype) -> PeftModel:
+    """Puts adapters on the target layers, in ``dtype``.
+
+    Raises:
+        ConfigError: a name in ``target_modules`` matches no linear layer.
+    """
+    if not isinstance(method.target_modules, str):
+        leaves = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        unknown = [t for t in method.target_modules if t.rsplit(".", 1)[-1] not in leaves]
+        if unknown:
+            raise ConfigError(
+                f"method.target_modules: the model has no linear layer named {', '.join(unknown)}",
+                fix=f"choose from {', '.join(sorted(leaves))}, or say all-linear",
+            )
+    with warnings.catch_warnings():
+        # PEFT warns of tied embeddings, which are no target here.
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, lora_config(method), autocast_adapter_dtype=False)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            # PEFT would cast the input to the stored dtype of lora_A: an fp32 side path wherever the master is fp32.
+            module.cast_input_dtype_enabled = False
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    assert isinstance(adapted, PeftModel)
+    return adapted

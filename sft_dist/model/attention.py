@@ -1,0 +1,183 @@
+"""Causal attention over packed segments, exact: no token sees another segment and nothing is padded.
+
+Transformers calls :func:`packed_attention_forward` by name (``ATTENTION_NAME``) in every layer and hands it the
+segments' bounds, which arrive as extra forward keywords. On CUDA the work is torch's variable-length flash attention;
+on the CPU an operator of our own attends segment by segment. Both keep the same tensors for backward: query, key,
+value, output and the log-sum-exp, so that a trace on fake CPU tensors sees what a GPU would hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "sft_dist_packed"
+
+
+@torch.library.custom_op("sft_dist::packed_attention", mutates_args=(), device_types="cpu")
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, seq_lens: Sequence[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each segment, on the CPU.
+
+    Args:
+        query: [T, heads, d].
+        key, value: [T, kv_heads, d]; heads is a multiple of kv_heads.
+        seq_lens: lengths of the segments, summing to T.
+        scale: factor of the scores.
+        window: tokens a query sees, itself included; 0: all before it.
+
+    Returns:
+        output [T, heads, d] and log-sum-exp of the scores [heads, T] in fp32.
+    """
+    out = torch.empty_like(query)
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+    start = 0
+    for length in seq_lens:
+        stop = start + length
+        q, k, v = (_as_batch(t[start:stop], query.shape[1]) for t in (query, key, value))
+        o, segment_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, window == 0, attn_mask=_window_mask(length, window, q), scale=scale
+        )
+        out[start:stop] = o[0].transpose(0, 1)
+        lse[:, start:stop] = segment_lse[0]
+        start = stop
+    return out, lse
+
+
+@packed_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, seq_lens: Sequence[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("sft_dist::packed_attention_backward", mutates_args=(), device_types="cpu")
+def packed_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seq_lens: Sequence[int],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of :func:`packed_attention`, in their shapes."""
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    heads, start = query.shape[1], 0
+    for length in seq_lens:
+        stop = start + length
+        g, q, k, v, o = (_as_batch(t[start:stop], heads) for t in (grad, query, key, value, out))
+        segment = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, k, v, o, lse[None, :, start:stop].contiguous(), 0.0, window == 0,
+            attn_mask=_window_mask(length, window, q), scale=scale,
+        )  # fmt: skip
+        for whole, part in zip(grads, segment, strict=True):
+            # The copies of a shared key or value head each have a gradient; their sum is the head's.
+            whole[start:stop] = part[0].unflatten(0, (whole.shape[1], -1)).sum(1).transpose(0, 1)
+        start = stop
+    return grads
+
+
+@packed_attention_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    seq_lens: Sequence[int], scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.seq_lens, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = packed_attention_backward(grad, *ctx.saved_tensors, ctx.seq_lens, ctx.scale, ctx.window)
+    return *grads, None, None, None
+
+
+packed_attention.register_autograd(_backward, setup_context=_save)
+
+
+def _as_batch(x: Tensor, heads: int) -> Tensor:
+    """[t, kv_heads, d] -> [1, heads, t, d], repeating heads that are shared."""
+    x = x.transpose(0, 1)
+    return (x if x.shape[0] == heads else x.repeat_interleave(heads // x.shape[0], dim=0)).unsqueeze(0)
+
+
+def _window_mask(length: int, window: int, like: Tensor) -> Tensor | None:
+    """Additive causal mask [length, length] of a sliding window; none when the window covers everything."""
+    if window == 0:
+        return None
+    position = torch.arange(length, device=like.device)
+    distance = position[:, None] - position[None, :]
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill(hidden, float("-inf"))
+
+
+def per_segment_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, seq_lens: Sequence[int], scale: float, window: int
+) -> Tensor:
+    """The reference: torch's own attention on each segment. Also the CUDA path in fp32, which flash attention lacks."""
+    heads = query.shape[1]
+    parts = []
+    for q, k, v in zip(*(t.split(list(seq_lens)) for t in (query, key, value)), strict=True):
+        mask = _window_mask(q.shape[0], window, q)
+        o = F.scaled_dot_product_attention(
+            *(_as_batch(t, heads) for t in (q, k, v)), attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+        parts.append(o[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seq_len: int, scale: float, window: int
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seq_len, max_seq_len,
+        scale=scale, window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    seq_lens: tuple[int, ...],
+    max_seq_len: int,
+    cu_seqlens: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The signature that Transformers calls: query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]."""
+    if attention_mask is not None or dropout:
+        raise RuntimeError("packed attention takes neither a mask nor dropout; the model was built for something else")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # A window that no segment exceeds is plain causal attention, which has the faster kernel.
+    window = sliding_window if sliding_window is not None and sliding_window < max_seq_len else 0
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if q.device.type != "cuda":
+        out, _lse = packed_attention(q, k, v, seq_lens, scale, window)
+    elif q.dtype == torch.float32:
+        out = per_segment_sdpa(q, k, v, seq_lens, scale, window)
+    else:
+        out = _varlen(q, k, v, cu_seqlens, max_seq_len, scale, window)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)

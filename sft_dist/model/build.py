@@ -1,0 +1,217 @@
+"""Builds the model a run trains: base -> NF4 -> adapters -> loss head, in that order, on real or meta tensors.
+
+The same function builds the meta model that describes a run and the real one that is trained, so that the description
+cannot drift from the thing.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod
+from sft_dist.data.batch import MicroBatch
+from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.model.adapters import add_lora
+from sft_dist.model.attention import ATTENTION_NAME
+from sft_dist.model.loss import LossHead
+from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
+from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Settings of a model configuration that change its arithmetic in a way that packed attention or the loss head leave out.
+UNSUPPORTED_SETTINGS = (
+    "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "num_experts",
+    "num_local_experts", "n_routed_experts", "attention_dropout",
+)  # fmt: skip
+
+
+class SftModel(nn.Module):
+    """A causal language model whose forward returns its summed loss.
+
+    Loss and trunk are one module because sharded strategies gather a weight only while the module that they wrap runs.
+
+    Args:
+        hf: the Transformers model, wrapped by PEFT when there are adapters; its ``lm_head`` is a ``LossHead``.
+    """
+
+    def __init__(self, hf: nn.Module) -> None:
+        super().__init__()
+        self.hf = hf
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Transformers model, without PEFT's wrapper around it."""
+        base = self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+        assert isinstance(base, PreTrainedModel)
+        return base
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The decoder blocks by name, first to last."""
+        kinds = set(self.causal_lm._no_split_modules or ())
+        return {name: module for name, module in self.named_modules() if type(module).__name__ in kinds}
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Sum of the losses of the batch's supervised tokens, an fp32 scalar; divide by their number yourself."""
+        model = self.causal_lm
+        hidden = model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            seq_lens=batch.seq_lens,
+            max_seq_len=batch.max_seq_len,
+            cu_seqlens=batch.cu_seqlens,
+        ).last_hidden_state
+        loss: Tensor = model.get_output_embeddings()(hidden[0].index_select(0, batch.supervised_index), batch.labels)
+        return loss
+
+
+def build_model(spec: ModelSpec, *, seed: int) -> SftModel:
+    """The real model on the CPU, with trainable parameters in fp32 or bf16 as ``compute`` says.
+
+    Args:
+        seed: of the adapters' first values: every rank and every strategy starts from the same ones.
+
+    Raises:
+        ConfigError: the path is no model, or one with settings that are not supported.
+        CheckpointError: the weights are missing, damaged or of another architecture.
+    """
+    config = load_model_config(spec.path, spec.revision)
+    dtype = TORCH_DTYPES[spec.compute]
+    model = _load_weights(spec.path, spec.revision, config, dtype)
+    torch.manual_seed(seed)
+    return _assemble(model, spec.method, dtype)
+
+
+def describe_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
+    """The description of the model that ``build_model`` builds, from its configuration alone.
+
+    Raises:
+        ConfigError: as ``build_model``.
+    """
+    config = load_model_config(path, revision)
+    meta = build_meta_model(path, revision, method, compute)
+    owner = {
+        id(parameter): name for name, block in meta.blocks().items() for parameter in block.parameters()
+    }
+    parameters = tuple(
+        ParameterSpec(name, tuple(p.shape), p.requires_grad, owner.get(id(p))) for name, p in meta.named_parameters()
+    )
+    return ModelSpec(
+        path=path,
+        revision=revision,
+        method=method,
+        compute=compute,
+        parameters=parameters,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        buffer_bytes=sum(b.numel() * b.element_size() for b in meta.buffers()),
+    )
+
+
+def build_meta_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> SftModel:
+    """The model without its weights: every parameter and buffer on the meta device."""
+    config = load_model_config(path, revision)
+    dtype = TORCH_DTYPES[compute]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        model.tie_weights()
+        return _assemble(model, method, dtype)
+
+
+def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
+    """The model's configuration, refused when training it here would differ from what its authors run.
+
+    Raises:
+        ConfigError: no configuration there, or a setting that is not supported.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"model.path: {path} has no config.json", fix="give a folder in Hugging Face layout")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"model.path: {path} is neither a model folder nor a reachable hub id ({_first_line(e)})",
+            fix="give an existing folder, or a hub id that is in the local cache or can be downloaded",
+        ) from e
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"model.path: {path} is a {config.model_type} model, not a causal language model",
+            fix="choose a decoder-only text model",
+        )
+    for key in UNSUPPORTED_SETTINGS:
+        value = getattr(config, key, None)
+        if value not in (None, 0, 0.0, 1.0):
+            raise ConfigError(
+                f"model.path: {path} sets {key}={value}, which is not supported",
+                fix="choose a dense model without logit scaling, soft-capping or attention dropout",
+            )
+    return config
+
+
+def _load_weights(path: str, revision: str | None, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    # Transformers logs a table of missing keys and goes on with random weights; here each of them is an error.
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME,
+            use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError) as e:
+        raise CheckpointError(
+            f"model.path: no readable weights in {path} ({_first_line(e)})",
+            fix="the folder needs model.safetensors, or its shards and model.safetensors.index.json",
+        ) from e
+    finally:
+        logger.setLevel(level)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            first = sorted(str(key) for key in report[kind])[0]
+            raise CheckpointError(
+                f"model.path: the weights in {path} have {len(report[kind])} {kind.replace('_', ' ')}, such as {first}",
+                fix="config.json and the weights must come from the same model",
+            )
+    return model.train()
+
+
+def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) -> SftModel:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(
+            f"{type(model).__name__} has an output layer that is not a plain linear layer without bias",
+            fix="choose a model with an ordinary lm_head",
+        )
+    model.set_output_embeddings(LossHead.from_linear(head))
+    model.config.use_cache = False
+    if not isinstance(method, LoraMethod):
+        return SftModel(model)
+    model.requires_grad_(False)
+    if isinstance(method, QloraMethod):
+        _quantize_linears(model, dtype)
+    return SftModel(add_lora(model, method, dtype))
+
+
+def _quantize_linears(model: PreTrainedModel, storage: torch.dtype) -> None:
+    """Replaces every linear layer but the output layer; embeddings and norms stay as they are."""
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear:
+            continue
+        if module.weight.numel() % BLOCK_SIZE:
+            raise ConfigError(
+                f"method.type=qlora: {name} has {module.weight.numel()} weights, not a multiple of {BLOCK_SIZE}",
+                fix="use method.type=lora for this model",
+            )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, NF4Linear.quantize(module, storage))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

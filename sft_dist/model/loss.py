@@ -1,0 +1,86 @@
+"""The one loss: the sum of the cross-entropies of the supervised tokens, without ever holding all logits.
+
+Logits exist only for supervised positions and only a chunk at a time. The gradients are made in the forward pass, in
+the same sweep over the chunks, as Liger Kernel does (Hsu et al. 2024, arXiv 2410.10989): backward only scales them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Bytes of fp32 logits alive at a time.
+CHUNK_BYTES = 256 * 2**20
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum over n of -log softmax(hidden[n] @ weight.T)[labels[n]]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, with_grad: bool
+    ) -> Tensor:
+        # needs_input_grad says what requires grad, also under no_grad: the caller's grad mode decides.
+        needs_hidden, needs_weight = (needs and with_grad for needs in ctx.needs_input_grad[:2])
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Rows of a chunk are few and many chunks are added: the sum is kept in fp32.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            h, target = hidden[rows], labels[rows, None]
+            logits = (h @ weight.T).float()
+            lse = torch.logsumexp(logits, dim=1, keepdim=True)
+            loss += (lse - logits.gather(1, target)).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad_logits = logits.sub_(lse).exp_()
+            grad_logits.scatter_add_(1, target, torch.full_like(lse, -1.0))
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += (grad_logits.T @ h).float()
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return *grads, None, None, None
+
+
+def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_rows: int | None = None) -> Tensor:
+    """Summed cross-entropy in fp32, a scalar.
+
+    Args:
+        hidden: [N, h] hidden states that predict the labels; N may be 0, the result is then 0 and still has a graph.
+        weight: [V, h] output layer.
+        labels: [N] int64.
+        chunk_rows: rows of logits alive at a time; default: as many as fit ``CHUNK_BYTES``.
+    """
+    if chunk_rows is None:
+        chunk_rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    result: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows, torch.is_grad_enabled())
+    return result
+
+
+class LossHead(nn.Linear):
+    """The model's output layer, called with labels for the loss and without them for logits.
+
+    It stays a module with the layer's own name and weight, because FSDP2 and ZeRO-3 gather a weight when its module is
+    called, and a tied embedding must stay tied.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> LossHead:
+        head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        head.weight = linear.weight
+        return head
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(hidden)
+        return linear_cross_entropy_sum(hidden, self.weight, labels)

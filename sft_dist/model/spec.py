@@ -1,0 +1,72 @@
+"""What a model is, without the model: every parameter's name, shape and fate. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sft_dist.config.schema import MethodConfig
+
+Dtype = Literal["fp32", "bf16"]
+DTYPE_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter as the model stores it.
+
+    Args:
+        name: as in ``named_parameters()`` of the unsharded model; a tied parameter appears once.
+        shape: stored shape; an NF4 weight is [packed elements, 1].
+        trainable: whether the optimizer updates it.
+        block: the decoder block that owns it (the unit that is gathered together), or None for embedding, last norm
+            and output layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+    block: str | None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model with its adapters and quantisation, described.
+
+    Args:
+        path, revision: where the base comes from.
+        method: how it is fine-tuned.
+        compute: dtype of products, activations and frozen weights.
+        parameters: in the model's own order.
+        vocab_size, hidden_size, num_layers: of the decoder.
+        buffer_bytes: bytes of all buffers, which no strategy shards (quantisation state, rotary frequencies).
+    """
+
+    path: str
+    revision: str | None
+    method: MethodConfig
+    compute: Dtype
+    parameters: tuple[ParameterSpec, ...]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    buffer_bytes: int
+
+    @property
+    def trainable(self) -> tuple[ParameterSpec, ...]:
+        return tuple(p for p in self.parameters if p.trainable)
+
+    @property
+    def num_trainable(self) -> int:
+        """Elements that the optimizer updates."""
+        return sum(p.numel for p in self.trainable)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the decoder blocks, first to last."""
+        return tuple(dict.fromkeys(p.block for p in self.parameters if p.block is not None))

@@ -1,0 +1,87 @@
+"""``Run``: a resolved run, the one description that trainer and planner read.
+
+Everything here is frozen, holds no tensor and needs neither torch nor a process group. ``resolve`` builds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sft_dist.config.schema import (
+    ActivationCheckpointingConfig,
+    DataConfig,
+    EvalConfig,
+    LoggingConfig,
+    OptimConfig,
+    ShardingConfig,
+)
+from sft_dist.data.batch import BatchPlan
+from sft_dist.model.spec import DTYPE_BYTES, Dtype, ModelSpec
+from sft_dist.runtime.world import WorldShape
+
+Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+ZERO_STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of every kind of tensor.
+
+    Frozen weights are stored in ``compute`` (or packed NF4 in that dtype). Trainable parameters are ``master`` weights
+    cast to ``compute`` for each forward pass: DDP and FSDP2 store the master and cast when a module runs or is
+    gathered; DeepSpeed stores the cast and keeps the master inside its optimizer.
+    """
+
+    compute: Dtype
+    master: Dtype
+    reduce: Dtype
+
+    def stored(self, *, trainable: bool, strategy: Strategy) -> Dtype:
+        """Dtype of a parameter as the model holds it."""
+        return self.master if trainable and strategy not in ZERO_STAGES else self.compute
+
+    def gradient(self, *, strategy: Strategy) -> Dtype:
+        """Dtype in which gradients are accumulated over micro-batches."""
+        return "fp32" if strategy in ZERO_STAGES else self.master
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of one optimizer state for one parameter; the states follow the master weight."""
+        return DTYPE_BYTES[self.master]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run on one world.
+
+    ``data``, ``eval``, ``logging``, ``optim`` and ``activation_checkpointing`` are the user's own sections: nothing in
+    them is left to derive. ``sharding`` likewise names one strategy and its options.
+    """
+
+    model: ModelSpec
+    world: WorldShape
+    sharding: ShardingConfig
+    precision: Precision
+    batch: BatchPlan
+    optim: OptimConfig
+    activation_checkpointing: ActivationCheckpointingConfig
+    data: DataConfig
+    eval: EvalConfig
+    logging: LoggingConfig
+    num_epochs: int | None
+    max_steps: int | None
+    seed: int
+    output_dir: str
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.sharding.strategy
+
+    def num_steps(self, sequences: int) -> int:
+        """Optimizer steps of the whole run over ``sequences`` training sequences."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.num_epochs is not None
+        return self.num_epochs * self.batch.steps_per_epoch(sequences)

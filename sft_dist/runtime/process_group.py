@@ -1,0 +1,85 @@
+"""The process group of a run: NCCL on GPUs, gloo on CPUs, a group of one without a launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sft_dist.errors import ConfigError, SftError
+from sft_dist.runtime.world import World
+
+# Preparing data may take longer than any collective of training may; ranks wait for it on the store, not in a collective.
+PREPARE_TIMEOUT = timedelta(hours=24)
+
+
+def device_of(world: World) -> torch.device:
+    """The accelerator of this rank, or the CPU.
+
+    Raises:
+        ConfigError: more processes on this node than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {world.local_rank} has no GPU: this node has {torch.cuda.device_count()}",
+            fix=f"start at most {torch.cuda.device_count()} processes on a node",
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+@contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[dist.Store]:
+    """Joins the group and leaves it again; yields its key-value store.
+
+    A world of one gets a group too, so that every strategy runs the same code on one process as on many.
+    """
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    store: dist.Store
+    if "RANK" in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size))
+    else:
+        store = dist.HashStore()
+        # DeepSpeed reads these even when the group already stands.
+        os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=world.rank, world_size=world.size)
+    try:
+        yield dist.PrefixStore("sft_dist", store)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[[], None]) -> None:
+    """Runs ``work`` on rank 0 while the others wait on the store; its ``SftError`` is raised on every rank.
+
+    Args:
+        key: a name that no other call of this run uses.
+    """
+    if world.is_main:
+        try:
+            work()
+        except SftError as e:
+            store.set(key, f"{type(e).__name__}\n{e.what}\n{e.fix}")
+            raise
+        except BaseException as e:
+            store.set(key, f"SftError\nrank 0 failed: {e!r}\nsee its trace")
+            raise
+        store.set(key, "done")
+        return
+    store.wait([key], PREPARE_TIMEOUT)
+    answer = store.get(key).decode()
+    if answer != "done":
+        kind, what, fix = answer.split("\n", 2)
+        raise _error_class(kind)(what, fix=fix)
+
+
+def _error_class(name: str) -> type[SftError]:
+    return next((c for c in SftError.__subclasses__() if c.__name__ == name), SftError)

@@ -1,0 +1,22 @@
+"""Keeps libraries from talking over the run: only what a user can act on is shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Silences progress bars, banners and warnings about how libraries call each other. Call before training starts."""
+    # DeepSpeed calls collectives by their older names, twice a layer and step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message=r".*broadcast_buffers.*", category=FutureWarning)
+    # bitsandbytes looks for an optional kernel package at its first 4-bit product.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -1,0 +1,107 @@
+"""DDP: every rank holds the whole model; gradients are all-reduced in the last micro-batch's backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sft_dist.data.batch import MicroBatch
+from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.run import Run
+from sft_dist.sharding.optim import build_optimizer
+from sft_dist.sharding.spec import ParameterShard, ShardingSpec
+from sft_dist.sharding.strategy import NativeStrategy
+
+
+def describe(run: Run, rank: int) -> ShardingSpec:
+    """Everything on every rank."""
+    parameters = tuple(
+        ParameterShard(p.name, p.numel, run.precision.stored(trainable=p.trainable, strategy="ddp"), p.trainable)
+        for p in run.model.parameters
+    )
+    return ShardingSpec("ddp", rank, parameters, run.model.num_trainable, run.precision.master)
+
+
+class Ddp(NativeStrategy):
+    def __init__(self, run: Run, model: SftModel, device: torch.device) -> None:
+        super().__init__(run, model.to(device))
+        store_master(model, run)
+        if run.precision.master != run.precision.compute:
+            cast_while_running(model, TORCH_DTYPES[run.precision.compute])
+        # Buffers are constants here, the same on every rank.
+        self.ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        reduce_dtype = TORCH_DTYPES[run.precision.reduce]
+        if reduce_dtype != TORCH_DTYPES[run.precision.master]:
+            self.ddp.register_comm_hook(reduce_dtype, reduce_in_dtype)
+        self.optimizer = build_optimizer(run.optim, model.named_parameters(), device)
+
+    def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
+        self.ddp.require_backward_grad_sync = is_last_micro_batch
+        return self._backward(self.ddp(batch), supervised_in_step)
+
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        with torch.no_grad(), eval_mode(self.model):
+            loss: Tensor = self.model(batch)
+            return loss
+
+    @property
+    def gradients_are_sharded(self) -> bool:
+        return False
+
+
+def store_master(model: SftModel, run: Run) -> None:
+    """Gives trainable parameters the dtype in which native strategies store them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(TORCH_DTYPES[run.precision.master])
+
+
+def cast_while_running(model: nn.Module, dtype: torch.dtype) -> None:
+    """Lets every module compute with its trainable parameters cast to ``dtype``, as FSDP2's gather does.
+
+    While a module runs, the cast shadows the parameter as a plain attribute. Hooks rather than autocast, so that the
+    same tensors are in the same dtype under every strategy; and they run again when a block is recomputed.
+    """
+    for module in model.modules():
+        names = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if names:
+            module.register_forward_pre_hook(_shadow(names, dtype))
+            module.register_forward_hook(_unshadow(names), always_call=True)
+
+
+def _shadow(names: list[str], dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, _inputs: object) -> None:
+        for name in names:
+            module.__dict__[name] = module._parameters[name].to(dtype)  # type: ignore[union-attr]
+
+    return hook
+
+
+def _unshadow(names: list[str]):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, _inputs: object, _output: object) -> None:
+        for name in names:
+            module.__dict__.pop(name, None)
+
+    return hook
+
+
+def reduce_in_dtype(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A DDP communication hook: averages a bucket in ``dtype`` and hands it back in its own."""
+    buffer = bucket.buffer()
+    cast = buffer.to(dtype).div_(dist.get_world_size())
+    future = dist.all_reduce(cast, async_op=True).get_future()  # type: ignore[union-attr]
+    return future.then(lambda f: buffer.copy_(f.value()[0]))
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -1,0 +1,134 @@
+"""The interface between the loop and a strategy, and what DDP and FSDP2 share of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from sft_dist.data.batch import MicroBatch
+from sft_dist.model.build import SftModel
+from sft_dist.run import Run
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Args:
+    grad_norm: L2 norm of the gradient of the whole model before clipping, a scalar that may still be on the device.
+    """
+
+    grad_norm: Tensor
+
+
+class Strategy(ABC):
+    """A model spread over the ranks, and its optimizer.
+
+    One forward and backward are one call, because DDP decides in forward whether the coming backward reduces, and only
+    the caller knows which micro-batch is the step's last.
+
+    Attributes:
+        model: the built model; its parameters keep their names under every strategy.
+        optimizer: holds this rank's master weights; built after sharding, or it would hold parameters that are gone.
+    """
+
+    model: SftModel
+    optimizer: Optimizer
+
+    @abstractmethod
+    def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
+        """Accumulates the gradient of (sum of losses) / ``supervised_in_step`` over all ranks.
+
+        Args:
+            supervised_in_step: supervised tokens of the whole step, over all ranks and micro-batches.
+
+        Returns:
+            this micro-batch's summed loss, detached.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """Summed loss without gradients; every rank must call it equally often."""
+
+    @abstractmethod
+    def step(self, lr: float) -> StepResult:
+        """Clips, updates the parameters with learning rate ``lr`` and clears the gradients."""
+
+    @abstractmethod
+    def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """(name, what this rank keeps of it between steps, requires_grad) of every parameter, in the model's order."""
+
+    @abstractmethod
+    def master_weights(self) -> list[Tensor]:
+        """This rank's part of what the optimizer updates."""
+
+    @abstractmethod
+    def full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+        """Gathers parameters one at a time; all ranks must iterate, the tensors are for rank 0, on its CPU, in ``master``."""
+
+    def close(self) -> None:
+        """Lets go of what the strategy registered outside the model."""
+
+
+class NativeStrategy(Strategy):
+    """What the two strategies of torch share: loss scaling, the exact norm, clipping and the optimizer step."""
+
+    def __init__(self, run: Run, model: SftModel) -> None:
+        self.model = model
+        self.world_size = run.world.size
+        self.max_grad_norm = run.optim.max_grad_norm
+
+    def _backward(self, loss_sum: Tensor, supervised_in_step: int) -> Tensor:
+        # Both average gradients over ranks; the factor world_size turns the average back into the sum.
+        (loss_sum * (self.world_size / supervised_in_step)).backward()
+        return loss_sum.detach()
+
+    def step(self, lr: float) -> StepResult:
+        gradients = [_local(p.grad) for p in self.trainable() if p.grad is not None]
+        norm = self._global_norm(gradients)
+        if self.max_grad_norm is not None:
+            # The coefficient stays on the device: reading it would make the host wait.
+            coefficient = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm=norm)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
+        """The L2 norm with fp64 accumulation: torch's fp32 norm on the CPU is off by 2e-3 at 33M elements."""
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
+        squares = torch.stack(norms).square().sum()
+        if self.gradients_are_sharded:
+            dist.all_reduce(squares)
+        return squares.sqrt()
+
+    @property
+    @abstractmethod
+    def gradients_are_sharded(self) -> bool: ...
+
+    def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, _local(parameter), parameter.requires_grad
+
+    def master_weights(self) -> list[Tensor]:
+        return [_local(p) for group in self.optimizer.param_groups for p in group["params"]]
+
+    def full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or not trainable_only:
+                full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                yield name, full.detach().cpu()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

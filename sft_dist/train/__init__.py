@@ -1,0 +1,1 @@
+"""The training run: assembly, the loop, one step, evaluation."""

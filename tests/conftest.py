@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.pool import WorldPool
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], WorldPool]]:
+    """``world(n)``: the warm pool of n processes, started at first use and again after a failure."""
+    pools: dict[int, WorldPool] = {}
+
+    def get(size: int) -> WorldPool:
+        if size not in pools or not pools[size].alive:
+            pools[size] = WorldPool(size)
+        return pools[size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with tokenizer."""
+    from tests.helpers.tiny_model import build_base
+
+    return build_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture(scope="session")
+def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the output layer tied to the embedding."""
+    from tests.helpers.tiny_model import build_base
+
+    return build_base(tmp_path_factory.mktemp("tied-base"), tied=True)

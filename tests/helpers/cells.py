@@ -1,0 +1,124 @@
+"""What a world of test processes runs: short trainings on synthetic rows, returning numbers and what each rank held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from sft_dist.config.schema import Config
+from sft_dist.data.loader import TrainingOrder
+from sft_dist.data.packing import pack_best_fit
+from sft_dist.data.prepared import PreparedData
+from sft_dist.model.build import build_model
+from sft_dist.resolve import resolve
+from sft_dist.run import Run
+from sft_dist.runtime.world import WorldShape
+from sft_dist.sharding import registry
+from sft_dist.sharding.optim import learning_rate
+from sft_dist.sharding.strategy import Strategy
+from sft_dist.sharding.verify import MovementCheck, verify_sharding
+from sft_dist.train.step import evaluate, train_step
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One rank's view of a short training."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    eval_losses: list[float]
+    local: dict[str, tuple[int, str, bool]]
+    """name -> (local numel, dtype, requires_grad), measured on the sharded model"""
+    optimizer_numel: int
+    weights: dict[str, np.ndarray[Any, Any]]
+    """trainable parameters, gathered, after the last step; on rank 0 only"""
+
+
+def config(model: str, method: str = "full", strategy: str = "ddp", **sections: dict[str, Any]) -> Config:
+    """A config for tests in fp32; ``sections`` are merged over it."""
+    base: dict[str, Any] = {
+        "model": {"path": model},
+        "method": {"type": method} if method == "full" else {"type": method, "r": 4, "alpha": 16},
+        "data": {"train": [{"path": "unused"}], "max_seq_len": 48},
+        "sharding": {"strategy": strategy},
+        "precision": {"compute": "fp32"},
+        "optim": {"lr": 3e-3, "max_grad_norm": 0.5, "weight_decay": 0.1, "warmup_ratio": 0.2},
+        "train": {"global_batch_size": 7, "micro_batch_size": 2, "max_steps": 10, "seed": 3},
+        "output_dir": "unused",
+    }
+    for name, section in sections.items():
+        base[name] = {**base[name], **section} if name in base and name != "optim" or name == "optim" and "type" not in section else section
+    return Config.model_validate(base)
+
+
+def synthetic_data(
+    *, rows: int = 40, seed: int = 5, max_len: int = 30, capacity: int = 48, packing: bool = True, vocab: int = 259
+) -> PreparedData:
+    """Rows of a learnable pattern with uneven masks: some rows train one token, some nearly all."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, max_len, rows)
+    ids = [(rng.integers(3, vocab) + rng.integers(1, 4) * np.arange(n)) % (vocab - 3) + 3 for n in lengths]
+    masks = [np.arange(n) >= rng.integers(1, n) for n in lengths]
+    packs = pack_best_fit(lengths.tolist(), capacity) if packing else [[i] for i in range(rows)]
+    counts = np.array([int(m[1:].sum()) for m in masks])
+    return PreparedData(
+        input_ids=np.concatenate(ids).astype(np.int32),
+        supervised=np.concatenate(masks).astype(np.uint8),
+        row_bounds=np.cumsum([0, *lengths]),
+        packs=[np.array(p) for p in packs],
+        num_tokens=np.array([lengths[p].sum() for p in packs]),
+        num_supervised=np.array([counts[p].sum() for p in packs]),
+    )
+
+
+def start(cfg: Config) -> tuple[Run, Strategy]:
+    run = resolve(cfg, WorldShape(1, dist.get_world_size()))
+    strategy = registry.apply(run, build_model(run.model, seed=run.seed), CPU)
+    verify_sharding(strategy, registry.describe(run, dist.get_rank()))
+    return run, strategy
+
+
+def train(cfg_yaml: str, data_kwargs: dict[str, Any] | None = None, evaluate_every: int = 0, eval_rows: int = 7) -> Trained:
+    """The loop's own step function, over synthetic data."""
+    run, strategy = start(Config.model_validate(yaml.safe_load(cfg_yaml)))
+    rank = dist.get_rank()
+    data = synthetic_data(**(data_kwargs or {}))
+    held_out = synthetic_data(rows=eval_rows, seed=99, packing=False)
+    order = TrainingOrder(data, run.batch, run.seed)
+    assert run.max_steps is not None
+    losses, norms, eval_losses = [], [], []
+    check: MovementCheck | None = MovementCheck(strategy)
+    try:
+        for number in range(run.max_steps):
+            if evaluate_every and number % evaluate_every == 0:
+                eval_losses.append(evaluate(strategy, held_out, run.batch, rank=rank, device=CPU).loss)
+            out = train_step(
+                strategy, data, run.batch, order.step(number),
+                rank=rank, device=CPU, lr=learning_rate(run.optim, number, run.max_steps),
+            )  # fmt: skip
+            losses.append(float(out.loss))
+            norms.append(float(out.grad_norm))
+            if check is not None:
+                check.verify(rank)
+                check = None
+        weights = {n: t.float().numpy().copy() for n, t in strategy.full_parameters(trainable_only=True)}
+        return Trained(
+            losses, norms, eval_losses,
+            {n: (t.numel(), str(t.dtype).removeprefix("torch."), r) for n, t, r in strategy.local_parameters()},
+            sum(m.numel() for m in strategy.master_weights()),
+            weights if rank == 0 else {},
+        )  # fmt: skip
+    finally:
+        strategy.close()
+
+
+def dump(cfg: Config) -> str:
+    """A config as text, which travels to the workers."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"))

@@ -1,0 +1,97 @@
+"""Warm worlds: real gloo processes that are started once per size and run many test cells.
+
+A launch costs seconds (imports, rendezvous); a cell in a warm world a second or less. Workers are spawned, never
+forked, so that no thread pool or lock of the test process is copied into them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+CELL_TIMEOUT_S = 180
+
+
+class WorldPool:
+    """``size`` processes in one group; ``run`` calls a module-level function on all of them at once."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        context = mp.get_context("spawn")
+        port = _free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results by rank.
+
+        Raises:
+            AssertionError: a rank raised (with its trace) or did not answer in time; the world is then ended.
+        """
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__qualname__, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(CELL_TIMEOUT_S):
+                self.close()
+                raise AssertionError(f"rank {rank} of {self.size} did not answer within {CELL_TIMEOUT_S} s")
+            answers.append(pipe.recv())
+        failures = [f"rank {rank}:\n{trace}" for rank, (_, trace) in enumerate(answers) if trace]
+        if failures:
+            # Peers of a failed rank may be out of step in their collectives.
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return [result for result, _ in answers]
+
+    @property
+    def alive(self) -> bool:
+        return all(p.is_alive() for p in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+        WANDB_MODE="disabled", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    while True:
+        try:
+            module, name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (getattr(importlib.import_module(module), name)(*args), None)
+        except BaseException:
+            answer = (None, traceback.format_exc())
+        pipe.send(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
