@@ -60,9 +60,10 @@ class ChatRenderer:
         self._backend = tokenizer.backend_tokenizer
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._special_ids = frozenset(tokenizer.all_special_ids)
-        self._name = template_path or f"the chat template of {tokenizer.name_or_path}"
+        self._name = template_path or f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         self._templates: dict[str, _Template] = {}
         self._is_compared = False
+        self._template_for(None)  # a template that is not Jinja is refused here, before any row
 
     def render(self, conversation: Conversation) -> TokenizedRow:
         """Tokenise one conversation.
@@ -81,14 +82,14 @@ class ChatRenderer:
 
     def text(self, conversation: Conversation) -> str:
         """The conversation as the template writes it, complete, before anything is cut or appended."""
-        template = self._template_for(conversation)
+        template = self._template_for(conversation.tools)
         try:
             return template.jinja.render(*template.presentation.present(conversation.messages, conversation.tools))
         except TemplateFailure as failure:
             raise DataError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
 
     def _render(self, conversation: Conversation) -> TokenizedRow:
-        template = self._template_for(conversation)
+        template = self._template_for(conversation.tools)
         trained = [message.trained for message in conversation.messages if message.role == "assistant"]
         messages, tools = template.presentation.present(conversation.messages, conversation.tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -98,17 +99,22 @@ class ChatRenderer:
         messages = messages[: turns[-1] + 1]
         text = template.jinja.render(messages, tools)
         spans = template.finder.find(messages, tools, text, turns)
-        row, offsets = self._tokenise(text, spans)
         if not self._is_compared:
-            self._compare_with_transformers(template.jinja, messages, tools, text, row.input_ids)
+            self._compare_with_transformers(template.jinja, messages, tools, text)
+        if template.finder.end_of_turn == "" and not text[spans[-1][1] :].strip():
+            text = text[: spans[-1][1]]  # known in advance to need an EOS; spares tokenising twice
+        row, offsets = self._tokenise(text, spans)
         if not self._ends_turn(row, offsets, spans[-1], text, template.finder.end_of_turn):
-            row, offsets = self._end_with_eos(text, spans)
+            row, offsets = self._end_with_eos(row, offsets, text, spans)
         _check_every_span_is_supervised(row, offsets, spans)
         return row
 
-    def _template_for(self, conversation: Conversation) -> _Template:
+    def _template_for(self, tools: Tools) -> _Template:
         """The template that transformers picks: a tokenizer may have one by name for conversations with tools."""
-        source = self.tokenizer.get_chat_template(tools=list(conversation.tools) or None)
+        try:
+            source = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
+        except ValueError as error:
+            raise DataError(f"{self._name}: {error}", fix="set data.chat_template to a Jinja file") from error
         if source not in self._templates:
             special = self.tokenizer.special_tokens_map
             self._templates[source] = _Template.load(source, self._name, special, self.tokenizer.all_special_tokens)
@@ -134,18 +140,21 @@ class ChatRenderer:
         is_templates_own = bool(end_of_turn) and text[: last[1]].endswith(end_of_turn or "")
         return id in self._special_ids or (id in self._added_ids and is_templates_own)
 
-    def _end_with_eos(self, text: str, spans: list[Span]) -> tuple[TokenizedRow, list[Span]]:
+    def _end_with_eos(
+        self, row: TokenizedRow, offsets: list[Span], text: str, spans: list[Span]
+    ) -> tuple[TokenizedRow, list[Span]]:
         end = spans[-1][1]
         if text[end:].strip():
             raise TemplateFailure(f"{text[end:].strip()[:20]!r} follows the last answer and is no end-of-turn token")
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise TemplateFailure("it ends an answer without an end-of-turn token, and the tokenizer has no EOS token")
-        row, offsets = self._tokenise(text[:end], spans)
+        if end < len(text):
+            row, offsets = self._tokenise(text[:end], spans)
         return TokenizedRow([*row.input_ids, eos], [*row.supervised, True]), [*offsets, (end, end)]
 
     def _compare_with_transformers(
-        self, jinja: JinjaTemplate, messages: list[ChatMessage], tools: Tools, text: str, ids: list[int]
+        self, jinja: JinjaTemplate, messages: list[ChatMessage], tools: Tools, text: str
     ) -> None:
         """The model will be asked through transformers: the first row must come out there as it does here."""
         self._is_compared = True
@@ -155,7 +164,8 @@ class ChatRenderer:
             )
             if theirs != text:
                 raise TemplateFailure("transformers renders this row differently")
-        if self.tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+        row, _ = self._tokenise(text, [])
+        if self.tokenizer(text, add_special_tokens=False)["input_ids"] != row.input_ids:
             raise TemplateFailure("transformers tokenises this row differently")
 
 

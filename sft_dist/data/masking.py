@@ -120,11 +120,15 @@ class SpanFinder:
             raise TemplateFailure(f"the template does not write the text of {name}")
         before, after = whole[: whole.index(word)], whole[whole.rindex(word) + len(word) :]
         start = self._start(messages[:index], tools, before, alone[: alone.index(word)], name)
-        content_end = len(text) - len(after)
-        if not text.startswith(before[:start]) or not text.endswith(after) or content_end < start:
+        closing_length = self._closing_length(after, alone[alone.rindex(word) + len(word) :].rstrip(), name)
+        closing, following = after[:closing_length], after[closing_length:]
+        end = len(text) - len(following)
+        # Arguments of a call may end in a quote, a bracket or nothing: only what is no part of the JSON has to agree.
+        closes = self.end_of_turn or "" if "tool_calls" in changed else closing
+        is_found = text.startswith(before[:start]) and text.endswith(following) and start < end
+        if not is_found or (closing.endswith(closes) and not text[:end].endswith(closes)):
             raise TemplateFailure(f"what the template writes around {name} depends on the text of that turn")
-        tail = alone[alone.rindex(word) + len(word) :].rstrip()
-        return _trim(text, start, content_end + self._end(after, tail, name))
+        return _trim(text, start, end)
 
     def _start(self, earlier: Sequence[ChatMessage], tools: Tools, before: str, shown_last: str, name: str) -> int:
         """Where the generation prompt ends in ``before``, the text up to the content of the turn.
@@ -154,7 +158,7 @@ class SpanFinder:
                 return len(before)
         raise TemplateFailure(f"the generation prompt {generation_prompt!r} does not stand before {name}")
 
-    def _end(self, after: str, tail: str, name: str) -> int:
+    def _closing_length(self, after: str, tail: str, name: str) -> int:
         """How much of ``after``, what follows the content in mid-conversation, belongs to the turn.
 
         ``tail`` is what follows the content when the turn is the last one: it closes a tool call and ends the turn. A
@@ -187,10 +191,13 @@ def _probe(template: JinjaTemplate) -> tuple[str | None, str | None]:
 
 
 def _perturb(message: ChatMessage, word: str) -> ChatMessage:
-    """``message`` with another text: its content, and the arguments of its calls, which end what it writes."""
+    """``message`` with another text: its content, which begins what it writes, and its calls' arguments, which end it.
+
+    A turn without content gets one all the same. It shows where the turn begins; what it may change after that is
+    held against the real text.
+    """
     changed = {key: value for key, value in message.items() if key not in ("reasoning_content", "thinking")}
-    if message["content"].strip():
-        changed["content"] = word
+    changed["content"] = word
     if message.get("tool_calls"):
         changed["tool_calls"] = [
             {**call, "function": {**call["function"], "arguments": _perturbed_arguments(call, word)}}

@@ -121,7 +121,7 @@ def _lines(file: IO[bytes], path: str) -> Iterator[tuple[Any, Origin]]:
     for number, raw in enumerate(file, start=1):
         if not raw.strip():
             continue
-        line = _decode(raw, f"{path}:{number}")
+        line = _decode(raw.rstrip(b"\r\n"), f"{path}:{number}")
         try:
             yield json.loads(line), Origin(path, number)
         except json.JSONDecodeError as error:
