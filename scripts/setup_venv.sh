@@ -40,7 +40,7 @@ step() {
     title=$1
     shift
     step_number=$((step_number + 1))
-    printf 'set-up %d/6: %s\n' "$step_number" "$title"
+    printf 'set-up %d/5: %s\n' "$step_number" "$title"
     printf '\n== %s: %s\n' "$title" "$*" >>"$log"
     if ! "$@" >>"$log" 2>&1; then
         tail -n 20 "$log" | sed 's/^/    /' >&2
@@ -74,20 +74,6 @@ install_project() {
     fi
 }
 
-# DeepSpeed compiles this op at the first use of ZeRO on CPUs. Done here, the first run does not stop for it, and
-# several processes do not wait for each other's compiler. Without a compiler DeepSpeed goes without the op.
-compile_cpu_ops() {
-    PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -c '
-import deepspeed
-from deepspeed.accelerator import get_accelerator
-
-if get_accelerator().device_name() == "cpu":
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        builder.load()
-'
-}
-
 if [ -d "$venv" ] && ! "$venv/bin/python" -c '' >/dev/null 2>&1; then
     rm -rf "$venv" # the Python it was made with is gone
 fi
@@ -97,6 +83,5 @@ keep_torch
 step "build tools" pip -c .build/constraints.txt 'setuptools>=77' wheel ninja py-cpuinfo numpy
 step "deepspeed" pip -c .build/constraints.txt --no-build-isolation 'deepspeed>=0.19.8'
 step "sft_dist and the rest" install_project
-step "DeepSpeed's CPU op, compiled once for all environments of this Python" compile_cpu_ops
 printf '%s' "$wanted" >"$stamp"
 echo "set-up: done, $("$venv/bin/python" -c 'import importlib.metadata as m; print("torch", m.version("torch"), "- deepspeed", m.version("deepspeed"))')"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,9 +91,13 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 def _put_own_tools_on_path() -> None:
-    """Lets DeepSpeed find ninja beside this Python when the environment is used without being activated."""
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    """Lets DeepSpeed find the environment's ninja when the environment is used without being activated.
+
+    Before the system's own: operators compiled with one version are compiled again by another.
+    """
+    tools = Path(sys.executable).parent
+    if (tools / "ninja").exists():
+        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 @config_app.command("check")

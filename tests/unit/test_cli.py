@@ -1,0 +1,257 @@
+"""What the command line prints and exits with. ``run_training`` is replaced: the commands are tested, not training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import sft_dist
+from sft_dist.cli import main
+from sft_dist.config.load import load_config
+from sft_dist.config.schema import Config
+from sft_dist.errors import CheckpointError, ConfigError, DataError, ShardingMismatch, TrainingDiverged
+from sft_dist.runtime import failure
+
+SMALLEST = """\
+model: {path: m}
+data: {train: [{path: a.jsonl}]}
+train: {global_batch_size: 2, max_steps: 3}
+output_dir: runs/x
+"""
+REPOSITORY = Path(sft_dist.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.yaml in the current directory, and no launcher around this test."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(SMALLEST, encoding="utf-8")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def exit_code(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(list(arguments))
+        printed = capsys.readouterr()
+        return int(caught.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None], list[Config]]:
+    """Lets ``run_training`` raise what is given; yields the configs it was called with."""
+
+    def replace(error: BaseException | None) -> list[Config]:
+        calls: list[Config] = []
+
+        def run_training(config: Config) -> None:
+            calls.append(config)
+            if error is not None:
+                raise error
+
+        module = types.ModuleType("sft_dist.train.run")
+        module.run_training = run_training  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "sft_dist.train.run", module)
+        return calls
+
+    return replace
+
+
+Run = Callable[..., tuple[int, str, str]]
+Training = Callable[[BaseException | None], list[Config]]
+
+
+# config
+
+
+def test_check(exit_code: Run) -> None:
+    assert exit_code("config", "check", "run.yaml") == (0, "run.yaml: valid\n", "")
+
+
+def test_check_reads_and_validates(exit_code: Run) -> None:
+    assert exit_code("config", "check", "run.yaml", "train.sede=3") == (
+        2,
+        "",
+        "error: run.yaml with 'train.sede=3': train.sede is not a key\n  fix: did you mean train.seed?\n",
+    )
+    assert exit_code("config", "check", "run.yaml", "train.max_steps=null") == (
+        2,
+        "",
+        "error: run.yaml: the length of the run is missing\n  fix: set train.num_epochs or train.max_steps\n",
+    )
+
+
+def test_several_mistakes_stand_below_each_other(exit_code: Run) -> None:
+    _, _, err = exit_code("config", "check", "run.yaml", "train.seed=-1", "optim.lr=-1")
+    assert err.splitlines() == [
+        "error: run.yaml with 'optim.lr=-1': optim.lr is -1; set optim.lr to a number > 0",
+        "       run.yaml with 'train.seed=-1': train.seed is -1; set train.seed to a whole number >= 0",
+        "  fix: correct these 2 places; `sft-dist config schema` describes every key",
+    ]
+
+
+def test_brackets_in_a_message_are_not_markup(exit_code: Run) -> None:
+    _, _, err = exit_code("config", "check", "run.yaml", "output_dir=[red]")
+    assert err == "error: run.yaml with 'output_dir=[red]': output_dir is [\"red\"]\n  fix: set output_dir to text\n"
+
+
+def test_show_is_loadable_and_equal(exit_code: Run) -> None:
+    code, out, err = exit_code("config", "show", "run.yaml", "optim.lr=1e-9")
+    assert (code, err) == (0, "")
+    Path("shown.yaml").write_text(out, encoding="utf-8")
+    assert load_config("shown.yaml") == load_config("run.yaml", ["optim.lr=1e-9"])
+
+
+def test_schema_describes_every_section(exit_code: Run) -> None:
+    code, out, _ = exit_code("config", "schema")
+    assert code == 0
+    assert set(json.loads(out)["properties"]) == set(Config.model_fields)
+
+
+# train
+
+
+def test_train_passes_the_checked_config_on(exit_code: Run, training: Training) -> None:
+    calls = training(None)
+    assert exit_code("train", "run.yaml", "train.seed=7") == (0, "", "")
+    assert [config.train.seed for config in calls] == [7]
+
+
+def test_train_validates_before_it_starts(exit_code: Run, training: Training) -> None:
+    calls = training(None)
+    assert exit_code("train", "run.yaml", "train.num_epochs=1")[0] == 2
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError, 2), (DataError, 4), (CheckpointError, 5), (TrainingDiverged, 6), (ShardingMismatch, 1)],
+)
+def test_named_failure(exit_code: Run, training: Training, error: type[ConfigError], code: int) -> None:
+    training(error("a.jsonl: row 3 is empty", fix="remove it"))
+    assert exit_code("train", "run.yaml") == (code, "", "error: a.jsonl: row 3 is empty\n  fix: remove it\n")
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_debug_anywhere_shows_the_trace_too(exit_code: Run, training: Training, place: int) -> None:
+    training(DataError("a", fix="b"))
+    arguments = ["train", "run.yaml"]
+    arguments.insert(place, "--debug")
+    code, _, err = exit_code(*arguments)
+    assert code == 4
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert err.endswith("error: a\n  fix: b\n")
+
+
+def test_unexpected_failure_shows_its_trace(exit_code: Run, training: Training) -> None:
+    training(ZeroDivisionError("our mistake"))
+    code, _, err = exit_code("train", "run.yaml")
+    assert code == 1
+    assert err.startswith("Traceback")
+    assert err.endswith("ZeroDivisionError: our mistake\n")
+
+
+def test_interrupt_is_quiet(exit_code: Run, training: Training) -> None:
+    training(KeyboardInterrupt())
+    assert exit_code("train", "run.yaml") == (130, "", "")
+
+
+def test_exit_code_of_the_trainer_passes_through(exit_code: Run, training: Training) -> None:
+    training(SystemExit(75))
+    assert exit_code("train", "run.yaml") == (75, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "run.yaml", "--fast"], ["config", "chekc"]])
+def test_usage_error(exit_code: Run, arguments: list[str]) -> None:
+    assert exit_code(*arguments)[0] == 2
+
+
+# Under a launcher
+
+
+def test_a_mistake_that_all_ranks_share_is_left_to_the_first_of_the_node(
+    exit_code: Run, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait long enough for the launcher to end them, and speak only if it does not."""
+    waits: list[float] = []
+    monkeypatch.setattr(failure.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    training(DataError("a", fix="b"))
+    assert exit_code("train", "run.yaml") == (4, "", "[rank 9] error: a\n[rank 9]   fix: b\n")
+    assert waits == [failure.SIBLING_GRACE_S]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert exit_code("train", "run.yaml")[2] == "[rank 9] error: a\n[rank 9]   fix: b\n"
+    monkeypatch.setenv("RANK", "0")
+    assert exit_code("train", "run.yaml")[2] == "error: a\n  fix: b\n"
+    assert len(waits) == 1
+
+
+def test_a_failure_of_one_rank_is_printed_at_once_with_its_rank(
+    exit_code: Run, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure.time, "sleep", lambda _: pytest.fail("waited"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    training(CheckpointError("a", fix="b"))
+    assert exit_code("train", "run.yaml") == (5, "", "[rank 1] error: a\n[rank 1]   fix: b\n")
+    training(ZeroDivisionError("our mistake"))
+    code, _, err = exit_code("train", "run.yaml")
+    assert code == 1
+    assert all(line.startswith("[rank 1] ") for line in err.splitlines())
+
+
+# As a process
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+
+
+def test_module_exits_with_the_code() -> None:
+    finished = python("-m", "sft_dist", "config", "check", "run.yaml", "train.seed=-1")
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr == (
+        "error: run.yaml with 'train.seed=-1': train.seed is -1\n  fix: set train.seed to a whole number >= 0\n"
+    )
+
+
+def test_commands_answer_without_loading_torch() -> None:
+    """Loading torch takes seconds; ``--help`` and a mistake in the configuration must not wait for it."""
+    program = (
+        "import sys, sft_dist.cli\n"
+        "try: sft_dist.cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules], file=sys.stderr)"
+    )
+    for arguments in (["--help"], ["config", "show", "run.yaml"], ["train", "run.yaml", "train.seed=-1"]):
+        finished = python("-c", program, *arguments)
+        assert finished.stderr.splitlines()[-1] == "[]", arguments
+
+
+def test_help_takes_less_than_a_second() -> None:
+    # Processor time of the child: on a busy machine the clock on the wall measures the neighbours.
+    before = os.times()
+    start = time.perf_counter()
+    assert "train" in python("-m", "sft_dist", "--help").stdout
+    after = os.times()
+    used_s = after.children_user + after.children_system - before.children_user - before.children_system
+    assert min(used_s, time.perf_counter() - start) < 1

@@ -1,0 +1,139 @@
+"""Keys that contradict each other, and those that only look as if they did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sft_dist.config.schema import Config
+from sft_dist.config.validate import validate
+from sft_dist.errors import ConfigError
+
+
+def config(**sections: Any) -> Config:
+    smallest: dict[str, Any] = {
+        "model": {"path": "m"},
+        "data": {"train": [{"path": "a.jsonl"}]},
+        "train": {"global_batch_size": 4, "max_steps": 10},
+        "output_dir": "runs/x",
+    }
+    return Config.model_validate(smallest | sections)
+
+
+def train(**keys: Any) -> dict[str, Any]:
+    return {"train": {"global_batch_size": 4} | keys}
+
+
+LORA = {"type": "lora"}
+
+WRONG = [
+    (
+        train(),
+        "the length of the run is missing",
+        "set train.num_epochs or train.max_steps",
+    ),
+    (
+        train(num_epochs=1, max_steps=2),
+        "train.num_epochs is 1 and train.max_steps is 2: both set the length of the run",
+        "remove one of them (as an override: train.num_epochs=null or train.max_steps=null)",
+    ),
+    (
+        train(num_epochs=1, micro_batch_size=8),
+        "train.micro_batch_size is 8, more than train.global_batch_size, which is 4",
+        "set train.micro_batch_size to at most 4",
+    ),
+    (
+        {"optim": {"type": "sgd", "warmup_ratio": 0.95}},
+        "optim.warmup_ratio 0.95 of train.max_steps 10 is all of them: lr would never leave the warm-up",
+        "set optim.warmup_ratio to at most 0.9, or train longer",
+    ),
+    (
+        {"precision": {"compute": "fp32", "master": "bf16"}},
+        "precision.master bf16 stores the weights more coarsely than precision.compute fp32 multiplies them",
+        "set precision.master to fp32, or precision.compute to bf16",
+    ),
+    (
+        {"precision": {"master": "bf16"}, "sharding": {"strategy": "zero2"}},
+        "precision.master is bf16, but sharding.strategy zero2 (DeepSpeed) always keeps fp32 master weights",
+        "set precision.master to fp32, or sharding.strategy to fsdp2 or ddp",
+    ),
+    (
+        {"activation_checkpointing": {"mode": "every_k"}},
+        "activation_checkpointing.mode is every_k, but activation_checkpointing.k is missing",
+        "set activation_checkpointing.k, e.g. to 2",
+    ),
+    (
+        {"activation_checkpointing": {"mode": "full", "k": 2}},
+        "activation_checkpointing.k is 2, which has no effect with activation_checkpointing.mode full",
+        "remove activation_checkpointing.k, or set activation_checkpointing.mode to every_k",
+    ),
+    (
+        {"method": LORA | {"target_modules": []}},
+        "method.target_modules is []: an adapter on nothing",
+        "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
+    ),
+    (
+        {"method": {"type": "qlora", "target_modules": ["q_proj", " "]}},
+        "method.target_modules is ['q_proj', ' ']: one name is empty",
+        "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
+    ),
+    (
+        {"eval": {"every_steps": 5}},
+        "eval.every_steps is 5, but data.eval is empty",
+        "add held-out sources to data.eval, or remove eval.every_steps",
+    ),
+    ({"output_dir": " "}, "output_dir is empty", "set output_dir to a path"),
+    ({"model": {"path": ""}}, "model.path is empty", "set model.path to a path"),
+    (
+        {"data": {"train": [{"path": "a"}, {"path": ""}]}},
+        "data.train.1.path is empty",
+        "set data.train.1.path to a path",
+    ),
+]
+
+RIGHT = [
+    {},
+    train(num_epochs=1, micro_batch_size=4),
+    {"precision": {"compute": "bf16", "master": "bf16"}},
+    {"precision": {"reduce": "bf16"}, "sharding": {"strategy": "zero3"}},
+    {"precision": {"compute": "fp32"}, "sharding": {"strategy": "zero1"}},
+    {"activation_checkpointing": {"mode": "every_k", "k": 2}},
+    {"method": LORA | {"target_modules": ["q_proj"]}},
+    {"method": LORA},
+    {"eval": {"every_steps": 5}, "data": {"train": [{"path": "a"}], "eval": [{"path": "b"}]}},
+    {"optim": {"warmup_ratio": 0.9}},
+    train(max_steps=1),  # the default warm-up of one step; there is nothing after it to reach
+    {"optim": {"type": "sgd"}, "sharding": {"strategy": "zero2"}},
+]
+
+
+@pytest.mark.parametrize(("sections", "what", "fix"), WRONG, ids=[what[:40] for _, what, _ in WRONG])
+def test_contradiction(sections: dict[str, Any], what: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(config(**sections))
+    assert (caught.value.what, caught.value.fix) == (what, fix)
+
+
+@pytest.mark.parametrize("sections", RIGHT, ids=str)
+def test_no_contradiction(sections: dict[str, Any]) -> None:
+    validate(config(**sections))
+
+
+@pytest.mark.parametrize("steps", range(2, 60))
+def test_the_advised_warmup_is_accepted(steps: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(config(**train(max_steps=steps), optim={"warmup_ratio": 0.99}))
+    advised = float(caught.value.fix.removeprefix("set optim.warmup_ratio to at most ").split(",")[0])
+    validate(config(**train(max_steps=steps), optim={"warmup_ratio": advised}))
+
+
+def test_several_contradictions_come_at_once_and_name_the_file() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(config(**train(), eval={"every_steps": 5}), source="run.yaml")
+    assert caught.value.what.splitlines() == [
+        "run.yaml: the length of the run is missing; set train.num_epochs or train.max_steps",
+        "run.yaml: eval.every_steps is 5, but data.eval is empty; add held-out sources to data.eval, or remove "
+        "eval.every_steps",
+    ]
+    assert caught.value.fix == "correct these 2 places"
