@@ -133,6 +133,12 @@ def test_what_a_plain_template_drops_is_put_into_content() -> None:
     assert '<start_of_turn>user\n<tool_response>\n{"sky": "晴れ"}\n</tool_response><end_of_turn>' in text
 
 
+def test_a_template_that_would_print_arguments_as_python_gets_json() -> None:
+    row = conversation(("user", "?"), CALL)
+    renderer = renderer_of("r1", t.R1.replace("'\n' + call.arguments + eos", "'\n' ~ call.arguments ~ eos"))
+    assert supervised_texts(renderer, renderer.render(row)) == ['<|call|>weather\n{"days": [1, 2]}<|end|>']
+
+
 def test_results_of_calls_made_at_once_are_one_user_turn_where_the_role_is_unknown() -> None:
     twice = Message("assistant", "Both.", tool_calls=CALL.tool_calls * 2)
     row = conversation(("user", "?"), twice, ("tool", "one"), ("tool", "two"), ("assistant", "Done"))
@@ -227,6 +233,10 @@ def test_a_token_that_begins_in_the_prompt_is_not_supervised() -> None:
     assert supervised_tokens(text, [(0, 2), (2, 3), (3, 5)], [False] * 3, spans) == [False, False, True]
 
 
+def test_a_token_that_ends_in_the_next_turn_is_not_supervised() -> None:
+    assert supervised_tokens("ab.\n##", [(0, 2), (2, 4), (4, 6)], [False] * 3, [(0, 3)]) == [True, False, False]
+
+
 def test_pieces_of_one_character_and_empty_tokens() -> None:
     text = "a犬 b"
     offsets = [(0, 1), (1, 2), (1, 2), (1, 2), (3, 3), (3, 4)]  # three bytes of one character; a lone, trimmed space
@@ -251,6 +261,13 @@ def test_pieces_of_one_character_and_empty_tokens() -> None:
             "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
             CHAT,
             "depends on the text of that turn",
+        ),
+        (
+            "chatml",  # a note after a long conversation, where an EOS token would have to go
+            "{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+            "{{ '(end)' if messages | length > 2 }}",
+            CHAT,
+            "follows the last answer and is no end-of-turn token",
         ),
         (
             "chatml",  # another end of turn in mid-conversation than at the end
