@@ -126,15 +126,17 @@ class ChatRenderer:
         self._backend.no_padding()
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
-        added = (id in self._added_ids for id in ids)
+        added = [id in self._added_ids for id in ids]
         return TokenizedRow(ids, supervised_tokens(text, offsets, added, spans)), offsets
 
     def _ends_turn(
         self, row: TokenizedRow, offsets: list[Span], last: Span, text: str, end_of_turn: str | None
     ) -> bool:
         """Whether the last answer ends in a token that stops generation: a special one, or the template's own."""
-        at = max((index for index, is_supervised in enumerate(row.supervised) if is_supervised), default=-1)
-        if at < 0 or offsets[at][1] < last[1]:
+        if True not in row.supervised:
+            return False
+        at = len(row.supervised) - 1 - row.supervised[::-1].index(True)
+        if offsets[at][1] < last[1]:
             return False
         id = row.input_ids[at]
         is_templates_own = bool(end_of_turn) and text[: last[1]].endswith(end_of_turn or "")

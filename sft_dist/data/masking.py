@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
@@ -28,6 +29,7 @@ from sft_dist.data.presentation import ChatMessage, Tools
 
 _REASONING_TAGS = re.compile(r"</?think(?:ing)?>")
 _WORD = "perturbedQxzvj"
+_PAST_ALL: Span = (sys.maxsize, sys.maxsize)
 
 
 class SpanFinder:
@@ -262,7 +264,9 @@ def supervised_tokens(text: str, offsets: Iterable[Span], added: Iterable[bool],
         spans: what the model produces, in order and without overlap.
     """
     supervised = []
-    at, covered = 0, 0
+    remaining = iter(spans)
+    start, stop = next(remaining, _PAST_ALL)
+    covered = 0
     for (begin, end), is_added in zip(offsets, added, strict=True):
         if is_added:
             piece = text[begin:end]
@@ -270,8 +274,9 @@ def supervised_tokens(text: str, offsets: Iterable[Span], added: Iterable[bool],
             last = begin + len(piece.rstrip()) if piece.strip() else end
         else:
             first, last = (covered, end) if end > covered else (begin, end)
-        covered = max(covered, end)
-        while at < len(spans) and spans[at][1] <= first:
-            at += 1
-        supervised.append(at < len(spans) and spans[at][0] <= first and last <= spans[at][1])
+        if end > covered:
+            covered = end
+        while stop <= first:  # this loop runs for every token of the data: it looks at one span only
+            start, stop = next(remaining, _PAST_ALL)
+        supervised.append(start <= first and last <= stop)
     return supervised
