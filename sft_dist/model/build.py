@@ -31,6 +31,9 @@ UNSUPPORTED_SETTINGS = (
 )  # fmt: skip
 
 
+WEIGHTS_FIX = "the folder needs model.safetensors, or its shards and model.safetensors.index.json"
+
+
 class SftModel(nn.Module):
     """A causal language model whose forward returns its summed loss.
 
@@ -155,6 +158,17 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
     return config
 
 
+def check_weights(spec: ModelSpec) -> None:
+    """Answers at once whether a model folder has weights; a hub id is looked up when it is loaded.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    folder = Path(spec.path)
+    if folder.is_dir() and not (list(folder.glob("*.safetensors"))):
+        raise CheckpointError(f"model.path: {folder} has no .safetensors weights", fix=WEIGHTS_FIX)
+
+
 def _load_weights(path: str, revision: str | None, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     # Transformers logs a table of missing keys and goes on with random weights; here each of them is an error.
     logger = logging.getLogger("transformers.modeling_utils")
@@ -168,7 +182,7 @@ def _load_weights(path: str, revision: str | None, config: PretrainedConfig, dty
     except (OSError, RuntimeError, ValueError) as e:
         raise CheckpointError(
             f"model.path: no readable weights in {path} ({_first_line(e)})",
-            fix="the folder needs model.safetensors, or its shards and model.safetensors.index.json",
+            fix=WEIGHTS_FIX,
         ) from e
     finally:
         logger.setLevel(level)

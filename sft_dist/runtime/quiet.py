@@ -8,7 +8,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Silences progress bars, banners and warnings about how libraries call each other. Call before training starts."""
+    """Silences progress bars, banners and warnings about how libraries call each other. Call before they are imported."""
     # DeepSpeed calls collectives by their older names, twice a layer and step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message=r".*broadcast_buffers.*", category=FutureWarning)
@@ -16,7 +16,10 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import torch
     from transformers.utils import logging as transformers_logging
 
+    # DeepSpeed warns when it has to find out for itself.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

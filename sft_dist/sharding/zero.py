@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +128,6 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
 
 def _import_deepspeed() -> Any:
     """DeepSpeed without its shared-memory collectives: they compile for a minute at the first start on a CPU, and gloo serves."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import deepspeed.ops
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +18,23 @@ from sft_dist.data.loader import Step, micro_batches
 from sft_dist.data.prepared import PreparedData
 from sft_dist.sharding.strategy import Strategy
 
+T = TypeVar("T")
+
+
+class Timed(Iterator[T]):
+    """An iterator that adds up the time spent waiting for its items."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+        self.waited_s = 0.0
+
+    def __next__(self) -> T:
+        started = time.perf_counter()
+        try:
+            return next(self._items)
+        finally:
+            self.waited_s += time.perf_counter() - started
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -23,10 +43,12 @@ class StepOutcome:
     Args:
         loss: mean over the step's supervised tokens, over all ranks.
         grad_norm: of that mean's gradient, before clipping.
+        data_wait_s: seconds this rank waited for its micro-batches.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    data_wait_s: float
 
 
 @dataclass(frozen=True)
@@ -52,13 +74,14 @@ def train_step(
 ) -> StepOutcome:
     """Forward and backward over this rank's share of the step, then the update. No value is read from the device."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for batch, is_last in micro_batches(data, plan, step.sequences, rank):
+    batches = Timed(micro_batches(data, plan, step.sequences, rank))
+    for batch, is_last in batches:
         loss_sum += strategy.forward_backward(
             batch.to(device), supervised_in_step=step.supervised_tokens, is_last_micro_batch=is_last
         )
     result = strategy.step(lr)
     dist.all_reduce(loss_sum)
-    return StepOutcome(loss=loss_sum / step.supervised_tokens, grad_norm=result.grad_norm)
+    return StepOutcome(loss=loss_sum / step.supervised_tokens, grad_norm=result.grad_norm, data_wait_s=batches.waited_s)
 
 
 def evaluate(

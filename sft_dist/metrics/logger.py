@@ -1,0 +1,117 @@
+"""One place where every number of a run comes out: the console, ``metrics.jsonl`` and W&B. Rank 0's only."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sft_dist.config.schema import WandbConfig
+from sft_dist.errors import ConfigError
+
+Metrics = dict[str, int | float]
+
+# Without a terminal a bar cannot be redrawn: this many lines are printed over a run instead.
+LINES_WITHOUT_TERMINAL = 20
+
+
+class RunLogger:
+    """Writes metrics while a run lasts; use as a context.
+
+    Args:
+        folder: the run directory; ``metrics.jsonl`` goes there, one JSON object a line, flushed at once.
+        settings: the resolved configuration, for W&B.
+
+    Raises:
+        ConfigError: W&B was asked for and cannot start. Once it runs, a failure of it is said once and stops nothing.
+    """
+
+    def __init__(self, folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, num_steps: int) -> None:
+        self.console = Console(highlight=False)
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._num_steps = num_steps
+        self._wandb = _start_wandb(wandb, folder, settings)
+        self._bar = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._task = self._bar.add_task("train", total=self._num_steps, status="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.console.print(text)
+
+    def training_step(self, metrics: Metrics) -> None:
+        """One line of training metrics; see docs/architecture.md for the keys."""
+        self._write(metrics)
+        assert self._task is not None
+        status = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=metrics["step"], status=status)
+        interval = max(1, self._num_steps // LINES_WITHOUT_TERMINAL)
+        step = int(metrics["step"])
+        if not self.console.is_terminal and (step % interval == 0 or step in (1, self._num_steps)):
+            left = (self._num_steps - step) * metrics["step_time_s"]
+            self.say(f"step {step}/{self._num_steps}  {status}  lr {metrics['lr']:.2e}  about {left:.0f} s left")
+
+    def evaluation(self, metrics: Metrics) -> None:
+        """One line of evaluation metrics."""
+        self._write(metrics)
+        self.say(
+            f"eval at step {metrics['step']}: loss {metrics['eval_loss']:.4f}, "
+            f"perplexity {metrics['eval_perplexity']:,.2f}"
+        )
+
+    def _write(self, metrics: Metrics) -> None:
+        # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        broken = [k for k, v in finite.items() if v is None]
+        self._file.write(json.dumps(finite | ({"non_finite": broken} if broken else {})) + "\n")
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(metrics, step=int(metrics["step"]))
+        except Exception as e:
+            self.say(f"[yellow]W&B stopped taking metrics ({e}); training goes on, metrics.jsonl has them all")
+            self._wandb = None
+
+
+def _start_wandb(config: WandbConfig, folder: Path, settings: dict[str, Any]) -> Any:
+    if config.mode == "disabled":
+        return None
+    import wandb
+
+    try:
+        return wandb.init(
+            project=config.project, name=config.name, mode=config.mode, dir=folder, config=settings,
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+    except Exception as e:
+        raise ConfigError(
+            f"logging.wandb.mode={config.mode}: W&B did not start ({str(e).strip().splitlines()[0]})",
+            fix="run `wandb login`, or set logging.wandb.mode to offline or disabled",
+        ) from e

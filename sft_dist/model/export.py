@@ -1,0 +1,92 @@
+"""Writes what a run made in Hugging Face layout: a whole model, or an adapter, with tokenizer and chat template."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from sft_dist.config.schema import LoraMethod
+from sft_dist.errors import CheckpointError
+from sft_dist.model.adapters import lora_config
+from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.spec import ModelSpec
+
+# SftModel's own attribute, in front of every name that Transformers and PEFT know.
+PREFIX = "hf."
+
+
+def export(
+    folder: Path,
+    spec: ModelSpec,
+    model: SftModel,
+    parameters: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_main: bool,
+) -> None:
+    """Writes ``folder``, complete or not at all. Every rank must call it; rank 0 writes.
+
+    A whole model is saved in the dtype it computed in, an adapter in that of its master weights.
+
+    Args:
+        parameters: (name, full tensor) of every trainable parameter, of the others too when the method is full.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    gathered = {name.removeprefix(PREFIX): tensor for name, tensor in parameters}
+    if not is_main:
+        return
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        if isinstance(spec.method, LoraMethod):
+            _save_adapter(unfinished, spec, model, gathered)
+        else:
+            _save_model(unfinished, spec, model, gathered, tokenizer)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    except OSError as e:
+        raise CheckpointError(
+            f"cannot write {folder} ({e})", fix="make room on the disk or set another output_dir"
+        ) from e
+
+
+def _save_model(
+    folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    causal_lm = model.causal_lm
+    dtype = TORCH_DTYPES[spec.compute]
+    causal_lm.config.use_cache = True
+    if causal_lm.generation_config is not None:
+        _stop_at_end_of_turn(causal_lm.generation_config, tokenizer)
+    causal_lm.save_pretrained(folder, state_dict={name: t.to(dtype) for name, t in state.items()})
+
+
+def _stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Generation must stop where training taught the model to; a base model often knows only its document's end."""
+    eos = config.eos_token_id
+    known = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
+        config.eos_token_id = [*known, tokenizer.eos_token_id]
+
+
+def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor]) -> None:
+    assert isinstance(spec.method, LoraMethod) and isinstance(model.hf, PeftModel)
+    adapter = get_peft_model_state_dict(model.hf, state_dict=state, save_embedding_layers=False)
+    save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = lora_config(spec.method, base_model=spec.path)
+    # The names that `all-linear` stood for: the adapter must load on its base without guessing.
+    config.target_modules = model.hf.peft_config["default"].target_modules
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+

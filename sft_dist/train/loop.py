@@ -1,0 +1,144 @@
+"""The loop: steps, evaluations, and what is written about them."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from sft_dist.data.loader import Step, TrainingOrder
+from sft_dist.data.prepared import PreparedData
+from sft_dist.errors import TrainingDiverged
+from sft_dist.metrics.logger import Metrics, RunLogger
+from sft_dist.run import Run
+from sft_dist.runtime.world import World
+from sft_dist.sharding.optim import learning_rate
+from sft_dist.sharding.strategy import Strategy
+from sft_dist.sharding.verify import MovementCheck
+from sft_dist.train.step import StepOutcome, evaluate, train_step
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A step whose numbers may still be on the device."""
+
+    number: int
+    step: Step
+    outcome: StepOutcome
+    lr: float
+    started_s: float
+
+
+class Training:
+    """One run's loop on one rank.
+
+    Args:
+        eval_data: held-out rows, or None.
+        logger: on rank 0; None elsewhere.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        world: World,
+        device: torch.device,
+        strategy: Strategy,
+        order: TrainingOrder,
+        eval_data: PreparedData | None,
+        logger: RunLogger | None,
+        *,
+        num_steps: int,
+    ) -> None:
+        self.settings, self.world, self.device, self.strategy = run, world, device, strategy
+        self.order, self.eval_data, self.logger, self.num_steps = order, eval_data, logger, num_steps
+        self._unread: _Finished | None = None
+
+    def run(self) -> None:
+        """Trains to the last step.
+
+        Raises:
+            TrainingDiverged: a loss or a gradient norm is not finite.
+            ShardingMismatch: the first step moved nothing.
+        """
+        if self.settings.eval.before_training:
+            self._evaluate(completed=0)
+        check = MovementCheck(self.strategy)
+        for number in range(self.num_steps):
+            self._train_step(number)
+            if number == 0:
+                check.verify(self.world.rank)
+            if self._evaluation_is_due(completed=number + 1):
+                self._evaluate(completed=number + 1)
+        self._read()
+
+    def _evaluation_is_due(self, *, completed: int) -> bool:
+        every = self.settings.eval.every_steps
+        return completed == self.num_steps or (every is not None and completed % every == 0)
+
+    def _train_step(self, number: int) -> None:
+        started = time.perf_counter()
+        step = self.order.step(number)
+        lr = learning_rate(self.settings.optim, number, self.num_steps)
+        outcome = train_step(
+            self.strategy, self.order.data, self.settings.batch, step, rank=self.world.rank, device=self.device, lr=lr
+        )
+        # Reading the numbers of this step would wait for it; those of the one before have arrived by now.
+        self._read()
+        self._unread = _Finished(number, step, outcome, lr, started)
+
+    def _read(self) -> None:
+        """Reads and reports the step whose numbers were left on the device."""
+        if self._unread is None:
+            return
+        done, self._unread = self._unread, None
+        loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
+        elapsed = time.perf_counter() - done.started_s
+        if self.logger is not None:
+            self.logger.training_step(self._metrics(done, loss, grad_norm, elapsed))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingDiverged(
+                f"step {done.number + 1}: loss {loss}, gradient norm {grad_norm}",
+                fix="lower optim.lr or set optim.max_grad_norm; the sequences of the step were "
+                + ", ".join(str(s) for s in done.step.sequences[:8].tolist()),
+            )
+
+    def _metrics(self, done: _Finished, loss: float, grad_norm: float, elapsed_s: float) -> Metrics:
+        tokens_per_s = done.step.num_tokens / elapsed_s
+        return {
+            "step": done.number + 1,
+            "epoch": (done.number + 1) / self.order.steps_per_epoch,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": done.lr,
+            "num_tokens": done.step.num_tokens,
+            "supervised_tokens": done.step.supervised_tokens,
+            "step_time_s": elapsed_s,
+            "tokens_per_s": tokens_per_s,
+            "tokens_per_s_per_device": tokens_per_s / self.world.size,
+            "data_wait_s": done.outcome.data_wait_s,
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
+
+    def _evaluate(self, *, completed: int) -> None:
+        if self.eval_data is None:
+            return
+        self._read()
+        result = evaluate(
+            self.strategy, self.eval_data, self.settings.batch, rank=self.world.rank, device=self.device
+        )
+        if self.logger is not None:
+            self.logger.evaluation(
+                {"step": completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
+            )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: allocated on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30

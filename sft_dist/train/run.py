@@ -1,0 +1,128 @@
+"""A whole training run, in the order a person would explain it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sft_dist.config.load import dump_config
+from sft_dist.config.schema import Config
+from sft_dist.data.chat_template import ChatRenderer, load_renderer
+from sft_dist.data.loader import TrainingOrder
+from sft_dist.data.prepared import PreparedData, open_prepared, prepare
+from sft_dist.errors import ConfigError
+from sft_dist.metrics.logger import RunLogger
+from sft_dist.model.build import build_model, check_weights
+from sft_dist.model.export import export
+from sft_dist.resolve import resolve
+from sft_dist.run import Run
+from sft_dist.runtime.process_group import device_of, process_group, run_on_main_first
+from sft_dist.runtime.world import World
+from sft_dist.sharding import registry
+from sft_dist.sharding.verify import verify_sharding
+from sft_dist.train.directory import check_run_directory
+from sft_dist.train.loop import Training
+from sft_dist.train.summary import summary
+
+
+def run_training(config: Config) -> None:
+    """Trains as ``config`` says, in this process and its peers; returns when ``final/`` is written.
+
+    Raises:
+        SftError: one of its kinds for every mistake in configuration, data or model, and when training diverges.
+    """
+    world = World.from_environment()
+    run = resolve(config, world.shape)
+    device = device_of(world)
+    folder = Path(run.output_dir)
+    with process_group(world, device) as store:
+
+        def prepare_all() -> None:
+            check_run_directory(folder)
+            check_weights(run.model)
+            _prepare_data(run, renderer, folder)
+            (folder / "config.yaml").write_text(dump_config(config))
+
+        renderer = load_renderer(run.model.path, run.model.revision, run.data.chat_template)
+        run_on_main_first(world, store, "prepare", prepare_all)
+        train_data, eval_data = _open_data(run, folder)
+        train(run, world, device, train_data, eval_data, renderer, settings=config.model_dump(mode="json"))
+        dist.barrier()
+
+
+def train(
+    run: Run,
+    world: World,
+    device: torch.device,
+    train_data: PreparedData,
+    eval_data: PreparedData | None,
+    renderer: ChatRenderer,
+    *,
+    settings: dict[str, object],
+) -> None:
+    """Build -> shard -> verify -> loop -> export."""
+    strategy = registry.apply(run, build_model(run.model, seed=run.seed), device)
+    spec = registry.describe(run, world.rank)
+    verify_sharding(strategy, spec)
+    order = TrainingOrder(train_data, run.batch, run.seed)
+    num_steps = run.num_steps(train_data.num_sequences)
+    # Dropout is drawn per rank; everything that all ranks must agree on was drawn before.
+    torch.manual_seed(run.seed + world.rank)
+    with _logger(run, world, settings, num_steps) as logger:
+        if logger is not None:
+            logger.say(summary(run, spec, train_data, eval_data, num_steps=num_steps))
+        Training(run, world, device, strategy, order, eval_data, logger, num_steps=num_steps).run()
+        final = Path(run.output_dir) / "final"
+        trainable_only = run.model.method.type != "full"
+        export(
+            final, run.model, strategy.model, strategy.full_parameters(trainable_only=trainable_only),
+            renderer.tokenizer, is_main=world.is_main,
+        )  # fmt: skip
+        if logger is not None:
+            logger.say(f"saved {final}")
+    strategy.close()
+
+
+@contextmanager
+def _logger(run: Run, world: World, settings: dict[str, object], num_steps: int) -> Iterator[RunLogger | None]:
+    """The run's logger on rank 0, None elsewhere."""
+    if not world.is_main:
+        yield None
+        return
+    with RunLogger(Path(run.output_dir), run.logging.wandb, settings, num_steps=num_steps) as logger:
+        yield logger
+
+
+def _prepare_data(run: Run, renderer: ChatRenderer, folder: Path) -> None:
+    """Tokenises, masks and packs both sets into the run directory, showing how far it is."""
+    columns = SpinnerColumn(), TextColumn("{task.description} {task.completed:,.0f} rows"), TimeElapsedColumn()
+    console = Console(highlight=False)
+    for name, sources in (("train", run.data.train), ("eval", run.data.eval)):
+        if not sources:
+            continue
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(f"preparing data.{name}", total=None)
+            counts = prepare(
+                sources, run.data, renderer, folder / "data" / name,
+                key=f"data.{name}", on_row=lambda task=task: progress.advance(task),  # type: ignore[misc]
+            )  # fmt: skip
+        for kind in ("dropped_rows", "truncated_rows"):
+            if counts[kind]:
+                cut = f", {counts['truncated_tokens']:,} tokens cut off" if kind == "truncated_rows" else ""
+                console.print(f"[yellow]data.{name}: {counts[kind]:,} {kind.replace('_', ' ')}{cut}")
+
+
+def _open_data(run: Run, folder: Path) -> tuple[PreparedData, PreparedData | None]:
+    try:
+        return open_prepared(folder / "data" / "train"), open_prepared(folder / "data" / "eval") if run.data.eval else None
+    except FileNotFoundError as e:
+        raise ConfigError(
+            f"output_dir: {folder} lacks the data that rank 0 prepared ({e.filename})",
+            fix="set output_dir to a folder that all nodes share",
+        ) from e
