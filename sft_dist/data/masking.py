@@ -260,7 +260,7 @@ def supervised_tokens(text: str, offsets: Iterable[Span], added: Iterable[bool],
         offsets: each token's characters. Byte-level tokenizers leave out the space that a token begins with; it is
             given back here, as what lies between a token and the one before it.
         added: whether a token is an added one (special tokens are). Such a token may swallow white space beside it,
-            which does not count.
+            which does not count; one that is nothing else (Gemma has such for line breaks) is like any other token.
         spans: what the model produces, in order and without overlap.
     """
     supervised = []
@@ -268,10 +268,8 @@ def supervised_tokens(text: str, offsets: Iterable[Span], added: Iterable[bool],
     start, stop = next(remaining, _PAST_ALL)
     covered = 0
     for (begin, end), is_added in zip(offsets, added, strict=True):
-        if is_added:
-            piece = text[begin:end]
-            first = begin + len(piece) - len(piece.lstrip())
-            last = begin + len(piece.rstrip()) if piece.strip() else end
+        if is_added and (piece := text[begin:end]).strip():
+            first, last = end - len(piece.lstrip()), begin + len(piece.rstrip())
         else:
             first, last = (covered, end) if end > covered else (begin, end)
         if end > covered:

@@ -233,6 +233,14 @@ def test_a_token_that_begins_in_the_prompt_is_not_supervised() -> None:
     assert supervised_tokens(text, [(0, 2), (2, 3), (3, 5)], [False] * 3, spans) == [False, False, True]
 
 
+def test_added_tokens_of_white_space_belong_where_they_stand() -> None:
+    # prompt "a\n", answer "b\n\nc<e>", then a line break of the template
+    offsets = [(0, 1), (1, 2), (2, 3), (3, 5), (5, 6), (6, 9), (9, 10)]
+    added = [False, True, False, True, False, True, True]
+    expected = [False, False, True, True, True, True, False]
+    assert supervised_tokens("a\nb\n\nc<e>\n", offsets, added, [(2, 9)]) == expected
+
+
 def test_a_token_that_ends_in_the_next_turn_is_not_supervised() -> None:
     assert supervised_tokens("ab.\n##", [(0, 2), (2, 4), (4, 6)], [False] * 3, [(0, 3)]) == [True, False, False]
 
