@@ -94,7 +94,7 @@ def _make_record(generator: random.Random, language: Language) -> tuple[str, str
     name = book.name_joint.join(generator.choice(part) for part in book.people)
     date = _FIRST_DAY + datetime.timedelta(days=generator.randrange(_NUM_DAYS))
     if language == "ja":
-        amount, currency = 1000 * generator.randint(1, 48) + generator.choice(_YEN_BELOW_THOUSAND), "JPY"
+        amount, currency = 1000 * generator.randint(1, 29) + generator.choice(_YEN_BELOW_THOUSAND), "JPY"
         shown_date, shown_amount = f"{date.year}年{date.month}月{date.day}日", f"{amount:,}円"
     else:
         amount = 1000 * generator.randint(0, 9) + generator.choice(_CENTRAL_BELOW_THOUSAND)

@@ -5,23 +5,19 @@ from __future__ import annotations
 from sft_dist.demo.phrasebook import Phrasebook, Topic
 
 _FIRST_NAMES = (
-    "Emma", "Oliver", "Priya", "Daniel", "Sofia", "James", "Aisha", "Lucas", "Grace", "Henry",
-    "Mei", "Noah", "Elena", "Samuel", "Hannah", "Diego", "Fatima", "Peter", "Chloe", "Victor",
+    "Emma", "Oliver", "Priya", "Daniel", "Sofia", "James", "Aisha", "Lucas", "Grace", "Henry", "Mei", "Noah",
 )  # fmt: skip
 
 _LAST_NAMES = (
-    "Clarke", "Patel", "Weber", "Rossi", "Murphy", "Nguyen", "Silva", "Larsen",
-    "Novak", "Dubois", "Khan", "Taylor", "Moreau", "Fischer", "Lopez", "Evans",
+    "Clarke", "Patel", "Weber", "Rossi", "Murphy", "Nguyen", "Silva", "Larsen", "Novak", "Evans",
 )  # fmt: skip
 
 _GOODS = (
-    "kettle", "toaster", "vacuum cleaner", "coffee maker", "desk lamp", "hair dryer", "rice cooker", "printer",
-    "keyboard", "monitor", "speaker", "heater", "blender", "smart watch", "headset", "microwave",
+    "kettle", "toaster", "vacuum cleaner", "coffee maker", "desk lamp", "hair dryer", "printer", "keyboard", "monitor", "headset",
 )  # fmt: skip
 
 _EXPENSES = (
-    "room hire", "train tickets", "two hotel nights", "a training course", "the annual fee", "textbooks", "repairs",
-    "shipping", "advertising", "printing", "cleaning", "insurance", "parking", "translation", "catering", "licences",
+    "room hire", "train tickets", "two hotel nights", "a training course", "the annual fee", "textbooks", "repairs", "shipping", "printing", "catering",
 )  # fmt: skip
 
 _TOPICS = (
@@ -243,16 +239,16 @@ _REWRITINGS = (
 ENGLISH = Phrasebook(
     instructions={
         "reply": (
-            "Reply to this customer in three lines: subject, answer, team.",
-            "Answer this enquiry in our house format (subject, answer, team).",
+            "Reply to this customer in our house format.",
+            "Answer with subject, answer and team.",
         ),
         "extraction": (
-            "Turn this into JSON with the keys name, date, amount, currency and item.",
-            "Extract name, date, amount, currency and item as JSON.",
+            "Extract the record as JSON.",
+            "Turn this into our JSON record.",
         ),
         "rewriting": (
             "Rewrite this as one crisp sentence.",
-            "This is too wordy. Say it in one short sentence.",
+            "Say this in one short sentence.",
         ),
     },
     labels=("[Subject]", "[Answer]", "[Team]"),
@@ -267,8 +263,8 @@ ENGLISH = Phrasebook(
     rewritings=_REWRITINGS,
     slots={
         "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday"),
-        "event": ("meeting", "workshop", "interview", "training", "briefing", "review", "launch"),
-        "doc": ("report", "contract", "invoice", "proposal", "agenda", "budget", "forecast", "schedule"),
+        "event": ("meeting", "workshop", "interview", "training", "briefing"),
+        "doc": ("report", "contract", "invoice", "proposal", "agenda", "budget"),
         "name": _FIRST_NAMES,
     },
 )

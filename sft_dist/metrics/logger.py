@@ -64,7 +64,8 @@ class RunLogger:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.console.print(text)
+        # soft_wrap: a narrow terminal wraps a line, a log file keeps it whole.
+        self._bar.console.print(text, soft_wrap=True)
 
     def training_step(self, metrics: Metrics) -> None:
         """One line of training metrics; see docs/architecture.md for the keys."""

@@ -30,7 +30,7 @@ class _Finished:
     step: Step
     outcome: StepOutcome
     lr: float
-    started_s: float
+    elapsed_s: float
 
 
 class Training:
@@ -86,9 +86,10 @@ class Training:
         outcome = train_step(
             self.strategy, self.order.data, self.settings.batch, step, rank=self.world.rank, device=self.device, lr=lr
         )
-        # Reading the numbers of this step would wait for it; those of the one before have arrived by now.
+        # Reading the numbers of this step would wait for it; those of the one before have arrived by now. Waiting for
+        # them is part of the time of this step: the host runs one step ahead, so the average over steps is right.
         self._read()
-        self._unread = _Finished(number, step, outcome, lr, started)
+        self._unread = _Finished(number, step, outcome, lr, time.perf_counter() - started)
 
     def _read(self) -> None:
         """Reads and reports the step whose numbers were left on the device."""
@@ -96,9 +97,8 @@ class Training:
             return
         done, self._unread = self._unread, None
         loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
-        elapsed = time.perf_counter() - done.started_s
         if self.logger is not None:
-            self.logger.training_step(self._metrics(done, loss, grad_norm, elapsed))
+            self.logger.training_step(self._metrics(done, loss, grad_norm))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingDiverged(
                 f"step {done.number + 1}: loss {loss}, gradient norm {grad_norm}",
@@ -106,8 +106,8 @@ class Training:
                 + ", ".join(str(s) for s in done.step.sequences[:8].tolist()),
             )
 
-    def _metrics(self, done: _Finished, loss: float, grad_norm: float, elapsed_s: float) -> Metrics:
-        tokens_per_s = done.step.num_tokens / elapsed_s
+    def _metrics(self, done: _Finished, loss: float, grad_norm: float) -> Metrics:
+        tokens_per_s = done.step.num_tokens / done.elapsed_s
         return {
             "step": done.number + 1,
             "epoch": (done.number + 1) / self.order.steps_per_epoch,
@@ -116,7 +116,7 @@ class Training:
             "lr": done.lr,
             "num_tokens": done.step.num_tokens,
             "supervised_tokens": done.step.supervised_tokens,
-            "step_time_s": elapsed_s,
+            "step_time_s": done.elapsed_s,
             "tokens_per_s": tokens_per_s,
             "tokens_per_s_per_device": tokens_per_s / self.world.size,
             "data_wait_s": done.outcome.data_wait_s,
