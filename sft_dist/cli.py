@@ -87,7 +87,6 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     _put_own_tools_on_path()
     from sft_dist.runtime.quiet import quiet_libraries
 
-    # Before the libraries are imported: some of them talk while they are.
     quiet_libraries()
     from sft_dist.train.run import run_training
 

@@ -78,7 +78,7 @@ def prepare(
         counts: rows, dropped_rows, truncated_rows, truncated_tokens.
 
     Raises:
-        DataError: a source cannot be read, a row is over-long under ``over_length: error``, or nothing is left to train on.
+        DataError: a source cannot be read, a row is over-long under ``over_length: error``, or nothing is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
@@ -99,7 +99,9 @@ def prepare(
             fix=f"raise data.max_seq_len above {data.max_seq_len}, or shorten the prompts",
         )
     packs = (
-        pack_best_fit(lengths, data.max_seq_len) if data.packing == "best_fit" else [[row] for row in range(len(lengths))]
+        pack_best_fit(lengths, data.max_seq_len)
+        if data.packing == "best_fit"
+        else [[row] for row in range(len(lengths))]
     )
     np.savez(
         folder / "index.npz",

@@ -18,6 +18,8 @@ from sft_dist.demo.dataset import data_file
 
 VOCAB_SIZE = 3072
 MAX_POSITIONS = 2048
+EMBEDDING_STD = 0.1
+ATTENTION_STD = 0.06
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # What a token may not cross. Japanese has no spaces, so that without this a name would melt into what follows it and
@@ -83,16 +85,42 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCa
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
+        intermediate_size=384,
+        num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+        _initialise(model)
+    return model
+
+
+@torch.no_grad()
+def _initialise(model: LlamaForCausalLM) -> None:
+    """Random weights from which copying is learned within a minute on a CPU.
+
+    "Mimetic" attention (Trockman and Kolter 2023, arXiv 2305.09828): queries equal keys and the output projection is the
+    values' transpose, so that a token starts by looking at tokens like itself and by passing on what it finds. Input
+    embeddings are large enough to remain distinct under the optimizer's first steps, and the output layer starts as
+    their scaled copy: what is passed on becomes more likely. Nothing of the data is in these weights.
+    """
+    model.model.embed_tokens.weight.normal_(std=EMBEDDING_STD)
+    model.lm_head.weight.copy_(model.model.embed_tokens.weight * (model.config.initializer_range / EMBEDDING_STD))
+    size = model.config.head_dim
+    queries_per_key = model.config.num_attention_heads // model.config.num_key_value_heads
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for projection in (attention.k_proj, attention.v_proj):
+            projection.weight.normal_(std=ATTENTION_STD)
+        for head in range(model.config.num_attention_heads):
+            own = slice(head * size, (head + 1) * size)
+            shared = slice(head // queries_per_key * size, (head // queries_per_key + 1) * size)
+            attention.q_proj.weight[own] = attention.k_proj.weight[shared]
+            attention.o_proj.weight[:, own] = attention.v_proj.weight[shared].T

@@ -131,8 +131,9 @@ def per_segment_sdpa(
     parts = []
     for q, k, v in zip(*(t.split(list(seq_lens)) for t in (query, key, value)), strict=True):
         mask = _window_mask(q.shape[0], window, q)
+        batch_q, batch_k, batch_v = (_as_batch(t, heads) for t in (q, k, v))
         o = F.scaled_dot_product_attention(
-            *(_as_batch(t, heads) for t in (q, k, v)), attn_mask=mask, is_causal=mask is None, scale=scale
+            batch_q, batch_k, batch_v, attn_mask=mask, is_causal=mask is None, scale=scale
         )
         parts.append(o[0].transpose(0, 1))
     return torch.cat(parts)
@@ -143,10 +144,12 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
+    out = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, max_seq_len, max_seq_len,
         scale=scale, window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
 
 
 def packed_attention_forward(
@@ -164,7 +167,7 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The signature that Transformers calls: query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]."""
+    """What Transformers calls: query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]."""
     if attention_mask is not None or dropout:
         raise RuntimeError("packed attention takes neither a mask nor dropout; the model was built for something else")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

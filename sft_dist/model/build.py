@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -24,7 +25,7 @@ from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Settings of a model configuration that change its arithmetic in a way that packed attention or the loss head leave out.
+# Settings of a model configuration that change its arithmetic where packed attention or the loss head leave it out.
 UNSUPPORTED_SETTINGS = (
     "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "num_experts",
     "num_local_experts", "n_routed_experts", "attention_dropout",
@@ -50,7 +51,7 @@ class SftModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Transformers model, without PEFT's wrapper around it."""
-        base = self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+        base = self.hf.get_base_model() if isinstance(self.hf, PeftModel) else self.hf
         assert isinstance(base, PreTrainedModel)
         return base
 
@@ -70,7 +71,9 @@ class SftModel(nn.Module):
             max_seq_len=batch.max_seq_len,
             cu_seqlens=batch.cu_seqlens,
         ).last_hidden_state
-        loss: Tensor = model.get_output_embeddings()(hidden[0].index_select(0, batch.supervised_index), batch.labels)
+        head = model.get_output_embeddings()
+        assert isinstance(head, LossHead)
+        loss: Tensor = head(hidden[0].index_select(0, batch.supervised_index), batch.labels)
         return loss
 
 
@@ -99,9 +102,7 @@ def describe_model(path: str, revision: str | None, method: MethodConfig, comput
     """
     config = load_model_config(path, revision)
     meta = build_meta_model(path, revision, method, compute)
-    owner = {
-        id(parameter): name for name, block in meta.blocks().items() for parameter in block.parameters()
-    }
+    owner = {id(parameter): name for name, block in meta.blocks().items() for parameter in block.parameters()}
     parameters = tuple(
         ParameterSpec(name, tuple(p.shape), p.requires_grad, owner.get(id(p))) for name, p in meta.named_parameters()
     )

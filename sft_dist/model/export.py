@@ -80,7 +80,8 @@ def _stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenize
 
 
 def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor]) -> None:
-    assert isinstance(spec.method, LoraMethod) and isinstance(model.hf, PeftModel)
+    assert isinstance(spec.method, LoraMethod)
+    assert isinstance(model.hf, PeftModel)
     adapter = get_peft_model_state_dict(model.hf, state_dict=state, save_embedding_layers=False)
     save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config = lora_config(spec.method, base_model=spec.path)
@@ -88,5 +89,3 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
     config.target_modules = model.hf.peft_config["default"].target_modules
     config.inference_mode = True
     config.save_pretrained(folder)
-
-

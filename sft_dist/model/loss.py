@@ -19,9 +19,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """sum over n of -log softmax(hidden[n] @ weight.T)[labels[n]]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, with_grad: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, with_grad: bool) -> Tensor:
         # needs_input_grad says what requires grad, also under no_grad: the caller's grad mode decides.
         needs_hidden, needs_weight = (needs and with_grad for needs in ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -52,7 +50,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_rows: int | None = None) -> Tensor:
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_rows: int | None = None
+) -> Tensor:
     """Summed cross-entropy in fp32, a scalar.
 
     Args:

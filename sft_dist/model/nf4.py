@@ -1,8 +1,8 @@
 """Linear layers whose frozen weight is stored in NF4 with double quantisation (arXiv 2305.14314, section 3).
 
-Bytes and dequantised values are bitsandbytes' own; the module is ours, because ``bitsandbytes.nn.Linear4bit`` repacks its
-weight in place on some CPUs when it is called in eval mode, and keeps its quantisation state where neither sharding nor
-a trace can see it. Here the packed weight is one ordinary parameter in the dtype that the strategies shard, and the
+Bytes and dequantised values are bitsandbytes' own; the module is ours, because ``bitsandbytes.nn.Linear4bit`` repacks
+its weight in place on some CPUs when it is called in eval mode, and keeps its quantisation state where neither sharding
+nor a trace can see it. Here the packed weight is one ordinary parameter in the dtype that the strategies shard, and the
 state is ordinary buffers.
 """
 
@@ -41,9 +41,13 @@ class NF4Linear(nn.Linear):
         blocks = -(-numel // BLOCK_SIZE)
         packed = torch.empty(numel // (2 * storage.itemsize), 1, dtype=storage, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = bias
+        self.register_parameter("bias", bias)
         nested = -(-blocks // NESTED_BLOCK_SIZE)
-        for name, size, dtype in (("absmax", blocks, torch.uint8), ("nested_absmax", nested, torch.int32), ("offset", 1, torch.int32)):
+        for name, size, dtype in (
+            ("absmax", blocks, torch.uint8),
+            ("nested_absmax", nested, torch.int32),
+            ("offset", 1, torch.int32),
+        ):
             self.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"), persistent=False)
 
     @classmethod
@@ -53,7 +57,11 @@ class NF4Linear(nn.Linear):
         if linear.weight.device.type == "meta":
             return module
         packed, state = bnb.quantize_4bit(
-            linear.weight.detach(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4", quant_storage=storage
+            linear.weight.detach(),
+            blocksize=BLOCK_SIZE,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=storage,
         )
         module.weight = nn.Parameter(packed, requires_grad=False)
         module.absmax = state.absmax
@@ -75,7 +83,13 @@ class NF4Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, shape: tuple[int, int]
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor,
+        offset: Tensor,
+        shape: tuple[int, int],
     ) -> Tensor:
         ctx.shape = shape
         # The parameter itself, not a view of it: a sharded strategy frees and refills its storage between the passes.
@@ -84,7 +98,9 @@ class NF4Matmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad @ dequantize(*ctx.saved_tensors, ctx.shape, grad.dtype), None, None, None, None, None
+        packed, absmax, nested_absmax, offset = ctx.saved_tensors
+        weight = dequantize(packed, absmax, nested_absmax, offset, ctx.shape, grad.dtype)
+        return grad @ weight, None, None, None, None, None
 
 
 def dequantize(

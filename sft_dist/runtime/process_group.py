@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sft_dist.errors import ConfigError, SftError
 from sft_dist.runtime.world import World
 
-# Preparing data may take longer than any collective of training may; ranks wait for it on the store, not in a collective.
+# Preparing data may take longer than any collective of training may: ranks wait for it on the store.
 PREPARE_TIMEOUT = timedelta(hours=24)
 
 

@@ -8,7 +8,10 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Silences progress bars, banners and warnings about how libraries call each other. Call before they are imported."""
+    """Silences progress bars, banners and warnings about how libraries call each other.
+
+    Call before they are imported: some of them talk while they are.
+    """
     # DeepSpeed calls collectives by their older names, twice a layer and step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message=r".*broadcast_buffers.*", category=FutureWarning)

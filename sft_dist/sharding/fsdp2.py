@@ -37,18 +37,16 @@ class Fsdp2(NativeStrategy):
         super().__init__(run, model)
         assert isinstance(run.sharding, Fsdp2Sharding)
         store_master(model, run)
-        options = {
-            "mesh": init_device_mesh(device.type, (run.world.size,), mesh_dim_names=("dp_shard",)),
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=TORCH_DTYPES[run.precision.compute],
-                reduce_dtype=TORCH_DTYPES[run.precision.reduce],
-                cast_forward_inputs=False,
-            ),
-        }
+        mesh = init_device_mesh(device.type, (run.world.size,), mesh_dim_names=("dp_shard",))
+        policy = MixedPrecisionPolicy(
+            param_dtype=TORCH_DTYPES[run.precision.compute],
+            reduce_dtype=TORCH_DTYPES[run.precision.reduce],
+            cast_forward_inputs=False,
+        )
         for block in model.blocks().values():
-            fully_shard(block, reshard_after_forward=run.sharding.reshard_after_forward, **options)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=run.sharding.reshard_after_forward)
         # The root holds embedding, last norm and output layer: needed first in forward and first again in backward.
-        fully_shard(model, reshard_after_forward=False, **options)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         for buffer_owner in model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 buffer_owner._buffers[name] = buffer.to(device)

@@ -35,7 +35,10 @@ def build_optimizer(
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """The rate of 0-based ``step``: linear warm-up from 1/w to the peak over w steps, then decay that would reach 0 at num_steps."""
+    """The rate of 0-based ``step``.
+
+    It rises linearly from 1/w to the whole peak over w warm-up steps, then decays so as to be 0 at ``num_steps``.
+    """
     warmup = math.ceil(config.warmup_ratio * num_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup

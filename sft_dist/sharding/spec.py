@@ -49,6 +49,6 @@ class ShardingSpec:
 
 
 def chunk_numel(dim0: int, row_numel: int, rank: int, world_size: int) -> int:
-    """Elements of rank's chunk when dimension 0 is split as ``torch.chunk`` does: equal chunks, the last ones smaller."""
+    """Elements of a rank's chunk when dimension 0 is split as ``torch.chunk`` does: equal chunks, then smaller ones."""
     rows = -(-dim0 // world_size)
     return max(0, min(rows, dim0 - rank * rows)) * row_numel

@@ -69,9 +69,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
-        """Gathers parameters one at a time; all ranks must iterate, the tensors are for rank 0, on its CPU, in ``master``."""
+        """Gathers parameters one at a time, on the CPU, trainable ones in ``master``; all ranks iterate to the end."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most strategies have nothing to let go of
         """Lets go of what the strategy registered outside the model."""
 
 

@@ -1,4 +1,4 @@
-"""Compares what every rank holds with what was described. Equal losses prove nothing: replicas have equal losses too."""
+"""Compares what every rank holds with what was described: equal losses prove nothing, replicas have them too."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def differences_of(strategy: Strategy, spec: ShardingSpec) -> list[str]:
 
 
 class MovementCheck:
-    """Proves that the first optimizer step moves what it should: an optimizer over stale parameters raises nothing by itself."""
+    """Proves that the first step moves parameters: an optimizer over stale ones raises nothing by itself."""
 
     def __init__(self, strategy: Strategy) -> None:
         """Takes a fingerprint of this rank's master weights before the step."""

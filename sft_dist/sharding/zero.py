@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sft_dist.data.batch import MicroBatch
-from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.build import SftModel
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.ddp import eval_mode
 from sft_dist.sharding.optim import build_optimizer
@@ -80,10 +80,15 @@ class Zero(Strategy):
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.ds_tensor if self.stage == 3 else parameter, parameter.requires_grad
+            local: Tensor = parameter.ds_tensor if self.stage == 3 else parameter  # type: ignore[attr-defined]
+            yield name, local, parameter.requires_grad
 
     def master_weights(self) -> list[Tensor]:
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        for attribute in (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        ):
             if hasattr(self.optimizer, attribute):
                 return list(getattr(self.optimizer, attribute))
         raise RuntimeError(f"{type(self.optimizer).__name__} keeps its master weights where we do not know them")
@@ -127,7 +132,7 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed without its shared-memory collectives: they compile for a minute at the first start on a CPU, and gloo serves."""
+    """DeepSpeed without its shared-memory collectives, which compile for a minute at the first start; gloo serves."""
     import deepspeed
     import deepspeed.ops
 

@@ -29,5 +29,6 @@ def check_run_directory(folder: Path) -> None:
             pass
     except OSError as e:
         raise ConfigError(
-            f"output_dir: {folder} cannot be written ({e.strerror or e})", fix="set output_dir to a folder you may write"
+            f"output_dir: {folder} cannot be written ({e.strerror or e})",
+            fix="set output_dir to a folder you may write",
         ) from e

@@ -127,13 +127,9 @@ class Training:
         if self.eval_data is None:
             return
         self._read()
-        result = evaluate(
-            self.strategy, self.eval_data, self.settings.batch, rank=self.world.rank, device=self.device
-        )
+        result = evaluate(self.strategy, self.eval_data, self.settings.batch, rank=self.world.rank, device=self.device)
         if self.logger is not None:
-            self.logger.evaluation(
-                {"step": completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
-            )
+            self.logger.evaluation({"step": completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity})
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -120,7 +120,8 @@ def _prepare_data(run: Run, renderer: ChatRenderer, folder: Path) -> None:
 
 def _open_data(run: Run, folder: Path) -> tuple[PreparedData, PreparedData | None]:
     try:
-        return open_prepared(folder / "data" / "train"), open_prepared(folder / "data" / "eval") if run.data.eval else None
+        train_data = open_prepared(folder / "data" / "train")
+        return train_data, open_prepared(folder / "data" / "eval") if run.data.eval else None
     except FileNotFoundError as e:
         raise ConfigError(
             f"output_dir: {folder} lacks the data that rank 0 prepared ({e.filename})",

@@ -22,7 +22,7 @@ def summary(
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} trainable "
             f"of {total:,} stored elements",
             f"sharding  {run.strategy} on {run.world.size} ranks, verified: rank 0 holds "
-            f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} elements of the optimizer; "
+            f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements; "
             f"activation checkpointing {run.activation_checkpointing.mode}",
             f"precision compute {precision.compute}, trainable stored in {stored}, master {spec.optimizer_dtype}, "
             f"gradients reduced in {precision.reduce}",

@@ -54,7 +54,11 @@ def config(model: str, method: str = "full", strategy: str = "ddp", **sections: 
         "output_dir": "unused",
     }
     for name, section in sections.items():
-        base[name] = {**base[name], **section} if name in base and name != "optim" or name == "optim" and "type" not in section else section
+        base[name] = (
+            {**base[name], **section}
+            if (name in base and name != "optim") or (name == "optim" and "type" not in section)
+            else section
+        )
     return Config.model_validate(base)
 
 
@@ -85,7 +89,9 @@ def start(cfg: Config) -> tuple[Run, Strategy]:
     return run, strategy
 
 
-def train(cfg_yaml: str, data_kwargs: dict[str, Any] | None = None, evaluate_every: int = 0, eval_rows: int = 7) -> Trained:
+def train(
+    cfg_yaml: str, data_kwargs: dict[str, Any] | None = None, evaluate_every: int = 0, eval_rows: int = 7
+) -> Trained:
     """The loop's own step function, over synthetic data."""
     run, strategy = start(Config.model_validate(yaml.safe_load(cfg_yaml)))
     rank = dist.get_rank()

@@ -32,7 +32,13 @@ def build_tokenizer(folder: Path) -> None:
 
 
 def build_model(
-    folder: Path, *, hidden_size: int = 64, num_layers: int = 3, vocab_size: int = 259, tied: bool = False, seed: int = 0
+    folder: Path,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 3,
+    vocab_size: int = 259,
+    tied: bool = False,
+    seed: int = 0,
 ) -> None:
     """A Llama with grouped-query attention; its sizes divide by neither 3 nor, in the norms, by much else."""
     torch.manual_seed(seed)
