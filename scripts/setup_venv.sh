@@ -48,8 +48,9 @@ step() {
     fi
 }
 
+# --no-compile: Python compiles what is imported when it is imported; pip would compile all of it, which is half the time.
 pip() {
-    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet "$@"
+    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet --no-compile "$@"
 }
 
 # A CPU build of torch where one can be had: the plain package brings several GB of CUDA libraries.
