@@ -74,7 +74,7 @@ class World:
                 f"the launcher's environment is incomplete: {e.args[0]} (RANK, WORLD_SIZE and LOCAL_RANK are needed)",
                 fix="start with launch/torchrun.sh, or unset RANK and WORLD_SIZE to run alone",
             ) from None
-        if size % per_node or not 0 <= rank < size or not 0 <= local_rank < per_node:
+        if per_node < 1 or size % per_node or not 0 <= rank < size or not 0 <= local_rank < per_node:
             raise ConfigError(
                 f"the launcher's environment contradicts itself: RANK={rank} WORLD_SIZE={size} "
                 f"LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={per_node}",
