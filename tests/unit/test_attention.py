@@ -1,0 +1,201 @@
+"""Packed attention against two references, without a leak between segments, keeping only what CUDA keeps."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sft_dist.model.attention import packed_attention, packed_attention_forward, per_segment_sdpa
+
+HEAD_DIM = 8
+SCALE = 0.3  # not 1 / sqrt(d), so that a lost scale shows
+
+SEGMENTS = pytest.mark.parametrize(
+    "seq_lens", [(12,), (5, 7), (1, 6, 1, 1, 4), (1, 1, 1), (40, 3)], ids=lambda lens: "-".join(map(str, lens))
+)
+HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (4, 1)])
+WINDOWS = pytest.mark.parametrize("window", [0, 1, 3, 1000])
+
+
+def inputs(seq_lens: tuple[int, ...], heads: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(seq_lens))
+    shapes = [(sum(seq_lens), heads, HEAD_DIM)] + [(sum(seq_lens), kv_heads, HEAD_DIM)] * 2
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, seq_lens: tuple[int, ...], scale: float, window: int) -> Tensor:
+    """Softmax over the whole [T, T] score matrix, with everything hidden that a token must not see."""
+    groups = q.shape[1] // k.shape[1]
+    tokens = q.shape[0]
+    segment = [number for number, length in enumerate(seq_lens) for _ in range(length)]
+    visible = torch.tensor(
+        [
+            [segment[i] == segment[j] and j <= i and (window == 0 or i - j < window) for j in range(tokens)]
+            for i in range(tokens)
+        ]
+    )
+    outputs = []
+    for head in range(q.shape[1]):
+        scores = scale * q[:, head] @ k[:, head // groups].T
+        weights = torch.softmax(scores.masked_fill(~visible, -math.inf), dim=1)
+        outputs.append(weights @ v[:, head // groups])
+    return torch.stack(outputs, dim=1)
+
+
+def gradients(out: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return torch.autograd.grad(out, tensors, upstream)
+
+
+@SEGMENTS
+@HEADS
+@WINDOWS
+def test_output_and_gradients_equal_both_references(
+    seq_lens: tuple[int, ...], heads: int, kv_heads: int, window: int
+) -> None:
+    qkv = inputs(seq_lens, heads, kv_heads)
+    out, lse = packed_attention(*qkv, seq_lens, SCALE, window)
+    got = gradients(out, qkv)
+    assert lse.shape == (heads, sum(seq_lens))
+    for reference in (dense, per_segment_sdpa):
+        expected = reference(*qkv, seq_lens, SCALE, window)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        for mine, theirs in zip(got, gradients(expected, qkv), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@WINDOWS
+def test_the_log_sum_exp_is_that_of_the_visible_scores(window: int) -> None:
+    seq_lens = (3, 5)
+    q, k, v = inputs(seq_lens, 2, 2)
+    _, lse = packed_attention(q, k, v, seq_lens, SCALE, window)
+    for token, start in ((2, 0), (7, 3), (3, 3)):
+        first = max(start, token - window + 1) if window else start
+        scores = SCALE * torch.einsum("hd,jhd->hj", q[token], k[first : token + 1])
+        torch.testing.assert_close(lse[:, token], scores.logsumexp(dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_near_fp32() -> None:
+    seq_lens = (9, 17)
+    qkv = inputs(seq_lens, 4, 2, torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in qkv]
+    out, lse = packed_attention(*qkv, seq_lens, SCALE, 0)
+    expected = dense(*exact, seq_lens, SCALE, 0)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    pairs = [(out, expected), *zip(gradients(out, qkv), gradients(expected, exact), strict=True)]
+    for mine, theirs in pairs:
+        # Unit roundoff of bf16 is 2^-9 = 2e-3; a few of them meet.
+        assert float((mine.double() - theirs).norm() / theirs.norm()) < 1e-2
+
+
+@WINDOWS
+def test_a_segment_does_not_feel_the_others(window: int) -> None:
+    seq_lens = (4, 6, 3)
+    qkv = inputs(seq_lens, 4, 2)
+    changed = [t.detach().clone() for t in qkv]
+    for t in changed:
+        t[4:10] += 1.0
+    changed = [t.requires_grad_() for t in changed]
+    before, _ = packed_attention(*qkv, seq_lens, SCALE, window)
+    after, _ = packed_attention(*changed, seq_lens, SCALE, window)
+    others = [*range(4), *range(10, 13)]
+    assert torch.equal(before[others], after[others])
+    assert not torch.allclose(before[4:10], after[4:10])
+    for mine, theirs in zip(gradients(before, qkv), gradients(after, changed), strict=True):
+        assert torch.equal(mine[others], theirs[others])
+
+
+def test_a_token_does_not_see_its_future() -> None:
+    qkv = inputs((6,), 2, 2)
+    out, _ = packed_attention(*qkv, (6,), SCALE, 0)
+    for grad in torch.autograd.grad(out[2].sum(), qkv):
+        assert float(grad[3:].abs().max()) == 0
+        assert float(grad[:3].abs().max()) > 0
+
+
+def test_gradients_by_finite_differences() -> None:
+    """The kernel's backward has no fp64 form, so fp64 differences of the dense reference judge the fp32 gradients."""
+    seq_lens = (3, 1, 4)
+    qkv = inputs(seq_lens, 4, 2)
+    got = gradients(packed_attention(*qkv, seq_lens, SCALE, 0)[0], qkv)
+    exact = [t.detach().double() for t in qkv]
+    upstream = torch.randn((8, 4, HEAD_DIM), generator=torch.Generator().manual_seed(1)).double()
+    for number, gradient in enumerate(got):
+        direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(2)).double()
+        ends = []
+        for sign in (1, -1):
+            moved = list(exact)
+            moved[number] = moved[number] + sign * 1e-5 * direction
+            ends.append((dense(*moved, seq_lens, SCALE, 0) * upstream).sum())  # type: ignore[arg-type]
+        slope = float((ends[0] - ends[1]) / 2e-5)
+        assert float((gradient.double() * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_the_operator_is_registered_soundly(kv_heads: int, window: int) -> None:
+    args = (*inputs((3, 5), 4, kv_heads), (3, 5), SCALE, window)
+    results: dict[str, str] = torch.library.opcheck(packed_attention, args)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def test_backward_keeps_the_five_tensors_that_flash_attention_keeps() -> None:
+    seq_lens = (5, 7)
+    qkv = inputs(seq_lens, 4, 2)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out, lse = packed_attention(*qkv, seq_lens, SCALE, 0)
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (*qkv, out, lse)]
+    assert [t.numel() for t in saved] == [12 * 4 * 8, 12 * 2 * 8, 12 * 2 * 8, 12 * 4 * 8, 12 * 4]
+
+
+# What Transformers calls
+
+
+def call(qkv: list[Tensor], seq_lens: tuple[int, ...], **options: Any) -> Tensor:
+    """Through the registered function, in Transformers' layout [1, heads, T, d]."""
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in qkv)
+    bounds = torch.tensor([0, *torch.tensor(seq_lens).cumsum(0).tolist()], dtype=torch.int32)
+    module: Any = SimpleNamespace()
+    out, weights = packed_attention_forward(
+        module, q, k, v, options.pop("attention_mask", None),
+        seq_lens=seq_lens, max_seq_len=max(seq_lens), cu_seqlens=bounds, **options,
+    )  # fmt: skip
+    assert weights is None
+    return out
+
+
+def test_the_registered_function_has_transformers_layout_and_default_scale() -> None:
+    seq_lens = (5, 7)
+    qkv = inputs(seq_lens, 4, 2)
+    expected = dense(*qkv, seq_lens, HEAD_DIM**-0.5, 0)
+    out = call(qkv, seq_lens)
+    assert out.shape == (1, 12, 4, HEAD_DIM)
+    torch.testing.assert_close(out[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(call(qkv, seq_lens, scaling=SCALE)[0], dense(*qkv, seq_lens, SCALE, 0))
+
+
+@pytest.mark.parametrize("window", [1, 4, 6, 7, 8])
+def test_a_window_that_nothing_exceeds_is_plain_causal_attention(window: int) -> None:
+    seq_lens = (5, 7)
+    qkv = inputs(seq_lens, 4, 2)
+    out = call(qkv, seq_lens, scaling=SCALE, sliding_window=window)
+    torch.testing.assert_close(out[0], dense(*qkv, seq_lens, SCALE, window), rtol=1e-5, atol=1e-5)
+    if window >= 7:
+        assert torch.equal(out[0], packed_attention(*qkv, seq_lens, SCALE, 0)[0])
+
+
+@pytest.mark.parametrize("options", [{"attention_mask": torch.ones(1)}, {"dropout": 0.1}])
+def test_a_mask_or_dropout_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="neither a mask nor dropout"):
+        call(inputs((3,), 2, 2), (3,), **options)
