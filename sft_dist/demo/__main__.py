@@ -22,6 +22,7 @@ from sft_dist.demo.curve import draw, read_curve
 from sft_dist.demo.dataset import data_file
 from sft_dist.errors import ConfigError, SftError
 from sft_dist.runtime import failure
+from sft_dist.runtime.quiet import quiet_libraries
 from sft_dist.train.directory import MARKS_OF_A_RUN
 
 DEFAULT_OUTPUT = Path("runs/demo")
@@ -60,6 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     console = Console(highlight=False)
     output = _fresh_folder(options.output)
     with console.status("loading PyTorch"):
+        quiet_libraries()
         from sft_dist.demo import answers
         from sft_dist.demo.base_model import build_base_model
     processes, where = _processes(options.processes)
@@ -71,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
         f"{model.num_parameters():,} parameters in Llama's architecture with random weights (seed {BASE_SEED}): "
         f"it knows no language yet -> {base}"
     )
-    console.rule(f"2/3  fine-tuning on {where}, weights sharded with FSDP2")
+    console.rule(f"2/3  fine-tuning on {where}")
     code = _train(output, base, processes=processes, max_steps=options.max_steps)
     if code != 0:
         return code
@@ -85,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     curve = read_curve(output / "metrics.jsonl")
     draw(curve, picture)
     report.show_figures(console, curve, answers.score(rows, before), answers.score(rows, after))
-    report.show_places(console, output, picture, RECIPE)
+    report.show_places(console, output, picture, processes=processes)
     console.print(f"\ndone in {time.perf_counter() - started:.0f} s")
     return 0
 
@@ -117,7 +119,7 @@ def _processes(wanted: int | None) -> tuple[int, str]:
     if count < 1:
         raise ConfigError(f"--processes is {count}", fix="start at least 1 process")
     device = "GPU (NCCL)" if num_gpus else "CPU (gloo)"
-    return count, f"{count} process{'es' if count > 1 else ''} on {device}"
+    return count, f"{count} processes, {device}, weights sharded with FSDP2" if count > 1 else f"1 process, {device}"
 
 
 def _train(output: Path, base: Path, *, processes: int, max_steps: int | None) -> int:

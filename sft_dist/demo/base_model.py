@@ -106,10 +106,10 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCa
 def _initialise(model: LlamaForCausalLM) -> None:
     """Random weights from which copying is learned within a minute on a CPU.
 
-    "Mimetic" attention (Trockman and Kolter 2023, arXiv 2305.09828): queries equal keys and the output projection is the
-    values' transpose, so that a token starts by looking at tokens like itself and by passing on what it finds. Input
-    embeddings are large enough to remain distinct under the optimizer's first steps, and the output layer starts as
-    their scaled copy: what is passed on becomes more likely. Nothing of the data is in these weights.
+    "Mimetic" attention (Trockman and Kolter 2023, arXiv 2305.09828): queries equal keys and the output projection is
+    the values' transpose, so that a token starts by looking at tokens like itself and by passing on what it finds.
+    Input embeddings are large enough to remain distinct under the optimizer's first steps, and the output layer starts
+    as their scaled copy: what is passed on becomes more likely. Nothing of the data is in these weights.
     """
     model.model.embed_tokens.weight.normal_(std=EMBEDDING_STD)
     model.lm_head.weight.copy_(model.model.embed_tokens.weight * (model.config.initializer_range / EMBEDDING_STD))

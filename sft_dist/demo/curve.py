@@ -11,6 +11,7 @@ from sft_dist.errors import DataError
 
 # The first steps also pay for warming up allocators and caches.
 NUM_WARM_UP_STEPS = 3
+NUM_LAST_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Curve:
     eval_steps: list[int]
     perplexities: list[float]
     tokens_per_s: float
+
+    @property
+    def last_loss(self) -> float:
+        """Mean over the last steps: one step has a few rows only, and their loss differs by task."""
+        return statistics.fmean(self.losses[-NUM_LAST_STEPS:])
 
 
 def read_curve(metrics_file: Path) -> Curve:
@@ -62,7 +68,7 @@ def draw(curve: Curve, picture: Path) -> None:
             _plain(perplexity), (step, perplexity), xytext=(6, 7), textcoords="offset points", color="tab:orange"
         )
     right.set_yscale("log")
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     right.yaxis.set_minor_formatter(NullFormatter())
     left.set(xlabel="optimizer step", ylabel="training loss (nats per supervised token)", ylim=(0, None))
     low, high = min(curve.perplexities), max(curve.perplexities)
@@ -75,4 +81,4 @@ def draw(curve: Curve, picture: Path) -> None:
 
 
 def _plain(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"

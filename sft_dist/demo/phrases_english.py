@@ -13,11 +13,13 @@ _LAST_NAMES = (
 )  # fmt: skip
 
 _GOODS = (
-    "kettle", "toaster", "vacuum cleaner", "coffee maker", "desk lamp", "hair dryer", "printer", "keyboard", "monitor", "headset",
+    "kettle", "toaster", "vacuum cleaner", "coffee maker", "desk lamp",
+    "hair dryer", "printer", "keyboard", "monitor", "headset",
 )  # fmt: skip
 
 _EXPENSES = (
-    "room hire", "train tickets", "two hotel nights", "a training course", "the annual fee", "textbooks", "repairs", "shipping", "printing", "catering",
+    "room hire", "train tickets", "two hotel nights", "a training course", "the annual fee",
+    "textbooks", "repairs", "shipping", "printing", "catering",
 )  # fmt: skip
 
 _TOPICS = (
@@ -161,12 +163,8 @@ _RECORDS = (
     "Invoice for {name}: {item}, {amount}, due on {date}.",
     "Please transfer {amount} for {item} to {name} by {date}.",
     "The refund of {amount} to {name} for {item} was made on {date}.",
-    "{name} has claimed {amount} for {item}. The date of the receipt is {date}.",
     "Order confirmed for {name} on {date}. The price for {item} is {amount}.",
-    "We charged {amount} to the card of {name} on {date} for {item}.",
-    "Reminder: {name} still owes {amount} for {item} since {date}.",
     "Your payment for {item} arrived on {date}, {name}. The amount was {amount}.",
-    "For {item}, {name} agreed to pay {amount} on {date}.",
     "Receipt dated {date}: {amount} for {item}, issued to {name}.",
 )
 

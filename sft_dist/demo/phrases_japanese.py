@@ -13,7 +13,8 @@ _GIVEN_NAMES = (
 )  # fmt: skip
 
 _GOODS = (
-    "掃除機", "炊飯器", "加湿器", "空気清浄機", "電気ケトル", "コーヒーメーカー", "電子レンジ", "扇風機", "ドライヤー", "プリンター",
+    "掃除機", "炊飯器", "加湿器", "空気清浄機", "電気ケトル",
+    "コーヒーメーカー", "電子レンジ", "扇風機", "ドライヤー", "プリンター",
 )  # fmt: skip
 
 _EXPENSES = (
@@ -171,16 +172,10 @@ _RECORDS = (
     "{name}様の{item}{amount}は、{date}に引き落とされます。",
     "{item}：{amount}、ご利用者：{name}様、ご利用日：{date}",
     "{name}様、{date}付の請求書をお送りします。{item}は{amount}です。",
-    "{date}のお手続きを承りました。お名前は{name}様、{item}は{amount}です。",
-    "{name}さんの{item}{amount}は{date}に精算済みです。",
     "{name}さんが{date}に{item}{amount}を立て替えました。",
     "{name}様の{item}{amount}を{date}までにお振り込みください。",
-    "お支払い期日は{date}です。{name}様の{item}は{amount}となります。",
     "{date}に{name}さんから{item}の申請がありました。金額は{amount}です。",
-    "{name}様へのご返金{amount}（{item}）は{date}に完了しました。",
     "{name}様の{item}について、{date}に{amount}の入金を確認しました。",
-    "{item}（{amount}）の領収書を{date}に{name}様へお渡ししました。",
-    "{date}締めの{item}は{amount}で、ご担当は{name}様です。",
 )
 
 _REWRITINGS = (

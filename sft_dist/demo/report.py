@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_dist.demo.answers import Scores
-from sft_dist.demo.curve import Curve
+from sft_dist.demo.curve import NUM_LAST_STEPS, Curve
 from sft_dist.demo.house_format import Row, prompt_of
 
 MAX_SHOWN_CHARACTERS = 160
 
+# The run's own resolved configuration has the data's full paths, so that this works from any folder.
 NEXT_COMMAND = (
-    "python -m sft_dist.runtime.torchrun --nproc-per-node 2 train {config} "
-    "model.path=Qwen/Qwen2.5-0.5B-Instruct data.max_seq_len=1024 optim.lr=2e-5 train.max_steps=100 output_dir={output}"
+    "{python} -m sft_dist.runtime.torchrun --nproc-per-node {processes} train {config} "
+    "model.path=Qwen/Qwen2.5-0.5B-Instruct optim.lr=1e-5 train.max_steps=50 output_dir={output}"
 )
 
 
@@ -40,7 +42,8 @@ def show_figures(console: Console, curve: Curve, before: Scores, after: Scores) 
     for column in ("before", "after"):
         table.add_column(column, justify="right")
     first, last = curve.perplexities[0], curve.perplexities[-1]
-    table.add_row("training loss", f"{curve.losses[0]:.3f}", f"{curve.losses[-1]:.3f}")
+    label = f"training loss (first step, mean of the last {NUM_LAST_STEPS})"
+    table.add_row(label, f"{curve.losses[0]:.3f}", f"{curve.last_loss:.3f}")
     table.add_row("held-out perplexity", f"{first:,.1f}", f"{last:,.2f}")
     count = after.num_answers
     table.add_row(
@@ -52,19 +55,29 @@ def show_figures(console: Console, curve: Curve, before: Scores, after: Scores) 
     console.print(f"speed: {curve.tokens_per_s:,.0f} tokens/s over all processes")
 
 
-def show_places(console: Console, output: Path, picture: Path, config: Path) -> None:
+def show_places(console: Console, output: Path, picture: Path, *, processes: int) -> None:
     """Where everything lies, and what to try next."""
     console.print(f"model:   {output / 'final'}   (Hugging Face layout: from_pretrained loads it)")
     console.print(f"curve:   {picture}")
     console.print(f"metrics: {output / 'metrics.jsonl'}")
-    console.print("\nNext, the same with a real model (downloads 1 GB; a GPU helps):")
-    console.print(
-        Text("  " + NEXT_COMMAND.format(config=config, output=output.parent / "first"), style="bold"), soft_wrap=True
+    command = NEXT_COMMAND.format(
+        python=_from_here(Path(sys.executable)),
+        processes=processes,
+        config=output / "config.yaml",
+        output=output.with_name(output.name + "-qwen"),
     )
+    console.print("\nNext, the same data with a real model (downloads 1 GB; better with GPUs):")
+    console.print(Text("  " + command, style="bold"), soft_wrap=True)
+
+
+def _from_here(program: Path) -> Path:
+    return program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
 
 
 def _printable(answer: str) -> str:
     """Short and on few lines: an untrained model writes control characters, halves of characters and empty lines."""
     lines = answer.replace("\ufffd", "·").split("\n")
     text = "\n".join("".join(c if c.isprintable() else "·" for c in line) for line in lines if line.strip())
+    if not text.strip():
+        return "(nothing but line breaks)" if answer else "(nothing)"
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"
