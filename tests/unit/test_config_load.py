@@ -294,6 +294,11 @@ def test_value_from_an_override_names_the_override_and_one_from_the_file_the_fil
     assert what.splitlines()[1].startswith('run.yaml: optim.eps is "x";')
 
 
+def test_of_two_overrides_the_one_that_counts_is_named(error: Callable[..., tuple[str, str]]) -> None:
+    what, _ = error(SMALLEST, "train.seed=-1", "train={global_batch_size: 1, seed: -2}", "train.seed=-3")
+    assert what == "run.yaml with 'train.seed=-3': train.seed is -3"
+
+
 # Files
 
 
