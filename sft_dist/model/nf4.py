@@ -13,6 +13,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 # Weights that share one scale, and scales that share one scale of scales.
 BLOCK_SIZE = 64
@@ -108,7 +109,7 @@ def dequantize(
 ) -> Tensor:
     """The weight [out, in] in ``dtype`` from the parts described at :class:`NF4Linear`."""
     scales = torch.ops.bitsandbytes.dequantize_blockwise(
-        absmax, nested_absmax.view(torch.float32), _scale_code(absmax.device), NESTED_BLOCK_SIZE, torch.float32
+        absmax, nested_absmax.view(torch.float32), _scale_code(absmax), NESTED_BLOCK_SIZE, torch.float32
     )
     scales = scales + offset.view(torch.float32)
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK_SIZE, "nf4", shape, dtype)
@@ -118,8 +119,11 @@ def dequantize(
 _SCALE_CODES: dict[torch.device, Tensor] = {}
 
 
-def _scale_code(device: torch.device) -> Tensor:
+def _scale_code(absmax: Tensor) -> Tensor:
     """[256] fp32, what each quantised scale stands for: the same constant table for every layer."""
-    if device not in _SCALE_CODES:
-        _SCALE_CODES[device] = bnb.create_dynamic_map().to(device)
-    return _SCALE_CODES[device]
+    if isinstance(absmax, FakeTensor):
+        # The table is computed from values, which a trace has not; and a fake one must not stay in the cache.
+        return absmax.new_empty(256, dtype=torch.float32)
+    if absmax.device not in _SCALE_CODES:
+        _SCALE_CODES[absmax.device] = bnb.create_dynamic_map().to(absmax.device)
+    return _SCALE_CODES[absmax.device]
