@@ -16,7 +16,7 @@ from sft_dist.config.schema import AdamWConfig, OptimConfig
 def build_optimizer(
     config: OptimConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device
 ) -> Optimizer:
-    """AdamW or SGD, in torch's fused form, over the trainable parameters.
+    """AdamW in torch's fused form, or SGD in its multi-tensor form (it has no fused one for shards).
 
     Weight decay is for matrices: norms and biases, which have one dimension, are left alone.
 
@@ -31,7 +31,7 @@ def build_optimizer(
     groups = [g for g in groups if g["params"]]
     if isinstance(config, AdamWConfig):
         return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    return SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    return SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

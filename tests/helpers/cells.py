@@ -54,11 +54,8 @@ def config(model: str, method: str = "full", strategy: str = "ddp", **sections: 
         "output_dir": "unused",
     }
     for name, section in sections.items():
-        base[name] = (
-            {**base[name], **section}
-            if (name in base and name != "optim") or (name == "optim" and "type" not in section)
-            else section
-        )
+        # Another type has other keys: it replaces the section.
+        base[name] = section if "type" in section else {**base.get(name, {}), **section}
     return Config.model_validate(base)
 
 

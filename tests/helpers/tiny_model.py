@@ -35,7 +35,7 @@ def build_model(
     folder: Path,
     *,
     hidden_size: int = 64,
-    num_layers: int = 3,
+    num_layers: int = 2,
     vocab_size: int = 259,
     tied: bool = False,
     seed: int = 0,

@@ -1,0 +1,93 @@
+"""The checks at the start of every run, broken on purpose: each must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from sft_dist.config.schema import Config
+from sft_dist.errors import ShardingMismatch
+from sft_dist.model.build import build_model
+from sft_dist.resolve import resolve
+from sft_dist.runtime.world import WorldShape
+from sft_dist.sharding import registry
+from sft_dist.sharding.optim import build_optimizer
+from sft_dist.sharding.verify import MovementCheck, verify_sharding
+from tests.helpers import cells
+from tests.helpers.pool import WorldPool
+
+World = Callable[[int], WorldPool]
+
+
+def message_of_mismatch(text: str, applied: str, breakage: str) -> str:
+    """What ``verify_sharding`` says when the run was described as ``text`` has it but something else was done."""
+    run = resolve(Config.model_validate(yaml.safe_load(text)), WorldShape(1, dist.get_world_size()))
+    other = cells.config(run.model.path, run.model.method.type, applied)
+    applied_run = resolve(other, run.world)
+    model = build_model(run.model, seed=0)
+    if breakage == "thawed":
+        next(p for p in model.parameters() if not p.requires_grad).requires_grad_(True)
+    strategy = registry.apply(applied_run, model, cells.CPU)
+    if breakage == "dtype on rank 1" and dist.get_rank() == 1:
+        parameter = next(iter(model.parameters()))
+        parameter.data = parameter.data.to(torch.float64)
+    try:
+        verify_sharding(strategy, registry.describe(run, dist.get_rank()))
+    except ShardingMismatch as e:
+        return e.what
+    finally:
+        strategy.close()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("described", "applied"), [("fsdp2", "ddp"), ("zero3", "zero2"), ("zero1", "ddp"), ("fsdp2", "zero3")]
+)
+def test_replicas_that_pass_for_shards_are_found(world: World, tiny_base: Path, described: str, applied: str) -> None:
+    """The classic: everything is replicated, and the losses are perfectly right."""
+    text = cells.dump(cells.config(str(tiny_base), "full", described))
+    for message in world(2).run(message_of_mismatch, text, applied, "strategy"):
+        assert f"{described} did not shard as described: rank 0:" in message
+
+
+def test_a_thawed_parameter_is_found(world: World, tiny_base: Path) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
+    for message in world(2).run(message_of_mismatch, text, "fsdp2", "thawed"):
+        assert "embed_tokens.weight has (numel, dtype, requires_grad)" in message
+
+
+def test_a_difference_on_one_rank_fails_all(world: World, tiny_base: Path) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "full", "ddp"))
+    for message in world(2).run(message_of_mismatch, text, "ddp", "dtype on rank 1"):
+        assert "rank 1: hf.model.embed_tokens.weight" in message
+        assert "torch.float64" in message
+
+
+def stale_optimizer_message(text: str) -> str:
+    """An optimizer made before ``fully_shard`` trains parameters that are gone, and nothing raises by itself."""
+    run = resolve(Config.model_validate(yaml.safe_load(text)), WorldShape(1, dist.get_world_size()))
+    stale = build_model(run.model, seed=0)
+    _, strategy = cells.start(Config.model_validate(yaml.safe_load(text)))
+    live = strategy.optimizer
+    strategy.optimizer = build_optimizer(run.optim, stale.named_parameters(), cells.CPU)
+    check = MovementCheck(strategy)
+    strategy.optimizer.step()
+    try:
+        check.verify(dist.get_rank())
+    except ShardingMismatch as e:
+        return e.what
+    finally:
+        strategy.optimizer = live
+        strategy.close()
+    return ""
+
+
+def test_an_optimizer_over_stale_parameters_is_found(world: World, tiny_base: Path) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "full", "fsdp2"))
+    for message in world(2).run(stale_optimizer_message, text):
+        assert "no parameter moved in the first optimizer step on rank 0" in message
