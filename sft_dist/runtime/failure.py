@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -14,22 +16,21 @@ from sft_dist.errors import ConfigError, DataError, SftError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what shells report for Ctrl-C
 
-# Longer than a launcher needs to see that a process has failed and to end the others: torchrun looks every 0.1 s,
-# deepspeed every second.
+# Longer than a launcher needs to see that a process has failed and to end the others; deepspeed looks every second.
 SIBLING_GRACE_S = 3.0
 
 
 def report(error: SftError, *, debug: bool) -> None:
     """Prints what went wrong and how to fix it, with the stack trace before it if ``debug``.
 
-    Every process of a launch meets the same mistake in a config or in data, so the first of each node speaks for all.
-    The others wait: where the first has failed too, the launcher ends them before they speak; where it has not (one
-    process alone has no GPU, say), they do speak. Other errors differ between processes, and each is printed.
+    The processes of a launch mostly meet the same mistake in a configuration or in data, so it is printed once on each
+    node. Other errors differ between processes: each is printed, with the rank that met it.
     """
     rank = os.environ.get("RANK", "0")
-    if isinstance(error, ConfigError | DataError) and os.environ.get("LOCAL_RANK", rank) != "0":
-        time.sleep(SIBLING_GRACE_S)
-    prefix = f"[rank {rank}] " if rank != "0" else ""
+    shared = isinstance(error, ConfigError | DataError)
+    if shared and "RANK" in os.environ and not _is_first_to_say(str(error)):
+        return
+    prefix = f"[rank {rank}] " if rank != "0" and not shared else ""
     if debug:
         _write("".join(traceback.format_exception(error)), prefix=prefix)
     first, *rest = error.what.splitlines() or [""]
@@ -39,6 +40,24 @@ def report(error: SftError, *, debug: bool) -> None:
     # soft_wrap: a terminal may wrap a line, but a log file and `grep` see it whole.
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text("\n").join(Text.assemble(prefix, line) for line in lines))
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other process of this launch on this node has said ``message``."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is not None:
+        # torchrun and accelerate give each process <folder of this launch>/<local rank>/error.json.
+        said = Path(error_file).parents[1] / f"said-{hashlib.sha256(message.encode()).hexdigest()}"
+        try:
+            said.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+    # Nothing is shared under other launchers. The node's first process speaks; the others wait: if the first has failed
+    # too, the launcher ends them meanwhile, and if it has not (one process alone has no GPU, say), they do speak.
+    if os.environ.get("LOCAL_RANK", os.environ["RANK"]) != "0":
+        time.sleep(SIBLING_GRACE_S)
+    return True
 
 
 def report_unexpected(error: BaseException) -> None:

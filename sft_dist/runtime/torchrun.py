@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -117,7 +118,9 @@ def _set_thread_count(num_processes: int) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    with _held_back(CHILD_LOGGER) as held:
+    # torchrun makes a folder for error files in the system's temporary folder and leaves it there.
+    with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, _held_back(CHILD_LOGGER) as held:
+        options.log_dir = options.log_dir or folder
         try:
             torch_run.run(options)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:

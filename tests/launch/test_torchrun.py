@@ -111,7 +111,7 @@ def test_a_mistake_that_one_process_alone_meets_is_told(launch: Launch) -> None:
         "raise ConfigError('local rank 1 has no GPU', fix='start 1 process')",
     )
     assert finished.returncode == 2
-    assert finished.stderr == "[rank 1] error: local rank 1 has no GPU\n[rank 1]   fix: start 1 process\n"
+    assert finished.stderr == "error: local rank 1 has no GPU\n  fix: start 1 process\n"
 
 
 def test_preempted_passes_through(launch: Launch) -> None:

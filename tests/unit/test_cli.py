@@ -34,7 +34,7 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """run.yaml in the current directory, and no launcher around this test."""
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(SMALLEST, encoding="utf-8")
-    for name in ("RANK", "LOCAL_RANK"):
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -183,7 +183,23 @@ def test_usage_error(exit_code: Run, arguments: list[str]) -> None:
 # Under a launcher
 
 
-def test_a_mistake_that_all_ranks_share_is_left_to_the_first_of_the_node(
+def test_a_mistake_that_all_ranks_share_is_told_once_under_torchrun(
+    exit_code: Run, training: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    training(DataError("a", fix="b"))
+    told = []
+    for rank in ("1", "0", "2"):
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        told.append(exit_code("train", "run.yaml"))
+    assert told == [(4, "", "error: a\n  fix: b\n"), (4, "", ""), (4, "", "")]
+    training(DataError("another", fix="b"))
+    assert exit_code("train", "run.yaml")[2] == "error: another\n  fix: b\n"
+
+
+def test_under_other_launchers_it_is_left_to_the_first_of_the_node(
     exit_code: Run, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others wait long enough for the launcher to end them, and speak only if it does not."""
@@ -192,11 +208,9 @@ def test_a_mistake_that_all_ranks_share_is_left_to_the_first_of_the_node(
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
     training(DataError("a", fix="b"))
-    assert exit_code("train", "run.yaml") == (4, "", "[rank 9] error: a\n[rank 9]   fix: b\n")
+    assert exit_code("train", "run.yaml") == (4, "", "error: a\n  fix: b\n")
     assert waits == [failure.SIBLING_GRACE_S]
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert exit_code("train", "run.yaml")[2] == "[rank 9] error: a\n[rank 9]   fix: b\n"
-    monkeypatch.setenv("RANK", "0")
     assert exit_code("train", "run.yaml")[2] == "error: a\n  fix: b\n"
     assert len(waits) == 1
 
