@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -62,19 +63,29 @@ class SftModel(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Sum of the losses of the batch's supervised tokens, an fp32 scalar; divide by their number yourself."""
-        model = self.causal_lm
-        hidden = model.base_model(
+        hidden = self.hidden_states(batch).index_select(0, batch.supervised_index)
+        loss: Tensor = self.head(hidden, batch.labels)
+        return loss
+
+    @property
+    def head(self) -> LossHead:
+        """The output layer."""
+        head = self.causal_lm.get_output_embeddings()
+        assert isinstance(head, LossHead)
+        return head
+
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        """[T, h] what the output layer reads."""
+        output = self.causal_lm.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             seq_lens=batch.seq_lens,
             max_seq_len=batch.max_seq_len,
             cu_seqlens=batch.cu_seqlens,
-        ).last_hidden_state
-        head = model.get_output_embeddings()
-        assert isinstance(head, LossHead)
-        loss: Tensor = head(hidden[0].index_select(0, batch.supervised_index), batch.labels)
-        return loss
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
 
 
 def build_model(spec: ModelSpec, *, seed: int) -> SftModel:
@@ -144,10 +155,15 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
             f"model.path: {path} is neither a model folder nor a reachable hub id ({_first_line(e)})",
             fix="give an existing folder, or a hub id that is in the local cache or can be downloaded",
         ) from e
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
         raise ConfigError(
             f"model.path: {path} is a {config.model_type} model, not a causal language model",
             fix="choose a decoder-only text model",
+        )
+    if not _keeps_segments_apart(config):
+        raise ConfigError(
+            f"model.path: {path} is a {config.model_type} model, whose layers may mix the rows of a pack",
+            fix="choose a model in which every layer attends through Transformers' attention interface",
         )
     for key in UNSUPPORTED_SETTINGS:
         value = getattr(config, key, None)
@@ -157,6 +173,17 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
                 fix="choose a dense model without logit scaling, soft-capping or attention dropout",
             )
     return config
+
+
+def _keeps_segments_apart(config: PretrainedConfig) -> bool:
+    """Whether tokens meet in packed attention alone: a recurrent or convolutional layer knows no segments."""
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    return (
+        model_class._supports_attention_backend
+        and not model_class._is_stateful
+        and layer_types <= {"full_attention", "sliding_attention"}
+    )
 
 
 def check_weights(spec: ModelSpec) -> None:
@@ -180,7 +207,7 @@ def _load_weights(path: str, revision: str | None, config: PretrainedConfig, dty
             path, revision=revision, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME,
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         raise CheckpointError(
             f"model.path: no readable weights in {path} ({_first_line(e)})",
             fix=WEIGHTS_FIX,
