@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sft_dist.model.attention import packed_attention, packed_attention_forward, per_segment_sdpa
 
+QKV = tuple[Tensor, Tensor, Tensor]
+
 HEAD_DIM = 8
 SCALE = 0.3  # not 1 / sqrt(d), so that a lost scale shows
 
@@ -22,10 +24,14 @@ HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), 
 WINDOWS = pytest.mark.parametrize("window", [0, 1, 3, 1000])
 
 
-def inputs(seq_lens: tuple[int, ...], heads: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(seq_lens: tuple[int, ...], heads: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> QKV:
     generator = torch.Generator().manual_seed(sum(seq_lens))
-    shapes = [(sum(seq_lens), heads, HEAD_DIM)] + [(sum(seq_lens), kv_heads, HEAD_DIM)] * 2
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+    def one(count: int) -> Tensor:
+        drawn = torch.randn(sum(seq_lens), count, HEAD_DIM, generator=generator)
+        return drawn.to(dtype).requires_grad_()
+
+    return one(heads), one(kv_heads), one(kv_heads)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seq_lens: tuple[int, ...], scale: float, window: int) -> Tensor:
@@ -47,7 +53,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, seq_lens: tuple[int, ...], scale: flo
     return torch.stack(outputs, dim=1)
 
 
-def gradients(out: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(out: Tensor, tensors: QKV) -> tuple[Tensor, ...]:
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     return torch.autograd.grad(out, tensors, upstream)
 
@@ -83,7 +89,8 @@ def test_the_log_sum_exp_is_that_of_the_visible_scores(window: int) -> None:
 def test_bf16_is_near_fp32() -> None:
     seq_lens = (9, 17)
     qkv = inputs(seq_lens, 4, 2, torch.bfloat16)
-    exact = [t.detach().double().requires_grad_() for t in qkv]
+    q, k, v = (t.detach().double().requires_grad_() for t in qkv)
+    exact = q, k, v
     out, lse = packed_attention(*qkv, seq_lens, SCALE, 0)
     expected = dense(*exact, seq_lens, SCALE, 0)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
@@ -97,10 +104,10 @@ def test_bf16_is_near_fp32() -> None:
 def test_a_segment_does_not_feel_the_others(window: int) -> None:
     seq_lens = (4, 6, 3)
     qkv = inputs(seq_lens, 4, 2)
-    changed = [t.detach().clone() for t in qkv]
-    for t in changed:
+    q, k, v = (t.detach().clone() for t in qkv)
+    for t in (q, k, v):
         t[4:10] += 1.0
-    changed = [t.requires_grad_() for t in changed]
+    changed = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
     before, _ = packed_attention(*qkv, seq_lens, SCALE, window)
     after, _ = packed_attention(*changed, seq_lens, SCALE, window)
     others = [*range(4), *range(10, 13)]
@@ -129,9 +136,8 @@ def test_gradients_by_finite_differences() -> None:
         direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(2)).double()
         ends = []
         for sign in (1, -1):
-            moved = list(exact)
-            moved[number] = moved[number] + sign * 1e-5 * direction
-            ends.append((dense(*moved, seq_lens, SCALE, 0) * upstream).sum())  # type: ignore[arg-type]
+            q, k, v = (t + sign * 1e-5 * direction if i == number else t for i, t in enumerate(exact))
+            ends.append((dense(q, k, v, seq_lens, SCALE, 0) * upstream).sum())
         slope = float((ends[0] - ends[1]) / 2e-5)
         assert float((gradient.double() * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-5)
 
@@ -162,7 +168,7 @@ def test_backward_keeps_the_five_tensors_that_flash_attention_keeps() -> None:
 # What Transformers calls
 
 
-def call(qkv: list[Tensor], seq_lens: tuple[int, ...], **options: Any) -> Tensor:
+def call(qkv: QKV, seq_lens: tuple[int, ...], **options: Any) -> Tensor:
     """Through the registered function, in Transformers' layout [1, heads, T, d]."""
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in qkv)
     bounds = torch.tensor([0, *torch.tensor(seq_lens).cumsum(0).tolist()], dtype=torch.int32)

@@ -51,7 +51,8 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, T
     """Loss and gradients in fp64 of the same numbers."""
     h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
     loss = F.cross_entropy(h @ w.T, labels, reduction="sum")
-    return loss.detach(), *torch.autograd.grad(loss, (h, w))
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (h, w))
+    return loss.detach(), grad_hidden, grad_weight
 
 
 def relative_error(got: Tensor | None, expected: Tensor) -> float:

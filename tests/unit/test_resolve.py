@@ -121,7 +121,7 @@ def test_the_description_is_the_model(method: str, compute: str, base: str, requ
     assert run.model.blocks == tuple(model.blocks()) != ()
     for parameter in run.model.parameters:
         inside = [block for block in run.model.blocks if parameter.name.startswith(block + ".")]
-        assert [parameter.block] == (inside or [None])
+        assert parameter.block == (inside[0] if inside else None)
 
 
 def test_counts_by_hand(tiny_base: Path, tied_base: Path) -> None:
