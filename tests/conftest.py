@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+# Read when huggingface_hub is imported: no test may reach out.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

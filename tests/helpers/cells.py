@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from transformers import AutoTokenizer
 
 from sft_dist.config.schema import Config
-from sft_dist.data.loader import TrainingOrder
+from sft_dist.data.batch import MicroBatch
+from sft_dist.data.loader import TrainingOrder, collate
 from sft_dist.data.packing import pack_best_fit
 from sft_dist.data.prepared import PreparedData
 from sft_dist.model.build import build_model
+from sft_dist.model.export import export
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -120,6 +124,46 @@ def train(
         )  # fmt: skip
     finally:
         strategy.close()
+
+
+def train_and_export(cfg_yaml: str, folder: str) -> list[np.ndarray[Any, Any]]:
+    """Trains three steps, exports to ``folder`` and returns the logits [t, V] of each of ``probe_rows`` in memory."""
+    run, strategy = start(Config.model_validate(yaml.safe_load(cfg_yaml)))
+    rank = dist.get_rank()
+    data = synthetic_data()
+    order = TrainingOrder(data, run.batch, run.seed)
+    try:
+        for number in range(3):
+            train_step(strategy, data, run.batch, order.step(number), rank=rank, device=CPU, lr=3e-3)
+        logits = _logits(strategy, collate(data, list(PROBE_ROWS)))
+        everything = run.model.method.type == "full"
+        export(
+            Path(folder), run.model, strategy.model, strategy.full_parameters(trainable_only=not everything),
+            AutoTokenizer.from_pretrained(run.model.path), is_main=rank == 0,
+        )  # fmt: skip
+        return [part.numpy() for part in logits.split([len(data.row(row)[0]) for row in PROBE_ROWS])]
+    finally:
+        strategy.close()
+
+
+PROBE_ROWS = (0, 3, 4)
+
+
+def probe_ids() -> list[list[int]]:
+    """Token ids of the rows whose logits ``train_and_export`` returns."""
+    data = synthetic_data()
+    return [data.row(row)[0].tolist() for row in PROBE_ROWS]
+
+
+def _logits(strategy: Strategy, batch: MicroBatch) -> torch.Tensor:
+    """All logits of a batch, from the sharded model: its forward is exchanged, what gathers its weights is not."""
+    model = strategy.model
+    original = model.forward
+    model.forward = lambda b: model.head(model.hidden_states(b))  # type: ignore[method-assign]
+    try:
+        return strategy.evaluate(batch)
+    finally:
+        model.forward = original  # type: ignore[method-assign]
 
 
 def dump(cfg: Config) -> str:

@@ -1,0 +1,79 @@
+"""``final/`` in the hands of someone who has only transformers and peft: same logits as the trained model in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers import cells, load_final
+from tests.helpers.pool import WorldPool
+
+World = Callable[[int], WorldPool]
+Logits = list[np.ndarray[Any, Any]]
+
+CELLS = [
+    "full-fsdp2", "lora-fsdp2", "qlora-fsdp2", "full-zero3", "qlora-zero3", "lora-ddp", "full-zero1", "lora-zero2",
+    "full-fsdp2-tied",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("artefacts")
+
+
+@pytest.fixture(scope="module")
+def in_memory(world: World, tiny_base: Path, tied_base: Path, folder: Path) -> dict[str, list[Logits]]:
+    """Trains and exports every cell on two processes; their logits, by cell and rank."""
+    results = {}
+    for cell in CELLS:
+        method, strategy, *tied = cell.split("-")
+        cfg = cells.config(str(tied_base if tied else tiny_base), method, strategy)
+        results[cell] = world(2).run(cells.train_and_export, cells.dump(cfg), str(folder / cell / "final"))
+    return results
+
+
+@pytest.fixture(scope="module")
+def elsewhere(in_memory: dict[str, list[Logits]], folder: Path) -> dict[str, Logits]:
+    """The logits that one fresh process computes from the files alone."""
+    (folder / "ids.json").write_text(json.dumps(cells.probe_ids()))
+    command = [sys.executable, load_final.__file__, str(folder / "ids.json"), *(str(folder / cell) for cell in CELLS)]
+    subprocess.run(command, check=True, timeout=180)
+    logits = {}
+    for cell in CELLS:
+        with np.load(folder / cell / "logits.npz") as file:
+            logits[cell] = list(file.values())
+    return logits
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_final_loads_elsewhere_with_equal_logits(
+    in_memory: dict[str, list[Logits]], elsewhere: dict[str, Logits], cell: str
+) -> None:
+    for rank in in_memory[cell]:
+        for mine, theirs in zip(rank, elsewhere[cell], strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=2e-5)
+
+
+def test_the_cells_differ(elsewhere: dict[str, Logits]) -> None:
+    """A loader that ignored the adapter, or a training that moved nothing, would make some of these equal."""
+    first = {cell: logits[0] for cell, logits in elsewhere.items() if not cell.endswith("tied")}
+    assert np.abs(first["full-fsdp2"] - first["lora-fsdp2"]).max() > 1e-2
+    assert np.abs(first["lora-fsdp2"] - first["qlora-fsdp2"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_final_is_complete(elsewhere: dict[str, Logits], folder: Path, cell: str) -> None:
+    names = {p.name for p in (folder / cell / "final").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+    is_full = cell.startswith("full")
+    assert ("model.safetensors" in names) == is_full
+    assert ("adapter_model.safetensors" in names) != is_full
+    assert not (folder / cell / "final.unfinished").exists()
