@@ -106,6 +106,15 @@ def test_bf16_keeps_the_sums_in_fp32(chunk_rows: int) -> None:
     assert relative_error(weight.grad, grad_weight) < 1.5e-2
 
 
+def test_bf16_gradients_of_many_chunks_do_not_stop_growing() -> None:
+    """A bf16 sum of equal terms stands still after 256 of them."""
+    hidden, weight, labels = example(torch.bfloat16, rows=1)
+    hidden = hidden.detach().expand(1024, HIDDEN).contiguous()
+    labels = labels.expand(1024)
+    linear_cross_entropy_sum(hidden, weight, labels, chunk_rows=1).backward()
+    assert relative_error(weight.grad, reference(hidden, weight, labels)[2]) < 1.5e-2
+
+
 def test_in_bf16_the_factor_of_the_loss_is_not_rounded() -> None:
     """world_size / supervised tokens, rounded to bf16, would change every gradient of a step by up to 1 / 256."""
     factor = 1.50390625 / 256  # half-way between two bf16 numbers

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_dist.model.nf4 import NF4Linear, dequantize
 
@@ -135,6 +139,24 @@ def test_backward_keeps_the_packed_weight_and_its_state_only(dtype: torch.dtype)
     expected = state_of(layer).values()
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in expected}
     assert sum(t.nbytes for t in saved) == sum(t.nbytes for t in expected)
+
+
+def test_no_dequantised_weight_outlives_a_pass() -> None:
+    layer = NF4Linear.quantize(base(torch.float32), torch.float32)
+    made: list[weakref.ref[Tensor]] = []
+
+    class Dequantised(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ == "dequantize_4bit":
+                made.append(weakref.ref(result))
+            return result
+
+    with Dequantised():
+        y = layer(example_input(torch.float32))
+        assert [ref() for ref in made] == [None]
+        y.sum().backward()
+    assert [ref() for ref in made] == [None, None]
 
 
 def test_the_parameter_is_read_again_in_backward() -> None:
