@@ -17,10 +17,10 @@ from sft_dist.config.schema import (
     ShardingConfig,
 )
 from sft_dist.data.batch import BatchPlan
-from sft_dist.model.spec import DTYPE_BYTES, Dtype, ModelSpec
+from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.runtime.world import WorldShape
 
-Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+StrategyName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 ZERO_STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -38,18 +38,9 @@ class Precision:
     master: Dtype
     reduce: Dtype
 
-    def stored(self, *, trainable: bool, strategy: Strategy) -> Dtype:
+    def stored(self, *, trainable: bool, strategy: StrategyName) -> Dtype:
         """Dtype of a parameter as the model holds it."""
         return self.master if trainable and strategy not in ZERO_STAGES else self.compute
-
-    def gradient(self, *, strategy: Strategy) -> Dtype:
-        """Dtype in which gradients are accumulated over micro-batches."""
-        return "fp32" if strategy in ZERO_STAGES else self.master
-
-    @property
-    def optimizer_state_bytes(self) -> int:
-        """Bytes of one optimizer state for one parameter; the states follow the master weight."""
-        return DTYPE_BYTES[self.master]
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class Run:
     output_dir: str
 
     @property
-    def strategy(self) -> Strategy:
+    def strategy(self) -> StrategyName:
         return self.sharding.strategy
 
     def num_steps(self, sequences: int) -> int:

@@ -41,7 +41,11 @@ def export(
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    gathered = {name.removeprefix(PREFIX): tensor for name, tensor in parameters}
+    gathered = {}
+    for name, tensor in parameters:
+        # The other ranks take part in gathering and keep nothing: one copy in host memory, not one a rank.
+        if is_main:
+            gathered[name.removeprefix(PREFIX)] = tensor.to("cpu", copy=True)
     if not is_main:
         return
     unfinished = folder.with_name(folder.name + ".unfinished")

@@ -69,7 +69,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
-        """Gathers parameters one at a time, on the CPU, trainable ones in ``master``; all ranks iterate to the end."""
+        """Gathers parameters one at a time, trainable ones in ``master``; all ranks iterate to the end.
+
+        A tensor is valid until the next one is asked for: copy what is to stay.
+        """
 
     def close(self) -> None:  # noqa: B027  most strategies have nothing to let go of
         """Lets go of what the strategy registered outside the model."""
@@ -127,7 +130,7 @@ class NativeStrategy(Strategy):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or not trainable_only:
                 full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                yield name, full.detach().cpu()
+                yield name, full.detach()
 
 
 def _local(tensor: Tensor) -> Tensor:

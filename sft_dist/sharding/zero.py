@@ -99,10 +99,10 @@ class Zero(Strategy):
 
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                yield name, safe_get_full_fp32_param(parameter).cpu()
+                yield name, safe_get_full_fp32_param(parameter)
             elif not trainable_only:
                 with GatheredParameters([parameter], enabled=self.stage == 3):
-                    yield name, parameter.detach().cpu()
+                    yield name, parameter.detach()
 
     def close(self) -> None:
         self.engine.destroy()

@@ -78,7 +78,7 @@ def test_evaluation_in_mid_training_changes_nothing(world: World, tiny_base: Pat
 def test_packed_equals_unpacked(world: World, tiny_base: Path) -> None:
     """The whole data set in one step: same sum of losses and same gradient, as packs and as rows."""
     rows = {"rows": 12}
-    losses, norms = [], []
+    losses, norms, weights = [], [], []
     for packing, batch in ((True, 100), (False, 100)):
         cfg = cells.config(
             str(tiny_base),
@@ -88,5 +88,9 @@ def test_packed_equals_unpacked(world: World, tiny_base: Path) -> None:
         result = world(1).run(cells.train, cells.dump(cfg), {**rows, "packing": packing})[0]
         losses.append(result.losses)
         norms.append(result.grad_norms)
+        weights.append(result.weights)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
+    # Under plain SGD what the weights moved by is the sum of the gradients, element for element.
+    for name, weight in weights[0].items():
+        np.testing.assert_allclose(weight, weights[1][name], rtol=1e-5, atol=1e-6, err_msg=name)

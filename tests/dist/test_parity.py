@@ -153,7 +153,7 @@ def test_fsdp2_without_resharding(world: World, alone: Callable[..., Trained], t
     assert_equal_runs(world(2).run(cells.train, cells.dump(cfg)), alone(cells.config(str(tiny_base), "full", "ddp")))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_reduced_in_bf16(world: World, alone: Callable[..., Trained], tiny_base: Path, strategy: str) -> None:
     """fp32 compute with a bf16 reduction: near the exact run, and not equal to it, so the setting has its effect."""
     precision = {"compute": "fp32", "master": "fp32", "reduce": "bf16"}
