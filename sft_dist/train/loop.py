@@ -53,18 +53,18 @@ class Training:
         *,
         num_steps: int,
     ) -> None:
-        self.settings, self.world, self.device, self.strategy = run, world, device, strategy
+        self.run, self.world, self.device, self.strategy = run, world, device, strategy
         self.order, self.eval_data, self.logger, self.num_steps = order, eval_data, logger, num_steps
         self._unread: _Finished | None = None
 
-    def run(self) -> None:
+    def train(self) -> None:
         """Trains to the last step.
 
         Raises:
             TrainingDiverged: a loss or a gradient norm is not finite.
             ShardingMismatch: the first step moved nothing.
         """
-        if self.settings.eval.before_training:
+        if self.run.eval.before_training:
             self._evaluate(completed=0)
         check = MovementCheck(self.strategy)
         for number in range(self.num_steps):
@@ -76,15 +76,15 @@ class Training:
         self._read()
 
     def _evaluation_is_due(self, *, completed: int) -> bool:
-        every = self.settings.eval.every_steps
+        every = self.run.eval.every_steps
         return completed == self.num_steps or (every is not None and completed % every == 0)
 
     def _train_step(self, number: int) -> None:
         started = time.perf_counter()
         step = self.order.step(number)
-        lr = learning_rate(self.settings.optim, number, self.num_steps)
+        lr = learning_rate(self.run.optim, number, self.num_steps)
         outcome = train_step(
-            self.strategy, self.order.data, self.settings.batch, step, rank=self.world.rank, device=self.device, lr=lr
+            self.strategy, self.order.data, self.run.batch, step, rank=self.world.rank, device=self.device, lr=lr
         )
         # Reading the numbers of this step would wait for it; those of the one before have arrived by now. Waiting for
         # them is part of the time of this step: the host runs one step ahead, so the average over steps is right.
@@ -127,7 +127,7 @@ class Training:
         if self.eval_data is None:
             return
         self._read()
-        result = evaluate(self.strategy, self.eval_data, self.settings.batch, rank=self.world.rank, device=self.device)
+        result = evaluate(self.strategy, self.eval_data, self.run.batch, rank=self.world.rank, device=self.device)
         if self.logger is not None:
             self.logger.evaluation({"step": completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity})
 

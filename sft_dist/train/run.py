@@ -39,20 +39,12 @@ def run_training(config: Config) -> None:
     """
     world = World.from_environment()
     run = resolve(config, world.shape)
+    renderer = load_renderer(run.model.path, run.model.revision, run.data.chat_template)
     device = device_of(world)
-    folder = Path(run.output_dir)
     with process_group(world, device) as store:
-
-        def prepare_all() -> None:
-            check_run_directory(folder)
-            check_weights(run.model)
-            _prepare_data(run, renderer, folder)
-            (folder / "config.yaml").write_text(dump_config(config))
-
-        renderer = load_renderer(run.model.path, run.model.revision, run.data.chat_template)
-        run_on_main_first(world, store, "prepare", prepare_all)
-        train_data, eval_data = _open_data(run, folder)
-        train(run, world, device, train_data, eval_data, renderer, settings=config.model_dump(mode="json"))
+        run_on_main_first(world, store, "prepare", lambda: prepare_run(run, renderer))
+        train_data, eval_data = open_data(run)
+        train(run, world, device, train_data, eval_data, renderer, config)
         dist.barrier()
 
 
@@ -63,8 +55,7 @@ def train(
     train_data: PreparedData,
     eval_data: PreparedData | None,
     renderer: ChatRenderer,
-    *,
-    settings: dict[str, object],
+    config: Config,
 ) -> None:
     """Build -> shard -> verify -> loop -> export."""
     strategy = registry.apply(run, build_model(run.model, seed=run.seed), device)
@@ -74,56 +65,80 @@ def train(
     num_steps = run.num_steps(train_data.num_sequences)
     # Dropout is drawn per rank; everything that all ranks must agree on was drawn before.
     torch.manual_seed(run.seed + world.rank)
-    with _logger(run, world, settings, num_steps) as logger:
+    with _logger(run, world, config, num_steps) as logger:
         if logger is not None:
             logger.say(summary(run, spec, train_data, eval_data, num_steps=num_steps))
-        Training(run, world, device, strategy, order, eval_data, logger, num_steps=num_steps).run()
+        Training(run, world, device, strategy, order, eval_data, logger, num_steps=num_steps).train()
         final = Path(run.output_dir) / "final"
         trainable_only = run.model.method.type != "full"
-        export(
-            final, run.model, strategy.model, strategy.full_parameters(trainable_only=trainable_only),
-            renderer.tokenizer, is_main=world.is_main,
-        )  # fmt: skip
+        parameters = strategy.full_parameters(trainable_only=trainable_only)
+        export(final, run.model, strategy.model, parameters, renderer.tokenizer, is_main=world.is_main)
         if logger is not None:
             logger.say(f"saved {final}")
     strategy.close()
 
 
 @contextmanager
-def _logger(run: Run, world: World, settings: dict[str, object], num_steps: int) -> Iterator[RunLogger | None]:
-    """The run's logger on rank 0, None elsewhere."""
+def _logger(run: Run, world: World, config: Config, num_steps: int) -> Iterator[RunLogger | None]:
+    """The run's logger on rank 0, None elsewhere. From here on the run directory is taken."""
     if not world.is_main:
         yield None
         return
-    with RunLogger(Path(run.output_dir), run.logging.wandb, settings, num_steps=num_steps) as logger:
+    folder = Path(run.output_dir)
+    (folder / "config.yaml").write_text(dump_config(config))
+    settings = config.model_dump(mode="json")
+    with RunLogger(folder, run.logging.wandb, settings, num_steps=num_steps) as logger:
         yield logger
 
 
-def _prepare_data(run: Run, renderer: ChatRenderer, folder: Path) -> None:
-    """Tokenises, masks and packs both sets into the run directory, showing how far it is."""
+def prepare_run(run: Run, renderer: ChatRenderer) -> None:
+    """Everything that can be found wrong without a GPU, and the data; on rank 0.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: the run directory, the weights, the data.
+    """
+    check_run_directory(Path(run.output_dir))
+    check_weights(run.model)
+    for name, sources in (("train", run.data.train), ("eval", run.data.eval)):
+        if sources:
+            _prepare_data(run, renderer, name)
+
+
+def _prepare_data(run: Run, renderer: ChatRenderer, name: str) -> None:
+    """Tokenises, masks and packs one set into the run directory, showing how far it is."""
     columns = SpinnerColumn(), TextColumn("{task.description} {task.completed:,.0f} rows"), TimeElapsedColumn()
     console = Console(highlight=False)
-    for name, sources in (("train", run.data.train), ("eval", run.data.eval)):
-        if not sources:
-            continue
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(f"preparing data.{name}", total=None)
-            counts = prepare(
-                sources, run.data, renderer, folder / "data" / name,
-                key=f"data.{name}", on_row=lambda task=task: progress.advance(task),  # type: ignore[misc]
-            )  # fmt: skip
-        for kind in ("dropped_rows", "truncated_rows"):
-            if counts[kind]:
-                cut = f", {counts['truncated_tokens']:,} tokens cut off" if kind == "truncated_rows" else ""
-                console.print(f"[yellow]data.{name}: {counts[kind]:,} {kind.replace('_', ' ')}{cut}")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"preparing data.{name}", total=None)
+        counts = prepare(
+            run.data.train if name == "train" else run.data.eval,
+            run.data,
+            renderer,
+            _data_folder(run, name),
+            key=f"data.{name}",
+            on_row=lambda: progress.advance(task),
+        )
+    for kind in ("dropped_rows", "truncated_rows"):
+        if counts[kind]:
+            cut = f", {counts['truncated_tokens']:,} tokens cut off" if kind == "truncated_rows" else ""
+            console.print(f"[yellow]data.{name}: {counts[kind]:,} {kind.replace('_', ' ')}{cut}", soft_wrap=True)
 
 
-def _open_data(run: Run, folder: Path) -> tuple[PreparedData, PreparedData | None]:
+def open_data(run: Run) -> tuple[PreparedData, PreparedData | None]:
+    """Maps what rank 0 prepared: the training rows, and the held-out rows if there are any.
+
+    Raises:
+        ConfigError: this node does not see the files.
+    """
     try:
-        train_data = open_prepared(folder / "data" / "train")
-        return train_data, open_prepared(folder / "data" / "eval") if run.data.eval else None
+        train_data = open_prepared(_data_folder(run, "train"))
+        return train_data, open_prepared(_data_folder(run, "eval")) if run.data.eval else None
     except FileNotFoundError as e:
         raise ConfigError(
-            f"output_dir: {folder} lacks the data that rank 0 prepared ({e.filename})",
+            f"output_dir: {run.output_dir} lacks the data that rank 0 prepared ({e.filename})",
             fix="set output_dir to a folder that all nodes share",
         ) from e
+
+
+def _data_folder(run: Run, name: str) -> Path:
+    return Path(run.output_dir) / "data" / name

@@ -154,6 +154,7 @@ def test_truncated_weights(train: Callable[..., Result], tiny_base: Path, tmp_pa
     code, err = train(model={"path": str(broken)})
     assert code == 5
     assert str(broken) in err
+    assert train()[0] == 0, "a run that never started does not claim its directory"
 
 
 def test_weights_of_another_model(train: Callable[..., Result], tiny_base: Path, tmp_path: Path) -> None:
@@ -193,7 +194,6 @@ def test_run_directory_already_used(train: Callable[..., Result], tmp_path: Path
 
 
 def test_a_mistake_in_the_data_can_be_mended_in_place(train: Callable[..., Result]) -> None:
-    """A run that never started does not claim its directory."""
     assert train(text="")[0] == 4
     assert train()[0] == 0
 
