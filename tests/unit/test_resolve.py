@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import LlamaForCausalLM
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
@@ -273,6 +274,14 @@ def test_a_model_that_may_mix_the_rows_of_a_pack(settings: dict[str, Any], tmp_p
     what, fix = refusal(model_folder(tmp_path, **settings))
     assert "may mix the rows of a pack" in what
     assert "attention interface" in fix
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("_is_stateful", True), ("_supports_attention_backend", False)])
+def test_each_sign_of_such_a_model_is_enough(
+    attribute: str, value: bool, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, attribute, value)
+    assert "may mix the rows of a pack" in refusal(tiny_base)[0]
 
 
 @pytest.mark.parametrize(
