@@ -20,8 +20,8 @@ SCALE = 0.3  # not 1 / sqrt(d), so that a lost scale shows
 SEGMENTS = pytest.mark.parametrize(
     "seq_lens", [(12,), (5, 7), (1, 6, 1, 1, 4), (1, 1, 1), (40, 3)], ids=lambda lens: "-".join(map(str, lens))
 )
-HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (4, 1)])
-WINDOWS = pytest.mark.parametrize("window", [0, 1, 3, 1000])
+HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
+WINDOWS = pytest.mark.parametrize("window", [0, 1, 3])
 
 
 def inputs(seq_lens: tuple[int, ...], heads: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> QKV:

@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,16 @@ def test_a_tied_output_layer_stays_tied(tied_base: Path) -> None:
 # The shards
 
 
+@lru_cache
+def bf16_run(path: Path, method: str, strategy: str) -> Run:
+    return run_of(path, method, strategy, precision={"compute": "bf16"})
+
+
 @METHODS
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_ranks_hold_the_whole_model(method: str, strategy: str, world_size: int, tiny_base: Path) -> None:
-    run = run_of(tiny_base, method, strategy, world_size, precision={"compute": "bf16"})
+    run = replace(bf16_run(tiny_base, method, strategy), world=WorldShape(1, world_size))
     specs = [registry.describe(run, rank) for rank in range(world_size)]
     assert [s.rank for s in specs] == list(range(world_size))
     assert {s.strategy for s in specs} == {strategy}

@@ -32,7 +32,6 @@ from sft_dist.train.step import StepOutcome, train_step
 from tests.helpers.cells import CPU, config, start, synthetic_data
 
 METHODS = pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-CHECKPOINTING = pytest.mark.parametrize("checkpointing", ["none", "full"])
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +66,10 @@ def fake_model(run: Run) -> SftModel:
 
 
 @METHODS
-@CHECKPOINTING
-@pytest.mark.parametrize(("compute", "base"), [("fp32", "tiny_base"), ("bf16", "tied_base")])
+@pytest.mark.parametrize(
+    ("checkpointing", "compute", "base"),
+    [("none", "fp32", "tiny_base"), ("full", "fp32", "tiny_base"), ("full", "bf16", "tied_base")],
+)
 def test_a_step_runs_on_fake_tensors(
     method: str, checkpointing: str, compute: str, base: str, request: pytest.FixtureRequest
 ) -> None:
