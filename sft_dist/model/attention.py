@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from sft_dist.errors import ConfigError
+
 ATTENTION_NAME = "sft_dist_packed"
 
 
@@ -159,17 +161,25 @@ def packed_attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    seq_lens: tuple[int, ...],
-    max_seq_len: int,
-    cu_seqlens: Tensor,
+    seq_lens: tuple[int, ...] | None = None,
+    max_seq_len: int | None = None,
+    cu_seqlens: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What Transformers calls: query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]."""
+    if seq_lens is None or max_seq_len is None or cu_seqlens is None:
+        raise ConfigError(
+            f"model.path: {type(module).__name__} does not pass the bounds of the rows on to its attention",
+            fix="choose a model that hands extra forward keywords to Transformers' attention interface",
+        )
     if attention_mask is not None or dropout:
-        raise RuntimeError("packed attention takes neither a mask nor dropout; the model was built for something else")
+        raise ConfigError(
+            f"model.path: {type(module).__name__} asks for an attention mask or dropout, which packed attention lacks",
+            fix="set its attention dropout to 0 in config.json, or choose another model",
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # A window that no segment exceeds is plain causal attention, which has the faster kernel.
     window = sliding_window if sliding_window is not None and sliding_window < max_seq_len else 0

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod
 from sft_dist.data.batch import MicroBatch
@@ -23,15 +23,9 @@ from sft_dist.model.attention import ATTENTION_NAME
 from sft_dist.model.loss import LossHead
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
 from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
+from sft_dist.model.support import first_line, load_model_config
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# Settings of a model configuration that change its arithmetic where packed attention or the loss head leave it out.
-UNSUPPORTED_SETTINGS = (
-    "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "num_experts",
-    "num_local_experts", "n_routed_experts", "attention_dropout",
-)  # fmt: skip
-
 
 WEIGHTS_FIX = "the folder needs model.safetensors, or its shards and model.safetensors.index.json"
 
@@ -140,52 +134,6 @@ def build_meta_model(path: str, revision: str | None, method: MethodConfig, comp
         return _assemble(model, method, dtype)
 
 
-def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
-    """The model's configuration, refused when training it here would differ from what its authors run.
-
-    Raises:
-        ConfigError: no configuration there, or a setting that is not supported.
-    """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"model.path: {path} has no config.json", fix="give a folder in Hugging Face layout")
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"model.path: {path} is neither a model folder nor a reachable hub id ({_first_line(e)})",
-            fix="give an existing folder, or a hub id that is in the local cache or can be downloaded",
-        ) from e
-    if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
-        raise ConfigError(
-            f"model.path: {path} is a {config.model_type} model, not a causal language model",
-            fix="choose a decoder-only text model",
-        )
-    if not _keeps_segments_apart(config):
-        raise ConfigError(
-            f"model.path: {path} is a {config.model_type} model, whose layers may mix the rows of a pack",
-            fix="choose a model in which every layer attends through Transformers' attention interface",
-        )
-    for key in UNSUPPORTED_SETTINGS:
-        value = getattr(config, key, None)
-        if value not in (None, 0, 0.0, 1.0):
-            raise ConfigError(
-                f"model.path: {path} sets {key}={value}, which is not supported",
-                fix="choose a dense model without logit scaling, soft-capping or attention dropout",
-            )
-    return config
-
-
-def _keeps_segments_apart(config: PretrainedConfig) -> bool:
-    """Whether tokens meet in packed attention alone: a recurrent or convolutional layer knows no segments."""
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    return (
-        model_class._supports_attention_backend
-        and not model_class._is_stateful
-        and layer_types <= {"full_attention", "sliding_attention"}
-    )
-
-
 def check_weights(spec: ModelSpec) -> None:
     """Answers at once whether a model folder has weights; a hub id is looked up when it is loaded.
 
@@ -209,7 +157,7 @@ def _load_weights(path: str, revision: str | None, config: PretrainedConfig, dty
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         raise CheckpointError(
-            f"model.path: no readable weights in {path} ({_first_line(e)})",
+            f"model.path: no readable weights in {path} ({first_line(e)})",
             fix=WEIGHTS_FIX,
         ) from e
     finally:
@@ -253,7 +201,3 @@ def _quantize_linears(model: PreTrainedModel, storage: torch.dtype) -> None:
             )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, NF4Linear.quantize(module, storage))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -97,7 +97,7 @@ class NativeStrategy(Strategy):
         if self.max_grad_norm is not None:
             # The coefficient stays on the device: reading it would make the host wait.
             coefficient = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
+            torch._foreach_mul_(gradients, coefficient)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

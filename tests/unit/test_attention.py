@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sft_dist.errors import ConfigError
 from sft_dist.model.attention import packed_attention, packed_attention_forward, per_segment_sdpa
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -203,5 +204,12 @@ def test_a_window_that_nothing_exceeds_is_plain_causal_attention(window: int) ->
 
 @pytest.mark.parametrize("options", [{"attention_mask": torch.ones(1)}, {"dropout": 0.1}])
 def test_a_mask_or_dropout_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(RuntimeError, match="neither a mask nor dropout"):
+    with pytest.raises(ConfigError, match="attention mask or dropout"):
         call(inputs((3,), 2, 2), (3,), **options)
+
+
+def test_a_model_that_keeps_the_bounds_to_itself_is_refused() -> None:
+    """Some models drop extra forward keywords; attention over the whole pack would be silently wrong."""
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ConfigError, match="Identity does not pass the bounds"):
+        packed_attention_forward(torch.nn.Identity(), q, q, q, None, max_seq_len=4)

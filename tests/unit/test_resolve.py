@@ -19,8 +19,9 @@ from transformers import LlamaForCausalLM
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
-from sft_dist.model.build import build_meta_model, build_model, load_model_config
+from sft_dist.model.build import build_meta_model, build_model
 from sft_dist.model.spec import DTYPE_BYTES
+from sft_dist.model.support import load_model_config
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
