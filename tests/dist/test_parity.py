@@ -112,6 +112,9 @@ def test_bf16_stays_near_one_process(
     assert all(
         dtype == ("bfloat16" if strategy.startswith("zero") else "float32") for _, dtype, _ in trained[0].local.values()
     )
+    for name, weight in trained[0].weights.items():
+        # What is handed on is the fp32 master, of which bf16 would keep the upper half of the bits.
+        assert np.count_nonzero(weight.view(np.uint32) & 0xFFFF) > weight.size / 2, name
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])

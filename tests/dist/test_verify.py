@@ -36,6 +36,11 @@ def message_of_mismatch(text: str, applied: str, breakage: str) -> str:
     if breakage == "dtype on rank 1" and dist.get_rank() == 1:
         parameter = next(iter(model.parameters()))
         parameter.data = parameter.data.to(torch.float64)
+    if breakage == "optimizer in bf16":
+        strategy.optimizer.param_groups[0]["params"] = [m.detach().bfloat16() for m in strategy.master_weights()]
+        del strategy.optimizer.param_groups[1:]
+    if breakage == "names":
+        model.hf.renamed = model.hf._modules.pop("model")
     try:
         verify_sharding(strategy, registry.describe(run, dist.get_rank()))
     except ShardingMismatch as e:
@@ -66,6 +71,18 @@ def test_a_difference_on_one_rank_fails_all(world: World, tiny_base: Path) -> No
     for message in world(2).run(message_of_mismatch, text, "ddp", "dtype on rank 1"):
         assert "rank 1: hf.model.embed_tokens.weight" in message
         assert "torch.float64" in message
+
+
+def test_an_optimizer_in_another_dtype_is_found(world: World, tiny_base: Path) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "full", "ddp"))
+    for message in world(2).run(message_of_mismatch, text, "ddp", "optimizer in bf16"):
+        assert "the optimizer holds {torch.bfloat16}, described fp32" in message
+
+
+def test_other_names_are_found(world: World, tiny_base: Path) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "full", "ddp"))
+    for message in world(2).run(message_of_mismatch, text, "ddp", "names"):
+        assert "parameters with other names than the" in message
 
 
 def stale_optimizer_message(text: str) -> str:

@@ -19,15 +19,23 @@ ROWS = [
     for n in range(24)
 ]
 
+# Not the tokenizer's own, which names the roles in full.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'][0] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>a\n{% endif %}"
+)
+
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     folder = tmp_path_factory.mktemp("run")
     for name, rows in (("train", ROWS[:17]), ("eval", ROWS[17:])):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows))
+    (folder / "template.jinja").write_text(TEMPLATE)
     config = {
         "model": {"path": str(tiny_base)},
         "data": {
+            "chat_template": str(folder / "template.jinja"),
             "train": [{"path": str(folder / "train.jsonl")}], "eval": [{"path": str(folder / "eval.jsonl")}],
             "max_seq_len": 256,
         },
@@ -78,9 +86,15 @@ def test_evaluations_are_where_they_should_be(run_directory: Path) -> None:
         assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
 
 
+def test_lines_are_in_the_order_of_events(run_directory: Path) -> None:
+    lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(lines, key=lambda line: (line["step"], "eval_loss" in line))
+
+
 def test_final_has_the_loss_that_was_measured(run_directory: Path) -> None:
     """Recomputed from the artefact by plain transformers: its tokenizer, its template, its weights, its masks by hand."""
     tokenizer = AutoTokenizer.from_pretrained(run_directory / "final")
+    assert tokenizer.chat_template == TEMPLATE, "the one that the run was given"
     model = AutoModelForCausalLM.from_pretrained(run_directory / "final", dtype=torch.float32)
     total, count = 0.0, 0
     for row in ROWS[17:]:

@@ -9,13 +9,19 @@ from __future__ import annotations
 import importlib
 import multiprocessing as mp
 import os
+import signal
 import socket
+import threading
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 CELL_TIMEOUT_S = 180
+
+# What a rank may take after another one has failed, before it counts as waiting for that one in a collective.
+GRACE_S = 5
 
 
 class WorldPool:
@@ -42,18 +48,27 @@ class WorldPool:
         """
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(CELL_TIMEOUT_S):
-                self.close()
-                raise AssertionError(f"rank {rank} of {self.size} did not answer within {CELL_TIMEOUT_S} s")
-            answers.append(pipe.recv())
-        failures = [f"rank {rank}:\n{trace}" for rank, (_, trace) in enumerate(answers) if trace]
+        answers: dict[int, tuple[Any, str | None]] = {}
+        deadline = time.monotonic() + CELL_TIMEOUT_S
+        while len(answers) < self.size:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                answer = _receive(pipe)
+                answers[waiting[pipe]] = answer
+                if answer[1]:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        silent = [rank for rank in range(self.size) if rank not in answers]
+        failures = [f"rank {rank}:\n{answers[rank][1]}" for rank in sorted(answers) if answers[rank][1]]
+        if silent and not failures:
+            failures = [f"ranks {silent} of {self.size} did not answer within {CELL_TIMEOUT_S} s"]
         if failures:
             # Peers of a failed rank may be out of step in their collectives.
             self.close()
             raise AssertionError("\n".join(failures))
-        return [result for result, _ in answers]
+        return [answers[rank][0] for rank in range(self.size)]
 
     @property
     def alive(self) -> bool:
@@ -65,7 +80,19 @@ class WorldPool:
             process.join()
 
 
+def _receive(pipe: Any) -> tuple[Any, str | None]:
+    """(result, None) or (None, what went wrong)."""
+    try:
+        answer: tuple[Any, str | None] = pipe.recv()
+        return answer
+    except (EOFError, OSError):
+        return None, "the process ended without an answer"
+
+
 def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
+    # Ctrl-C is for the test process, which ends this one; so does its death, even while this one waits for a peer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
@@ -89,6 +116,13 @@ def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
         except BaseException:
             answer = (None, traceback.format_exc())
         pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _free_port() -> int:

@@ -1,0 +1,119 @@
+"""``train`` of ``train/run.py`` in a world of processes: its seeds, its checks, and that it adds nothing to the steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.numpy import load_file
+
+from sft_dist.config.schema import Config
+from sft_dist.data.chat_template import load_renderer
+from sft_dist.errors import ShardingMismatch
+from sft_dist.resolve import resolve
+from sft_dist.runtime.world import World, WorldShape
+from sft_dist.sharding import registry
+from sft_dist.sharding.optim import learning_rate
+from sft_dist.train import loop
+from sft_dist.train import run as train_run
+from tests.helpers import cells
+from tests.helpers.pool import WorldPool
+
+Worlds = Callable[[int], WorldPool]
+
+
+def train(cfg_yaml: str) -> None:
+    """What ``run_training`` does once the data are prepared, over synthetic ones."""
+    cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
+    rank = dist.get_rank()
+    world = World(rank, rank, WorldShape(1, dist.get_world_size()))
+    run = resolve(cfg, world.shape)
+    renderer = load_renderer(run.model.path, None, None)
+    train_run.train(run, world, cells.CPU, cells.synthetic_data(), None, renderer, cfg)
+
+
+def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any) -> Config:
+    folder.mkdir(exist_ok=True)
+    cfg = cells.config(str(base), method, strategy, logging={"wandb": {"mode": "disabled"}}, **sections)
+    return cfg.model_copy(update={"output_dir": str(folder)})
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero1"])
+def test_a_run_is_the_steps_and_nothing_else(world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str) -> None:
+    """Two ranks must start from the same adapters; what comes out is what one process makes of the same steps."""
+    cfg = config(tiny_base, tmp_path / "run", "lora", strategy)
+    world(2).run(train, cells.dump(cfg))
+    reference = world(1).run(cells.train, cells.dump(cells.config(str(tiny_base), "lora")))[0]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11)), "the last step too, with no evaluation after it"
+    np.testing.assert_allclose([line["loss"] for line in lines], reference.losses, rtol=1e-5)
+    np.testing.assert_allclose([line["grad_norm"] for line in lines], reference.grad_norms, rtol=1e-5)
+    assert [line["lr"] for line in lines] == [learning_rate(cfg.optim, number, 10) for number in range(10)]
+    final = load_file(tmp_path / "run/final/adapter_model.safetensors")
+    assert len(final) == len(reference.weights)
+    for name, weight in reference.weights.items():
+        saved = final[name.removeprefix("hf.").replace(".default", "")]
+        np.testing.assert_allclose(saved, weight, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def seed_in_training(cfg_yaml: str) -> tuple[int, float]:
+    """What dropout would draw from when the first step starts."""
+    seen = []
+
+    def instead(_: loop.Training) -> None:
+        seen.append((torch.initial_seed(), float(torch.rand(()))))
+
+    with patch.object(loop.Training, "train", instead):
+        train(cfg_yaml)
+    return seen[0]
+
+
+def test_dropout_differs_between_ranks_and_repeats(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    def seeds(name: str, seed: int) -> list[tuple[int, float]]:
+        sections = {"train": {"seed": seed}}
+        cfg = config(tiny_base, tmp_path / name, "lora", "ddp", **sections)
+        return world(2).run(seed_in_training, cells.dump(cfg))
+
+    first = seeds("first", 11)
+    assert first[0] != first[1]
+    assert seeds("again", 11) == first
+    assert not set(seeds("other", 23)) & set(first)
+
+
+def message_of_broken_run(cfg_yaml: str, breakage: str) -> str:
+    """What a run says in which one thing is wrong on rank 1 alone: what it should hold, or its learning rate."""
+    rank = dist.get_rank()
+    describe = registry.describe
+    if breakage == "other description":
+        shards = patch.object(registry, "describe", lambda run, _: replace(describe(run, 0), rank=rank))
+    else:
+        shards = patch.object(loop, "learning_rate", lambda *_: 0.0 if rank == 1 else 1e-3)
+    with shards, pytest.raises(ShardingMismatch) as caught:
+        train(cfg_yaml)
+    return caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        ("other description", "fsdp2 did not shard as described: rank 1: hf.model.embed_tokens.weight"),
+        ("no movement", "no parameter moved in the first optimizer step on rank 1"),
+    ],
+)
+def test_a_run_checks_itself_on_every_rank(
+    world: Worlds, tiny_base: Path, tmp_path: Path, breakage: str, message: str
+) -> None:
+    cfg = config(tiny_base, tmp_path / "run", "full", "fsdp2")
+    said = world(2).run(message_of_broken_run, cells.dump(cfg), breakage)
+    assert len(set(said)) == 1
+    assert message in said[0]
+    assert not (tmp_path / "run/final").exists()

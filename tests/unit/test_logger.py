@@ -1,0 +1,108 @@
+"""Where the numbers of a run come out, and that W&B can take none of them away."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sft_dist.config.schema import WandbConfig
+from sft_dist.errors import ConfigError
+from sft_dist.metrics.logger import RunLogger
+
+OFF = WandbConfig(mode="disabled")
+
+
+def line(step: int, **more: float) -> dict[str, int | float]:
+    return {"step": step, "loss": 1.5, "tokens_per_s": 10.0, "step_time_s": 0.1, "lr": 1e-3, **more}
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class FakeWandb(SimpleNamespace):
+    """A run of W&B that keeps what it is given and breaks at step 2."""
+
+    def __init__(self) -> None:
+        super().__init__(logged=[], finished=[], Settings=lambda **_: None)
+
+    def init(self, **_: Any) -> FakeWandb:
+        return self
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if step == 2:
+            raise OSError("disk full")
+        self.logged.append((step, metrics["loss"]))
+
+    def finish(self, exit_code: int) -> None:
+        self.finished.append(exit_code)
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    return fake
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=2) as logger:
+        logger.training_step(line(1))
+        assert written(tmp_path) == [line(1)]
+        logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": math.exp(0.5)})
+        assert written(tmp_path)[1] == {"step": 1, "eval_loss": 0.5, "eval_perplexity": math.exp(0.5)}
+
+
+def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=2) as logger:
+        logger.training_step(line(1, loss=math.nan, grad_norm=math.inf))
+    assert written(tmp_path) == [{**line(1), "loss": None, "grad_norm": None, "non_finite": ["loss", "grad_norm"]}]
+
+
+def test_a_failure_of_wandb_is_said_once_and_stops_nothing(
+    tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=4) as logger:
+        for step in (1, 2, 3, 4):
+            logger.training_step(line(step))
+    assert [entry["step"] for entry in written(tmp_path)] == [1, 2, 3, 4]
+    assert wandb.logged == [(1, 1.5)]
+    assert capsys.readouterr().out.count("W&B stopped taking metrics (disk full)") == 1
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (KeyboardInterrupt, 1), (ValueError, 1)])
+def test_wandb_is_told_how_the_run_ended(
+    tmp_path: Path, wandb: FakeWandb, error: type[BaseException] | None, code: int
+) -> None:
+    def run() -> None:
+        with RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=1) as logger:
+            logger.training_step(line(1))
+            if error is not None:
+                raise error
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(error):
+            run()
+    assert wandb.logged == [(1, 1.5)]
+    assert wandb.finished == [code]
+
+
+def test_wandb_that_does_not_start_is_a_mistake_in_the_config(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("no API key\nand more lines")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError) as caught:
+        RunLogger(tmp_path, WandbConfig(mode="online"), {}, num_steps=1)
+    assert caught.value.what == "logging.wandb.mode=online: W&B did not start (no API key)"
+    assert "offline" in caught.value.fix
