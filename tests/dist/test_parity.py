@@ -117,6 +117,17 @@ def test_bf16_stays_near_one_process(
         assert np.count_nonzero(weight.view(np.uint32) & 0xFFFF) > weight.size / 2, name
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero2", "zero3"])
+def test_bf16_gradients_are_added_up_in_fp32(world: World, tiny_base: Path, strategy: str) -> None:
+    """The same four bf16 micro-batches a rank as under DDP, so the norm of their sum is the same far beyond bf16."""
+    train = {"global_batch_size": 8, "micro_batch_size": 1, "max_steps": 1, "seed": 3}
+    norms = [
+        world(2).run(cells.train, cells.dump(cells.config(str(tiny_base), "full", s, train=train, **BF16)))[0].grad_norms
+        for s in ("ddp", strategy)
+    ]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["full", "qlora"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
 @pytest.mark.parametrize("mode", [{"mode": "none"}, {"mode": "every_k", "k": 2}])
@@ -161,10 +172,11 @@ def test_gradients_reduced_in_bf16(world: World, alone: Callable[..., Trained], 
     """fp32 compute with a bf16 reduction: near the exact run, and not equal to it, so the setting has its effect."""
     precision = {"compute": "fp32", "master": "fp32", "reduce": "bf16"}
     cfg = cells.config(str(tiny_base), "full", strategy, precision=precision)
-    losses = np.array(world(2).run(cells.train, cells.dump(cfg))[0].losses)
-    reference = np.array(alone(cells.config(str(tiny_base), "full", "ddp")).losses)
-    np.testing.assert_allclose(losses, reference, rtol=1e-2)
-    assert np.abs(losses / reference - 1).max() > 1e-6
+    trained = world(2).run(cells.train, cells.dump(cfg))[0]
+    reference = alone(cells.config(str(tiny_base), "full", "ddp"))
+    np.testing.assert_allclose(trained.losses, reference.losses, rtol=1e-2)
+    np.testing.assert_allclose(trained.grad_norms, reference.grad_norms, rtol=1e-2)
+    assert np.abs(np.array(trained.losses) / reference.losses - 1).max() > 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
