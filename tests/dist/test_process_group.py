@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from sft_dist import errors
 from sft_dist.errors import SftError
+from sft_dist.runtime import process_group
 from sft_dist.runtime.process_group import run_on_main_first
 from sft_dist.runtime.world import World, WorldShape
 from tests.helpers.pool import WorldPool
@@ -34,7 +37,8 @@ def main_first(folder: str, kind: str | None, key: str) -> tuple[str, str, str] 
 
     store = dist.PrefixStore(key, _get_default_store())
     try:
-        run_on_main_first(World(rank, rank, WorldShape(1, size)), store, "work", work)
+        with patch.object(process_group, "PREPARE_TIMEOUT", timedelta(seconds=20)):
+            run_on_main_first(World(rank, rank, WorldShape(1, size)), store, "work", work)
     except SftError as e:
         return type(e).__name__, e.what, e.fix
     except ZeroDivisionError as e:

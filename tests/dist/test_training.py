@@ -16,15 +16,16 @@ import torch.distributed as dist
 import yaml
 from safetensors.numpy import load_file
 
-from sft_dist.config.schema import Config
+from sft_dist.config.schema import Config, EvalConfig
 from sft_dist.data.chat_template import load_renderer
-from sft_dist.errors import ShardingMismatch
+from sft_dist.errors import ShardingMismatch, TrainingDiverged
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.train import loop
 from sft_dist.train import run as train_run
+from sft_dist.train.step import StepOutcome
 from tests.helpers import cells
 from tests.helpers.pool import WorldPool
 
@@ -38,7 +39,8 @@ def train(cfg_yaml: str) -> None:
     world = World(rank, rank, WorldShape(1, dist.get_world_size()))
     run = resolve(cfg, world.shape)
     renderer = load_renderer(run.model.path, None, None)
-    train_run.train(run, world, cells.CPU, cells.synthetic_data(), None, renderer, cfg)
+    held_out = cells.synthetic_data(rows=5, seed=99) if cfg.eval.every_steps is not None else None
+    train_run.train(run, world, cells.CPU, cells.synthetic_data(), held_out, renderer, cfg)
 
 
 def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any) -> Config:
@@ -47,15 +49,21 @@ def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any
     return cfg.model_copy(update={"output_dir": str(folder)})
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero1"])
-def test_a_run_is_the_steps_and_nothing_else(world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "evaluates"), [("fsdp2", False), ("zero1", True)])
+def test_a_run_is_the_steps_and_nothing_else(
+    world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str, evaluates: bool
+) -> None:
     """Two ranks must start from the same adapters; what comes out is what one process makes of the same steps."""
     # Without decay the first step leaves half of the adapters as they are: their gradient is zero while B is.
     optim = {"weight_decay": 0.0}
     cfg = config(tiny_base, tmp_path / "run", "lora", strategy, optim=optim)
+    if evaluates:
+        cfg = cfg.model_copy(update={"eval": EvalConfig(every_steps=4, before_training=False)})
     world(2).run(train, cells.dump(cfg))
     reference = world(1).run(cells.train, cells.dump(cells.config(str(tiny_base), "lora", optim=optim)))[0]
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    every_line = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in every_line if "loss" in line]
+    assert [line["step"] for line in every_line if "eval_loss" in line] == ([4, 8, 10] if evaluates else [])
     assert [line["step"] for line in lines] == list(range(1, 11)), "the last step too, with no evaluation after it"
     np.testing.assert_allclose([line["loss"] for line in lines], reference.losses, rtol=1e-5)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], reference.grad_norms, rtol=1e-5)
@@ -118,4 +126,21 @@ def test_a_run_checks_itself_on_every_rank(
     said = world(2).run(message_of_broken_run, cells.dump(cfg), breakage)
     assert len(set(said)) == 1
     assert message in said[0]
+    assert not (tmp_path / "run/final").exists()
+
+
+def message_of_divergence(cfg_yaml: str) -> str:
+    """What a run says whose only step has a finite loss and an infinite gradient."""
+    outcome = StepOutcome(loss=torch.tensor(1.5), grad_norm=torch.tensor(torch.inf), data_wait_s=0.0)
+    steps = patch.object(loop, "train_step", lambda *_, **__: outcome)
+    with steps, patch.object(loop.MovementCheck, "verify"), pytest.raises(TrainingDiverged) as caught:
+        train(cfg_yaml)
+    return caught.value.what
+
+
+def test_an_infinite_gradient_is_a_divergence(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """Also in the last step, after which no loss would show it."""
+    cfg = config(tiny_base, tmp_path / "run", "lora", "ddp", train={"max_steps": 1})
+    assert set(world(2).run(message_of_divergence, cells.dump(cfg))) == {"step 1: loss 1.5, gradient norm inf"}
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["non_finite"] == ["grad_norm"]
     assert not (tmp_path / "run/final").exists()
