@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import SftModel
@@ -68,6 +68,22 @@ class Strategy(ABC):
         """This rank's part of what the optimizer updates."""
 
     @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the trainable parameters, keyed the same under every strategy.
+
+        ``model.NAME`` is the master weight, ``optim.KIND.NAME`` an optimizer state in its dtype; each is the whole
+        tensor or a ``DTensor`` of it. To resume, the values are read into these tensors and handed to ``load_state``.
+        """
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Tensor], *, completed_steps: int) -> None:
+        """Puts back what ``state`` returned in another process, on any number of ranks.
+
+        Args:
+            completed_steps: optimizer steps behind the state; AdamW corrects its bias by them.
+        """
+
+    @abstractmethod
     def full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
         """Gathers parameters one at a time, trainable ones in ``master``; all ranks iterate to the end.
 
@@ -123,6 +139,23 @@ class NativeStrategy(Strategy):
         for name, parameter in self.model.named_parameters():
             yield name, _local(parameter), parameter.requires_grad
 
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                state[f"model.{name}"] = parameter.detach()
+                for kind in state_kinds(self.optimizer):
+                    kept = self.optimizer.state[parameter].get(kind)
+                    state[f"optim.{kind}.{name}"] = torch.zeros_like(parameter) if kept is None else kept
+        return state
+
+    def load_state(self, state: dict[str, Tensor], *, completed_steps: int) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.detach().copy_(state[f"model.{name}"])
+                kinds = {kind: state[f"optim.{kind}.{name}"] for kind in state_kinds(self.optimizer)}
+                self.optimizer.state[parameter] = restored(self.optimizer, kinds, completed_steps)
+
     def master_weights(self) -> list[Tensor]:
         return [_local(p) for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -131,6 +164,22 @@ class NativeStrategy(Strategy):
             if parameter.requires_grad or not trainable_only:
                 full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 yield name, full.detach()
+
+
+def state_kinds(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the states that an optimizer keeps for each parameter, in the parameter's shape."""
+    if isinstance(optimizer, AdamW):
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
+
+
+def restored(optimizer: Optimizer, kinds: dict[str, Tensor], completed_steps: int) -> dict[str, Tensor]:
+    """The optimizer's own record of one parameter, after ``completed_steps``."""
+    if not isinstance(optimizer, AdamW):
+        return dict(kinds)
+    # A fused step counts on the device.
+    device = next(iter(kinds.values())).device
+    return {"step": torch.tensor(float(completed_steps), dtype=torch.float32, device=device), **kinds}
 
 
 def _local(tensor: Tensor) -> Tensor:

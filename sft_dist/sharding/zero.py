@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import SftModel
@@ -14,7 +17,7 @@ from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.ddp import eval_mode
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.spec import ParameterShard, ShardingSpec
-from sft_dist.sharding.strategy import StepResult, Strategy
+from sft_dist.sharding.strategy import StepResult, Strategy, restored, state_kinds
 
 # DeepSpeed pads a flattened group so that each rank's partition starts at a multiple of this many elements.
 PARTITION_ALIGNMENT = 2
@@ -92,6 +95,66 @@ class Zero(Strategy):
             if hasattr(self.optimizer, attribute):
                 return list(getattr(self.optimizer, attribute))
         raise RuntimeError(f"{type(self.optimizer).__name__} keeps its master weights where we do not know them")
+
+    def state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state: dict[str, Tensor] = {}
+        base: Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
+        started = bool(base.state)
+        if started:
+            self._link_optimizer_states()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            state[f"model.{name}"] = safe_get_full_fp32_param(parameter).to("cpu", copy=True)
+            for kind in state_kinds(base):
+                kept = safe_get_full_optimizer_state(parameter, kind) if started else None
+                like = state[f"model.{name}"]
+                state[f"optim.{kind}.{name}"] = torch.zeros_like(like) if kept is None else kept.to("cpu", copy=True)
+        return state
+
+    def load_state(self, state: dict[str, Tensor], *, completed_steps: int) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        base: Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
+        for master in self.master_weights():
+            kinds = {kind: torch.zeros_like(master) for kind in state_kinds(base)}
+            base.state[master] = restored(base, kinds, completed_steps)
+        self._link_optimizer_states()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            value = state[f"model.{name}"].to(self.device)
+            self._set_in_optimizer(parameter, value)
+            for kind in state_kinds(base):
+                self._set_in_optimizer(parameter, state[f"optim.{kind}.{name}"].to(self.device), kind)
+            # The weight that forward reads is another tensor than the master.
+            with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                parameter.data.copy_(value)
+
+    def _set_in_optimizer(self, parameter: nn.Parameter, value: Tensor, kind: str | None = None) -> None:
+        """Writes this rank's part of ``value`` (whole) into the master weight, or into the state named ``kind``.
+
+        Stage 3 pads the last partition; DeepSpeed's own function for whole tensors forgets that when it writes.
+        """
+        if self.stage < 3:
+            parameter.set_full_hp_param(value, kind)  # type: ignore[attr-defined]
+            return
+        size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = F.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        local = padded.narrow(0, size * dist.get_rank(), size)
+        parameter._z3_optimizer.set_local_hp_param(local, parameter, kind)  # type: ignore[attr-defined]
+
+    def _link_optimizer_states(self) -> None:
+        """Lets stages 1 and 2 find each parameter's part of the optimizer's flat states.
+
+        DeepSpeed links them once, after the first parameter group has stepped: the states of a second group do not
+        exist yet then, and its parameters would never be found.
+        """
+        if self.stage < 3:
+            self.optimizer._hp_optimizer_states_linked = False  # type: ignore[attr-defined]
+            self.optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
 
     def full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.runtime.zero import GatheredParameters
