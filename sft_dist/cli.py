@@ -16,13 +16,13 @@ from sft_dist.config.load import dump_config, load_config
 from sft_dist.config.schema import Config
 from sft_dist.config.validate import validate
 from sft_dist.errors import SftError
-from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_unexpected
+from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_interrupt, report_unexpected
 
 UNEXPECTED_EXIT_CODE = 1
 
 EPILOG = (
     "Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 4 data, 5 checkpoint or model on disk, "
-    "6 training diverged, 75 preempted after a saved checkpoint."
+    "6 training diverged, 130 interrupted."
 )
 
 
@@ -36,6 +36,7 @@ class _Commands(TyperGroup):
             report(error, debug=ctx.obj)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
+            report_interrupt()
             raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 
@@ -84,6 +85,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     Paths in the configuration count from the current directory.
     """
     checked = _load(config, overrides)
+    from sft_dist.train.preflight import preflight
+
+    preflight(checked)
     _put_own_tools_on_path()
     from sft_dist.runtime.quiet import quiet_libraries
 
@@ -105,9 +109,9 @@ def _put_own_tools_on_path() -> None:
 
 @config_app.command("check")
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Say whether a configuration is valid."""
+    """Say whether a configuration is valid. Looks at the settings alone, so it may be written on another machine."""
     _load(config, overrides)
-    typer.echo(f"{config}: valid")
+    typer.echo(f"{config}: valid (the files it names were not looked at)")
 
 
 @config_app.command("show")

@@ -84,10 +84,40 @@ def _in_union(value: Mapping[Any, Any], *, union: TaggedUnion, key: str) -> Iter
     yield from _in_section(own, model=union.models[tag], prefix=key)
 
 
+# What other trainers call our keys.
+OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "rank": "method.r",
+    "lora_r": "method.r",
+    "lora_rank": "method.r",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "lora_target": "method.target_modules",
+    "lora_target_modules": "method.target_modules",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "batch_size": "train.global_batch_size",
+    "num_train_epochs": "train.num_epochs",
+    "epochs": "train.num_epochs",
+    "cutoff_len": "data.max_seq_len",
+    "max_length": "data.max_seq_len",
+    "max_seq_length": "data.max_seq_len",
+    "sequence_len": "data.max_seq_len",
+    "sample_packing": "data.packing",
+    "eval_steps": "eval.every_steps",
+    "base_model": "model.path",
+    "model_name_or_path": "model.path",
+}
+
+
 def _fix_unknown(name: str, *, model: type[BaseModel], key: str) -> str:
     """Nearest names of this section; where else the very name exists; else all names of this section."""
     elsewhere = [dotted for other, dotted in every_key(TypeHere.of(Config)) if other == name and dotted != key]
     near = difflib.get_close_matches(name, list(model.model_fields), n=3)
+    if name in OTHER_NAMES:
+        return f"it is called {OTHER_NAMES[name]} here"
     hints = []
     if elsewhere:
         hints.append(f"{name} is a key elsewhere: write {join_or(list(dict.fromkeys(elsewhere)))}")

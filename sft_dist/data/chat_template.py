@@ -39,6 +39,10 @@ class ChatRenderer:
             tokenizer saved with the model carries the template that the model was trained with.
         template_path: a Jinja file, or None for the tokenizer's own template.
 
+    Attributes:
+        rewritten_rows: rows so far with tools, calls or results that the template does not print and that were
+            written into the messages instead.
+
     Raises:
         DataError: there is no template, the file cannot be read or is not Jinja, or the tokenizer is a slow one.
     """
@@ -63,6 +67,7 @@ class ChatRenderer:
         self._name = template_path or f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         self._templates: dict[str, _Template] = {}
         self._is_compared = False
+        self.rewritten_rows = 0
         self._template_for(None)  # a template that is not Jinja is refused here, before any row
 
     def render(self, conversation: Conversation) -> TokenizedRow:
@@ -92,6 +97,7 @@ class ChatRenderer:
         template = self._template_for(conversation.tools)
         trained = [message.trained for message in conversation.messages if message.role == "assistant"]
         messages, tools = template.presentation.present(conversation.messages, conversation.tools)
+        self.rewritten_rows += template.presentation.rewrites(conversation.messages, conversation.tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         turns = [index for index, is_trained in zip(answers, trained, strict=True) if is_trained]
         if not turns:

@@ -62,7 +62,7 @@ def recognise(row: Mapping[str, Any], origin: Origin) -> Layout:
         return "input_output"
     raise Fields(row, origin).error(
         f"no known layout has these keys: {_describe_keys(row)}",
-        fix=f"rename the keys to those of one of {', '.join(LAYOUTS)} (see the docs on data)",
+        fix=f"rename the keys to those of one of {', '.join(LAYOUTS)} (docs/data.md has a row of each)",
     )
 
 

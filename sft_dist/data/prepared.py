@@ -75,13 +75,15 @@ def prepare(
         on_row: called after every row, for a progress display.
 
     Returns:
-        counts: rows, dropped_rows, truncated_rows, truncated_tokens.
+        counts: rows; dropped_rows (over-long), unanswered_rows (nothing supervised left after truncation),
+        truncated_rows, truncated_tokens; rewritten_rows (see ``ChatRenderer.rewritten_rows``).
 
     Raises:
         DataError: a source cannot be read, a row is over-long under ``over_length: error``, or nothing is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
+    rewritten_before = renderer.rewritten_rows
     lengths: list[int] = []
     supervised: list[int] = []
     with (folder / "input_ids.bin").open("wb") as ids_file, (folder / "supervised.bin").open("wb") as mask_file:
@@ -93,9 +95,11 @@ def prepare(
                     lengths.append(len(row[0]))
                     supervised.append(_write_row(row, ids_file, mask_file))
     counts["rows"] = len(lengths)
+    counts["rewritten_rows"] = renderer.rewritten_rows - rewritten_before
     if not lengths:
+        num_lost = counts["dropped_rows"] + counts["unanswered_rows"]
         raise DataError(
-            f"{key}: none of {counts['dropped_rows']} rows is left after data.over_length={data.over_length}",
+            f"{key}: none of {num_lost} rows is left after data.over_length={data.over_length}",
             fix=f"raise data.max_seq_len above {data.max_seq_len}, or shorten the prompts",
         )
     packs = (
@@ -148,7 +152,7 @@ def _fit(
         )
     ids, supervised = ids[:-excess], supervised[:-excess]
     if data.over_length == "drop" or not any(supervised[1:]):
-        counts["dropped_rows"] += 1
+        counts["dropped_rows" if data.over_length == "drop" else "unanswered_rows"] += 1
         return None
     counts["truncated_rows"] += 1
     counts["truncated_tokens"] += excess

@@ -45,6 +45,14 @@ class Presentation:
     tool_role: bool
     system_role: bool
 
+    def rewrites(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether ``present`` writes tools, calls or results of this conversation into the text of messages."""
+        return bool(
+            (tools and not self.tools)
+            or (self.arguments is None and any(message.tool_calls for message in messages))
+            or (not self.tool_role and any(message.role == "tool" for message in messages))
+        )
+
     def present(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
     ) -> tuple[list[ChatMessage], Tools]:

@@ -23,7 +23,7 @@ from sft_dist.demo.dataset import data_file
 from sft_dist.errors import ConfigError, SftError
 from sft_dist.runtime import failure
 from sft_dist.runtime.quiet import quiet_libraries
-from sft_dist.train.directory import MARKS_OF_A_RUN
+from sft_dist.train.preflight import MARKS_OF_A_RUN
 
 DEFAULT_OUTPUT = Path("runs/demo")
 RECIPE = Path(__file__).with_name("demo.yaml")

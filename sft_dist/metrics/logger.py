@@ -41,9 +41,10 @@ class RunLogger:
 
     def __init__(self, folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, num_steps: int) -> None:
         self.console = Console(highlight=False)
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
         self._num_steps = num_steps
+        # First, because it may fail: a run that has not written its metrics has not taken the folder.
         self._wandb = _start_wandb(wandb, folder, settings)
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
         self._bar = Progress(
             TextColumn("[bold]train"),
             BarColumn(),

@@ -60,6 +60,12 @@ def _is_first_to_say(message: str) -> bool:
     return True
 
 
+def report_interrupt() -> None:
+    """One line for a launch that the user ended."""
+    if os.environ.get("RANK", "0") == "0":
+        _write("interrupted: nothing was saved but metrics.jsonl", prefix="\n")
+
+
 def report_unexpected(error: BaseException) -> None:
     """Prints the stack trace of a defect; under a launcher each line says which process it came from."""
     rank = os.environ.get("RANK")

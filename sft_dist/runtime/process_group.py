@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,7 @@ from sft_dist.runtime.world import World
 
 # Preparing data may take longer than any collective of training may: ranks wait for it on the store.
 PREPARE_TIMEOUT = timedelta(hours=24)
+HEARD_TIMEOUT = timedelta(seconds=10)
 
 
 def device_of(world: World) -> torch.device:
@@ -67,18 +69,27 @@ def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[
         try:
             work()
         except SftError as e:
-            store.set(key, f"{type(e).__name__}\n{e.what}\n{e.fix}")
+            store.set(key, json.dumps([type(e).__name__, e.what, e.fix]))
+            _wait_until_heard(world, store, key)
             raise
         except BaseException as e:
-            store.set(key, f"SftError\nrank 0 failed: {e!r}\nsee its trace")
+            store.set(key, json.dumps(["SftError", f"rank 0 failed: {e!r}", "see its trace"]))
+            _wait_until_heard(world, store, key)
             raise
         store.set(key, "done")
         return
     store.wait([key], PREPARE_TIMEOUT)
     answer = store.get(key).decode()
     if answer != "done":
-        kind, what, fix = answer.split("\n", 2)
+        store.set(f"{key}/heard by {world.rank}", "")
+        kind, what, fix = json.loads(answer)
         raise _error_class(kind)(what, fix=fix)
+
+
+def _wait_until_heard(world: World, store: dist.Store, key: str) -> None:
+    """Keeps rank 0 alive until the others know: outside torchrun the store lives in it and would die with it."""
+    with suppress(dist.DistError):
+        store.wait([f"{key}/heard by {rank}" for rank in range(1, world.size)], HEARD_TIMEOUT)
 
 
 def _error_class(name: str) -> type[SftError]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from sft_dist.config.load import load_config
 from sft_dist.config.validate import validate
 from sft_dist.errors import ConfigError, SftError
 from sft_dist.runtime.failure import report
+from sft_dist.train.preflight import preflight
 
 # Exit codes after which the process has already told the user what happened.
 NAMED_EXIT_CODES = frozenset({2, 3, 4, 5, 6})
@@ -56,12 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Help or a usage error: one process says it once.
         return subprocess.run([sys.executable, "-m", "sft_dist", *options.training_script_args]).returncode
     try:
-        validate(load_config(command[1], command[2:]), source=command[1])
+        config = load_config(command[1], command[2:])
+        validate(config, source=command[1])
+        preflight(config)
         num_processes = _processes_per_node(options)
     except SftError as error:
         report(error, debug=debug)
         return error.exit_code
     _set_thread_count(num_processes)
+    print(f"starting {num_processes} process{'es' if num_processes > 1 else ''} on this machine", flush=True)
     return _launch(options)
 
 
@@ -125,8 +130,13 @@ def _launch(options: argparse.Namespace) -> int:
             torch_run.run(options)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
             code = exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
+            killed = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
+            killed = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
             if code in NAMED_EXIT_CODES or code == PREEMPTED_EXIT_CODE:
                 held.clear()
+            elif killed:
+                held.clear()
+                report(_killed(killed), debug=False)
             else:
                 print(error, file=sys.stderr)
             return code
@@ -134,6 +144,15 @@ def _launch(options: argparse.Namespace) -> int:
             held.clear()
             return 128 + int(error.sigval)
     return 0
+
+
+def _killed(signals: Mapping[int, int]) -> SftError:
+    """Says which process a signal ended; what its peers printed about a lost connection is the consequence."""
+    rank = min(signals)
+    return SftError(
+        f"rank {rank} was ended by {signal.Signals(signals[rank]).name}, and the run with it",
+        fix="if nobody sent it, memory ran out: see `dmesg`, then lower train.micro_batch_size or data.max_seq_len",
+    )
 
 
 def exit_code(by_rank: Mapping[int, int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.data.batch import MicroBatch
@@ -59,8 +59,10 @@ class Fsdp2(NativeStrategy):
     def evaluate(self, batch: MicroBatch) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):
             loss: Tensor = self.model(batch)
-            # The root stays gathered for a backward that does not come; the next forward must gather anew.
-            self.model.reshard()  # type: ignore[operator]
+            # What stays gathered for a backward that does not come would be taken for the master weights.
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
             return loss
 
     @property

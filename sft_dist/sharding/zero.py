@@ -65,8 +65,6 @@ class Zero(Strategy):
         loss_sum = self.engine(batch)
         # The engine averages over ranks, as DDP does; dividing by its accumulation steps is left to us.
         self.engine.backward(loss_sum * (self.world_size / supervised_in_step), scale_wrt_gas=False)
-        if not is_last_micro_batch:
-            self.engine.step()
         result: Tensor = loss_sum.detach()
         return result
 
@@ -83,7 +81,9 @@ class Zero(Strategy):
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
         for name, parameter in self.model.named_parameters():
-            local: Tensor = parameter.ds_tensor if self.stage == 3 else parameter  # type: ignore[attr-defined]
+            # Under stage 3 a parameter is empty while only its partition is here; one that is not stays whole.
+            is_partitioned = self.stage == 3 and parameter.numel() == 0
+            local: Tensor = parameter.ds_tensor if is_partitioned else parameter  # type: ignore[attr-defined]
             yield name, local, parameter.requires_grad
 
     def master_weights(self) -> list[Tensor]:
@@ -187,6 +187,8 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
             "stage": ZERO_STAGES[run.strategy],
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
+            # DeepSpeed keeps smaller parameters whole on every rank, most adapters among them.
+            "stage3_param_persistence_threshold": 0,
             "reduce_scatter": True,
         },
         "steps_per_print": 2**31,

@@ -17,8 +17,9 @@ from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
 from sft_dist.runtime.world import World
 from sft_dist.sharding.optim import learning_rate
+from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
-from sft_dist.sharding.verify import MovementCheck
+from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from sft_dist.train.step import StepOutcome, evaluate, train_step
 
 
@@ -37,6 +38,7 @@ class Training:
     """One run's loop on one rank.
 
     Args:
+        spec: what this rank holds between steps.
         eval_data: held-out rows, or None.
         logger: on rank 0; None elsewhere.
     """
@@ -47,13 +49,14 @@ class Training:
         world: World,
         device: torch.device,
         strategy: Strategy,
+        spec: ShardingSpec,
         order: TrainingOrder,
         eval_data: PreparedData | None,
         logger: RunLogger | None,
         *,
         num_steps: int,
     ) -> None:
-        self.run, self.world, self.device, self.strategy = run, world, device, strategy
+        self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
         self.order, self.eval_data, self.logger, self.num_steps = order, eval_data, logger, num_steps
         self._unread: _Finished | None = None
 
@@ -62,7 +65,7 @@ class Training:
 
         Raises:
             TrainingDiverged: a loss or a gradient norm is not finite.
-            ShardingMismatch: the first step moved nothing.
+            ShardingMismatch: the first step moved nothing, or left something gathered.
         """
         if self.run.eval.before_training:
             self._evaluate(completed=0)
@@ -71,6 +74,8 @@ class Training:
             self._train_step(number)
             if number == 0:
                 check.verify(self.world.rank)
+                # Once more: what a step gathers must be gone when it ends.
+                verify_sharding(self.strategy, self.spec)
             if self._evaluation_is_due(completed=number + 1):
                 self._evaluate(completed=number + 1)
         self._read()

@@ -26,9 +26,9 @@ from sft_dist.runtime.process_group import device_of, process_group, run_on_main
 from sft_dist.runtime.world import World
 from sft_dist.sharding import registry
 from sft_dist.sharding.verify import verify_sharding
-from sft_dist.train.directory import check_run_directory
 from sft_dist.train.loop import Training
-from sft_dist.train.summary import summary
+from sft_dist.train.preflight import check_run_directory
+from sft_dist.train.summary import notices, summary
 
 
 def run_training(config: Config) -> None:
@@ -68,7 +68,7 @@ def train(
     with _logger(run, world, config, num_steps) as logger:
         if logger is not None:
             logger.say(summary(run, spec, train_data, eval_data, num_steps=num_steps))
-        Training(run, world, device, strategy, order, eval_data, logger, num_steps=num_steps).train()
+        Training(run, world, device, strategy, spec, order, eval_data, logger, num_steps=num_steps).train()
         final = Path(run.output_dir) / "final"
         trainable_only = run.model.method.type != "full"
         parameters = strategy.full_parameters(trainable_only=trainable_only)
@@ -85,9 +85,9 @@ def _logger(run: Run, world: World, config: Config, num_steps: int) -> Iterator[
         yield None
         return
     folder = Path(run.output_dir)
-    (folder / "config.yaml").write_text(dump_config(config))
     settings = config.model_dump(mode="json")
     with RunLogger(folder, run.logging.wandb, settings, num_steps=num_steps) as logger:
+        (folder / "config.yaml").write_text(dump_config(config))
         yield logger
 
 
@@ -118,10 +118,8 @@ def _prepare_data(run: Run, renderer: ChatRenderer, name: str) -> None:
             key=f"data.{name}",
             on_row=lambda: progress.advance(task),
         )
-    for kind in ("dropped_rows", "truncated_rows"):
-        if counts[kind]:
-            cut = f", {counts['truncated_tokens']:,} tokens cut off" if kind == "truncated_rows" else ""
-            console.print(f"[yellow]data.{name}: {counts[kind]:,} {kind.replace('_', ' ')}{cut}", soft_wrap=True)
+    for line in notices(counts, run.data.max_seq_len):
+        console.print(f"[yellow]data.{name}: {line}", soft_wrap=True)
 
 
 def open_data(run: Run) -> tuple[PreparedData, PreparedData | None]:

@@ -144,10 +144,7 @@ def evaluate_and_verify(text: str) -> None:
     "sharding",
     [
         {"strategy": "fsdp2"},
-        pytest.param(
-            {"strategy": "fsdp2", "reshard_after_forward": False},
-            marks=pytest.mark.xfail(reason="only the root is freed, blocks stay gathered", strict=True),
-        ),
+        {"strategy": "fsdp2", "reshard_after_forward": False},
     ],
     ids=["reshards", "keeps"],
 )

@@ -47,6 +47,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
     (tmp_path / "run.yaml").write_text(SMALLEST, encoding="utf-8")
+    (tmp_path / "a.jsonl").touch()
     chosen = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     inherited = {k: v for k, v in os.environ.items() if k not in chosen and not k.startswith("PET_")}
     # As if the environment of these tests were active, so that the script takes this Python.
@@ -76,7 +77,9 @@ def test_processes_share_the_cores_and_meet_on_a_free_port(launch: Launch) -> No
         in_each_process="print(rank, config.train.seed, *map(os.environ.get, ('WORLD_SIZE', 'OMP_NUM_THREADS', 'MASTER_PORT')))",
     )
     assert (finished.returncode, finished.stderr) == (0, "")
-    first, second = sorted(line.split() for line in finished.stdout.splitlines())
+    starting, *printed = finished.stdout.splitlines()
+    assert starting == "starting 2 processes on this machine"
+    first, second = sorted(line.split() for line in printed)
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert (first[:4], second[:4]) == (["0", "7", "2", threads], ["1", "7", "2", threads])
     assert first[4] == second[4] != "29500"
@@ -119,14 +122,37 @@ def test_preempted_passes_through(launch: Launch) -> None:
     assert (finished.returncode, finished.stderr) == (75, "")
 
 
-def test_a_killed_process_keeps_the_report_of_torchrun(launch: Launch) -> None:
-    finished = launch("train", "run.yaml", in_each_process="os.kill(os.getpid(), 9)")
+def test_a_killed_process_is_named(launch: Launch) -> None:
+    finished = launch(
+        *("--nproc-per-node", "2", "train", "run.yaml"),
+        in_each_process="import time; time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)",
+    )
     assert finished.returncode == 128 + 9
-    assert "Signal 9 (SIGKILL)" in finished.stderr
-    assert "failed (exitcode: -9) local_rank: 0" in finished.stderr
+    assert finished.stderr.splitlines() == [
+        "error: rank 1 was ended by SIGKILL, and the run with it",
+        "  fix: if nobody sent it, memory ran out: see `dmesg`, then lower train.micro_batch_size or data.max_seq_len",
+    ]
 
 
-def test_usage_errors_are_told_once(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_file_starts_no_process(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").unlink()
+    finished = launch("--nproc-per-node", "2", "train", "run.yaml", in_each_process="print('started')")
+    assert (finished.returncode, finished.stdout) == (4, "")
+    assert finished.stderr.startswith("error: a.jsonl does not exist")
+
+
+def test_an_unexpected_failure_keeps_the_report_of_torchrun(launch: Launch) -> None:
+    finished = launch("train", "run.yaml", in_each_process="raise ValueError('a defect')")
+    assert finished.returncode == 1
+    assert "ValueError: a defect" in finished.stderr
+    assert "failed (exitcode: 1) local_rank: 0" in finished.stderr
+
+
+def test_usage_errors_are_told_once(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
     assert main(["--nproc-per-node", "2", "trian", "run.yaml"]) == 2
     assert capfd.readouterr().err.count("No such command") == 1
     (tmp_path / "run.yaml").write_text(SMALLEST, encoding="utf-8")
@@ -145,12 +171,17 @@ def test_interrupt_ends_every_process(environment: dict[str, str], tmp_path: Pat
         stderr=subprocess.DEVNULL,
     )
     files = [tmp_path / "pid0", tmp_path / "pid1"]
-    deadline = time.monotonic() + 60
-    while not all(file.exists() and file.read_text() for file in files):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(timeout=60) == 130
+    try:
+        deadline = time.monotonic() + 60
+        while not all(file.exists() and file.read_text() for file in files):
+            assert time.monotonic() < deadline
+            assert launcher.poll() is None, "it ended by itself"
+            time.sleep(0.05)
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(timeout=60) == 130
+    finally:
+        launcher.kill()
+        launcher.wait()
     for file in files:
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)

@@ -34,6 +34,8 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """run.yaml in the current directory, and no launcher around this test."""
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(SMALLEST, encoding="utf-8")
+    Path("a.jsonl").parent.mkdir(exist_ok=True)
+    Path("a.jsonl").touch()
     for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -79,7 +81,11 @@ Training = Callable[[BaseException | None], list[Config]]
 
 
 def test_check(exit_code: Run) -> None:
-    assert exit_code("config", "check", "run.yaml") == (0, "run.yaml: valid\n", "")
+    assert exit_code("config", "check", "run.yaml") == (
+        0,
+        "run.yaml: valid (the files it names were not looked at)\n",
+        "",
+    )
 
 
 def test_check_reads_and_validates(exit_code: Run) -> None:
@@ -165,8 +171,13 @@ def test_unexpected_failure_shows_its_trace(exit_code: Run, training: Training) 
     assert err.endswith("ZeroDivisionError: our mistake\n")
 
 
-def test_interrupt_is_quiet(exit_code: Run, training: Training) -> None:
+def test_interrupt_is_one_line_without_a_trace(
+    exit_code: Run, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training(KeyboardInterrupt())
+    code, out, err = exit_code("train", "run.yaml")
+    assert (code, out, err.strip()) == (130, "", "interrupted: nothing was saved but metrics.jsonl")
+    monkeypatch.setenv("RANK", "1")
     assert exit_code("train", "run.yaml") == (130, "", "")
 
 

@@ -1,0 +1,47 @@
+"""What the README shows must work as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sft_dist.config.load import load_config
+from sft_dist.config.schema import SourceConfig
+from sft_dist.config.validate import validate
+from sft_dist.data.sources import read_source
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+def test_the_configuration_and_the_commands_are_valid(name: str, tmp_path: Path) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    (tmp_path / "support.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.S)[0], encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("launch/torchrun.sh")]
+    commands = [command for command in commands if "support.yaml" in command]
+    assert len(commands) == 2
+    for command in commands:
+        overrides = command[command.index("support.yaml") + 1 :]
+        validate(load_config(tmp_path / "support.yaml", overrides))
+
+
+def test_both_readmes_show_the_same_settings() -> None:
+    def settings(name: str) -> list[str]:
+        block = re.findall(r"```yaml\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)[0]
+        return [line.split("#")[0].rstrip() for line in block.splitlines()]
+
+    assert settings("README.md") == settings("README.ja.md")
+
+
+def test_each_row_of_the_data_page_is_read_as_its_format(tmp_path: Path) -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"```json\n(.*?)```", page, re.S)[0].splitlines()
+    formats = re.findall(r"^\| `(\w+)` \|", page, re.M)[1:]  # below the heading
+    assert len(rows) == len(formats) == 5
+    for row, name in zip(rows, formats, strict=True):
+        (tmp_path / "row.jsonl").write_text(row, encoding="utf-8")
+        given = list(read_source(SourceConfig(path=str(tmp_path / "row.jsonl"), format=name)))  # type: ignore[arg-type]
+        assert given == list(read_source(SourceConfig(path=str(tmp_path / "row.jsonl"))))
