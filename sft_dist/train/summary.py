@@ -23,35 +23,39 @@ def summary(
         [
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} trainable "
             f"of {total:,} stored elements",
-            f"sharding  {run.strategy} on {_ranks(run.world.size)}, verified: rank 0 holds "
+            f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}, verified: rank 0 holds "
             f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements; "
             f"activation checkpointing {run.activation_checkpointing.mode}",
             f"precision compute {precision.compute}, trainable stored in {stored}, master {spec.optimizer_dtype}, "
             f"gradients reduced in {precision.reduce}",
             f"data      {train_data.num_rows:,} rows in {train_data.num_sequences:,} {kind}, {tokens:,} tokens, "
             f"{supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
-            f"schedule  {num_steps:,} steps of {batch.global_batch_size} {kind}: {_ranks(batch.world_size)} x "
+            f"schedule  {num_steps:,} steps of {batch.global_batch_size} {kind}: {_count(batch.world_size, 'rank')} x "
             f"{batch.gradient_accumulation_steps} micro-batches of up to {batch.micro_batch_size}",
         ]
     )
 
 
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def notices(counts: Mapping[str, int], max_seq_len: int) -> list[str]:
     """What preparing the data changed about it, a line each."""
     lines = []
     if counts["dropped_rows"]:
-        lines.append(f"{counts['dropped_rows']:,} rows longer than {max_seq_len} tokens dropped")
+        lines.append(f"{_count(counts['dropped_rows'], 'row')} longer than {max_seq_len} tokens dropped")
     if counts["unanswered_rows"]:
-        lines.append(f"{counts['unanswered_rows']:,} rows dropped: their answer begins after {max_seq_len} tokens")
+        lines.append(
+            f"{_count(counts['unanswered_rows'], 'row')} dropped: the answer begins after {max_seq_len} tokens"
+        )
     if counts["truncated_rows"]:
-        lines.append(f"{counts['truncated_rows']:,} rows truncated, {counts['truncated_tokens']:,} tokens cut off")
+        lines.append(
+            f"{_count(counts['truncated_rows'], 'row')} truncated, {counts['truncated_tokens']:,} tokens cut off"
+        )
     if counts["rewritten_rows"]:
         lines.append(
-            f"{counts['rewritten_rows']:,} rows hold tools, calls or results that the chat template does not print: "
+            f"{_count(counts['rewritten_rows'], 'row')} with tools, calls or results that the chat template does not print: "
             "they are written into the messages as JSON (docs/data.md); ask the model in the same way"
         )
     return lines

@@ -1,0 +1,108 @@
+"""What is answered before torch is imported, and what preparing data tells about it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sft_dist.config.load import load_config
+from sft_dist.config.schema import Config, DataConfig, SourceConfig
+from sft_dist.config.shape import OTHER_NAMES
+from sft_dist.data.chat_template import load_renderer
+from sft_dist.data.prepared import open_prepared, prepare
+from sft_dist.errors import ConfigError, DataError
+from sft_dist.train.preflight import preflight
+from sft_dist.train.summary import notices
+
+
+def config(tmp_path: Path, **data: object) -> Config:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    return Config.model_validate(
+        {
+            "model": {"path": "some/model"},
+            "data": {"train": [{"path": str(tmp_path / "rows.jsonl")}], **data},
+            "train": {"global_batch_size": 1, "max_steps": 1},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+
+
+def test_a_complete_config_passes(tmp_path: Path) -> None:
+    preflight(config(tmp_path))
+
+
+def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
+    there = config(tmp_path)
+    missing = there.model_copy(update={"model": there.model.model_copy(update={"path": str(tmp_path / "absent")})})
+    with pytest.raises(ConfigError, match=r"the folder .*absent does not exist"):
+        preflight(missing)
+
+
+def test_a_template_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.chat_template: the file chatml does not exist"):
+        preflight(config(tmp_path, chat_template="chatml"))
+
+
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_a_source_that_is_not_there(tmp_path: Path, which: str) -> None:
+    with pytest.raises(DataError, match=r"absent\.jsonl"):
+        preflight(config(tmp_path, **{which: [{"path": str(tmp_path / "absent.jsonl")}]}))
+
+
+@pytest.mark.parametrize(("name", "ours"), OTHER_NAMES.items())
+def test_names_of_other_trainers_lead_to_keys_that_exist(name: str, ours: str, tmp_path: Path) -> None:
+    section, key = ours.split(".")
+    values = {"optim": "{type: adamw}", "method": "{type: lora}"}
+    text = "model: {path: m}\ndata: {train: [{path: a}]}\ntrain: {global_batch_size: 1, max_steps: 1}\noutput_dir: o\n"
+    (tmp_path / "c.yaml").write_text(text + (f"{section}: {values[section]}\n" if section in values else ""))
+    with pytest.raises(ConfigError, match=f"it is called {ours} here"):
+        load_config(tmp_path / "c.yaml", [f"{section}.{name}=1"])
+    schema = json.dumps(Config.model_json_schema())
+    assert f'"{key}"' in schema
+
+
+def prepared(tmp_path: Path, base: Path, rows: list[object], **data: object) -> Counter[str]:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    settings = DataConfig.model_validate({"train": [{"path": "unused"}], **data})
+    renderer = load_renderer(str(base), None, None)
+    source = SourceConfig(path=str(tmp_path / "rows.jsonl"))
+    counts = prepare([source], settings, renderer, tmp_path / "out", key="data.train")
+    assert open_prepared(tmp_path / "out").num_rows == counts["rows"]
+    return counts
+
+
+def row(prompt: str, completion: str) -> dict[str, str]:
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_truncated_rows_are_counted_by_what_became_of_them(tmp_path: Path, tiny_base: Path) -> None:
+    rows = [row("a", "short"), row("a", "b" * 100), row("a" * 100, "short")]
+    counts = prepared(tmp_path, tiny_base, rows, max_seq_len=64, over_length="truncate")
+    assert (counts["rows"], counts["truncated_rows"], counts["unanswered_rows"]) == (2, 1, 1)
+    assert notices(counts, 64) == [
+        "1 row dropped: the answer begins after 64 tokens",
+        f"1 row truncated, {counts['truncated_tokens']} tokens cut off",
+    ]
+
+
+def test_dropped_rows_are_counted(tmp_path: Path, tiny_base: Path) -> None:
+    counts = prepared(tmp_path, tiny_base, [row("a", "b"), row("a", "b" * 100)], max_seq_len=64, over_length="drop")
+    assert notices(counts, 64) == ["1 row longer than 64 tokens dropped"]
+
+
+def test_rows_whose_tools_are_written_into_the_text_are_told(tmp_path: Path, tiny_base: Path) -> None:
+    with_tools = {
+        "conversations": [{"from": "human", "value": "Weather?"}, {"from": "gpt", "value": "Where?"}],
+        "tools": [{"name": "weather", "description": "", "parameters": {}}],
+    }
+    without = {"conversations": with_tools["conversations"]}
+    counts = prepared(tmp_path, tiny_base, [with_tools, without], max_seq_len=512)
+    assert counts["rewritten_rows"] == 1
+    assert "1 row with tools" in notices(counts, 512)[0]
+
+
+def test_nothing_to_tell(tmp_path: Path, tiny_base: Path) -> None:
+    assert notices(prepared(tmp_path, tiny_base, [row("a", "b")]), 2048) == []
