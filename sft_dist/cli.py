@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sft_dist import __version__
 from sft_dist.config.load import dump_config, load_config
 from sft_dist.config.schema import Config
 from sft_dist.config.validate import validate
@@ -62,11 +63,18 @@ Overrides = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sft-dist {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the stack trace of an error; may stand anywhere.")
     ] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")] = False,
 ) -> None:
     # Here for the help text only: main() takes --debug out before the command line is parsed.
     pass

@@ -33,8 +33,9 @@ NAMED_EXIT_CODES = frozenset({2, 3, 4, 5, 6})
 PREEMPTED_EXIT_CODE = 75
 SIGTERM_EXIT_CODE = -15  # as multiprocessing reports a process that the launcher ended
 
-# Says "failed (exitcode: ...)" and "Sending process ... closing signal" before anyone can know whether it matters.
-CHILD_LOGGER = "torch.distributed.elastic.multiprocessing.api"
+# Say "failed (exitcode: ...)", "Sending process ... closing signal" and "Received 2 death signal" before anyone can know
+# whether it matters.
+LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 DESCRIPTION = """\
 Starts one process for each GPU (one process without any) and runs `sft-dist train CONFIG ...` in each.
@@ -124,7 +125,7 @@ def _set_thread_count(num_processes: int) -> None:
 
 def _launch(options: argparse.Namespace) -> int:
     # torchrun makes a folder for error files in the system's temporary folder and leaves it there.
-    with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, _held_back(CHILD_LOGGER) as held:
+    with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, _held_back(LOGGERS) as held:
         options.log_dir = options.log_dir or folder
         try:
             torch_run.run(options)  # type: ignore[no-untyped-call]
@@ -177,22 +178,24 @@ def exit_code(by_rank: Mapping[int, int]) -> int:
 
 
 @contextmanager
-def _held_back(logger_name: str) -> Iterator[list[logging.LogRecord]]:
-    """Keeps a logger's records until the end, when those still in the yielded list are logged."""
-    logger = logging.getLogger(logger_name)
+def _held_back(names: Sequence[str]) -> Iterator[list[logging.LogRecord]]:
+    """Keeps loggers' records until the end, when those still in the yielded list are logged."""
+    loggers = [logging.getLogger(name) for name in names]
     held: list[logging.LogRecord] = []
 
     def hold(record: logging.LogRecord) -> bool:
         held.append(record)
         return False
 
-    logger.addFilter(hold)
+    for logger in loggers:
+        logger.addFilter(hold)
     try:
         yield held
     finally:
-        logger.removeFilter(hold)
+        for logger in loggers:
+            logger.removeFilter(hold)
         for record in held:
-            logger.handle(record)
+            logging.getLogger(record.name).handle(record)
 
 
 if __name__ == "__main__":

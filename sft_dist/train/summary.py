@@ -55,7 +55,7 @@ def notices(counts: Mapping[str, int], max_seq_len: int) -> list[str]:
         )
     if counts["rewritten_rows"]:
         lines.append(
-            f"{_count(counts['rewritten_rows'], 'row')} with tools, calls or results that the chat template does not print: "
-            "they are written into the messages as JSON (docs/data.md); ask the model in the same way"
+            f"{_count(counts['rewritten_rows'], 'row')} with tools, calls or results that the chat template does not "
+            "print: they are written into the messages as JSON (docs/data.md); ask the model in the same way"
         )
     return lines

@@ -80,6 +80,10 @@ Training = Callable[[BaseException | None], list[Config]]
 # config
 
 
+def test_version(exit_code: Run) -> None:
+    assert exit_code("--version") == (0, f"sft-dist {sft_dist.__version__}\n", "")
+
+
 def test_check(exit_code: Run) -> None:
     assert exit_code("config", "check", "run.yaml") == (
         0,
