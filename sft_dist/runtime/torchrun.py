@@ -33,8 +33,8 @@ NAMED_EXIT_CODES = frozenset({2, 3, 4, 5, 6})
 PREEMPTED_EXIT_CODE = 75
 SIGTERM_EXIT_CODE = -15  # as multiprocessing reports a process that the launcher ended
 
-# Say "failed (exitcode: ...)", "Sending process ... closing signal" and "Received 2 death signal" before anyone can know
-# whether it matters.
+# They say "failed (exitcode: ...)", "Sending process ... closing signal" and "Received 2 death signal" before anyone
+# can know whether it matters.
 LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 DESCRIPTION = """\
