@@ -31,13 +31,13 @@ def summary(
             f"data      {train_data.num_rows:,} rows in {train_data.num_sequences:,} {kind}, {tokens:,} tokens, "
             f"{supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
             f"schedule  {num_steps:,} steps of {batch.global_batch_size} {kind}: {_count(batch.world_size, 'rank')} x "
-            f"{batch.gradient_accumulation_steps} micro-batches of up to {batch.micro_batch_size}",
+            f"{_count(batch.gradient_accumulation_steps, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
         ]
     )
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else plural)
 
 
 def notices(counts: Mapping[str, int], max_seq_len: int) -> list[str]:
