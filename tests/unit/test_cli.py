@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -277,10 +276,13 @@ def test_commands_answer_without_loading_torch() -> None:
 
 
 def test_help_takes_less_than_a_second() -> None:
-    # Processor time of the child: on a busy machine the clock on the wall measures the neighbours.
-    before = os.times()
-    start = time.perf_counter()
-    assert "train" in python("-m", "sft_dist", "--help").stdout
-    after = os.times()
-    used_s = after.children_user + after.children_system - before.children_user - before.children_system
-    assert min(used_s, time.perf_counter() - start) < 1
+    """Best of three: the first may still compile the modules it imports, and the machine may be busy."""
+
+    def seconds() -> float:
+        # Processor time of the child: on a busy machine the clock on the wall measures the neighbours.
+        before = os.times()
+        assert "train" in python("-m", "sft_dist", "--help").stdout
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(seconds() for _ in range(3)) < 1
