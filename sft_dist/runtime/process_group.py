@@ -73,8 +73,8 @@ def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[
             _wait_until_heard(world, store, key)
             raise
         except BaseException as e:
+            # No wait here: this may be the user's Ctrl-C, which has ended the others too.
             store.set(key, json.dumps(["SftError", f"rank 0 failed: {e!r}", "see its trace"]))
-            _wait_until_heard(world, store, key)
             raise
         store.set(key, "done")
         return

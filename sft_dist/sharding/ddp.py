@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,7 +12,7 @@ from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.spec import ParameterShard, ShardingSpec
-from sft_dist.sharding.strategy import NativeStrategy
+from sft_dist.sharding.strategy import NativeStrategy, eval_mode, store_master
 
 
 def describe(run: Run, rank: int) -> ShardingSpec:
@@ -52,13 +49,6 @@ class Ddp(NativeStrategy):
     @property
     def gradients_are_sharded(self) -> bool:
         return False
-
-
-def store_master(model: SftModel, run: Run) -> None:
-    """Gives trainable parameters the dtype in which native strategies store them."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(TORCH_DTYPES[run.precision.master])
 
 
 def cast_while_running(model: nn.Module, dtype: torch.dtype) -> None:
@@ -99,12 +89,3 @@ def reduce_in_dtype(dtype, bucket):  # type: ignore[no-untyped-def]
     cast = buffer.to(dtype).div_(dist.get_world_size())
     future = dist.all_reduce(cast, async_op=True).get_future()
     return future.then(lambda f: buffer.copy_(f.value()[0]))
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()

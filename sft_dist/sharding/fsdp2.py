@@ -11,10 +11,9 @@ from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.run import Run
-from sft_dist.sharding.ddp import eval_mode, store_master
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.spec import ParameterShard, ShardingSpec, chunk_numel
-from sft_dist.sharding.strategy import NativeStrategy
+from sft_dist.sharding.strategy import NativeStrategy, eval_mode, store_master
 
 
 def describe(run: Run, rank: int) -> ShardingSpec:

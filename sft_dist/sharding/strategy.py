@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from sft_dist.data.batch import MicroBatch
-from sft_dist.model.build import SftModel
+from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.run import Run
 
 
@@ -164,6 +165,22 @@ class NativeStrategy(Strategy):
             if parameter.requires_grad or not trainable_only:
                 full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 yield name, full.detach()
+
+
+def store_master(model: SftModel, run: Run) -> None:
+    """Gives trainable parameters the dtype in which native strategies store them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(TORCH_DTYPES[run.precision.master])
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def state_kinds(optimizer: Optimizer) -> tuple[str, ...]:

@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import SftModel
 from sft_dist.run import ZERO_STAGES, Run
-from sft_dist.sharding.ddp import eval_mode
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.spec import ParameterShard, ShardingSpec
-from sft_dist.sharding.strategy import StepResult, Strategy, restored, state_kinds
+from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, restored, state_kinds
 
 # DeepSpeed pads a flattened group so that each rank's partition starts at a multiple of this many elements.
 PARTITION_ALIGNMENT = 2

@@ -24,6 +24,11 @@ def preflight(config: Config) -> None:
     model = config.model.path
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise ConfigError(f"model.path: the folder {model} does not exist", fix="give an existing folder or a hub id")
+    if config.model.revision is not None and Path(model).is_dir():
+        raise ConfigError(
+            f"model.revision is {config.model.revision}, which has no effect: model.path {model} is a folder",
+            fix="remove model.revision, or give a hub id as model.path",
+        )
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         raise ConfigError(

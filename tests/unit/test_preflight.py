@@ -41,6 +41,13 @@ def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
         preflight(missing)
 
 
+def test_a_revision_of_a_folder_has_no_effect(tmp_path: Path) -> None:
+    there = config(tmp_path)
+    model = there.model.model_copy(update={"path": str(tmp_path), "revision": "main"})
+    with pytest.raises(ConfigError, match=r"model\.revision is main, which has no effect"):
+        preflight(there.model_copy(update={"model": model}))
+
+
 def test_a_template_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.chat_template: the file chatml does not exist"):
         preflight(config(tmp_path, chat_template="chatml"))

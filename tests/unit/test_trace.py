@@ -27,7 +27,8 @@ from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
-from sft_dist.sharding.ddp import cast_while_running, store_master
+from sft_dist.sharding.ddp import cast_while_running
+from sft_dist.sharding.strategy import store_master
 from sft_dist.train.step import StepOutcome, train_step
 from tests.helpers.cells import CPU, config, start, synthetic_data
 
