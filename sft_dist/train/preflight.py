@@ -13,14 +13,26 @@ from sft_dist.errors import ConfigError
 MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 
 
-def preflight(config: Config) -> None:
+NEVER, AUTO = "never", "auto"
+
+
+def preflight(config: Config, *, resume: str = NEVER) -> None:
     """Looks at the files that a run reads, and at the folder that it writes.
 
+    Args:
+        resume: ``never``, ``auto`` or the path of a checkpoint, as for ``train --resume``.
+
     Raises:
-        ConfigError: the run directory is used or cannot be written; the model's folder or the template is not there.
+        ConfigError: the run directory is used or cannot be written; the model's folder, the template or the checkpoint
+            to resume from is not there.
         DataError: a source is not there.
     """
-    check_run_directory(Path(config.output_dir))
+    check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
+    if resume not in (NEVER, AUTO) and not Path(resume).is_dir():
+        raise ConfigError(
+            f"--resume {resume}: no such folder",
+            fix=f"give a folder such as {config.output_dir}/checkpoints/step-00000100, or say {AUTO} or {NEVER}",
+        )
     model = config.model.path
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise ConfigError(f"model.path: the folder {model} does not exist", fix="give an existing folder or a hub id")
@@ -39,17 +51,17 @@ def preflight(config: Config) -> None:
         find_files(source.path)
 
 
-def check_run_directory(folder: Path) -> None:
+def check_run_directory(folder: Path, *, may_hold_a_run: bool) -> None:
     """Makes the folder, and proves that it can be written and holds no other run.
 
     Raises:
         ConfigError: it is used, or cannot be written.
     """
     used = next((name for name in MARKS_OF_A_RUN if (folder / name).exists()), None)
-    if used:
+    if used and not may_hold_a_run:
         raise ConfigError(
             f"output_dir: {folder} already holds a run (it has {used})",
-            fix="set another output_dir, or move that folder away",
+            fix="go on with it by --resume auto, or set another output_dir",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

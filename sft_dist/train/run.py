@@ -97,7 +97,7 @@ def prepare_run(run: Run, renderer: ChatRenderer) -> None:
     Raises:
         ConfigError, CheckpointError, DataError: the run directory, the weights, the data.
     """
-    check_run_directory(Path(run.output_dir))
+    check_run_directory(Path(run.output_dir), may_hold_a_run=False)
     check_weights(run.model)
     for name, sources in (("train", run.data.train), ("eval", run.data.eval)):
         if sources:
