@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 
 # Read when huggingface_hub is imported: no test may reach out.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import pool
 from tests.helpers.pool import WorldPool
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tells how long the cells of the warm worlds took."""
+    if pool.cell_seconds:
+        seconds = sorted(duration for duration, _ in pool.cell_seconds)
+        slowest, where = max(pool.cell_seconds)
+        terminalreporter.write_line(
+            f"warm worlds: {len(seconds)} cells, median {statistics.median(seconds):.2f} s, "
+            f"{sum(s <= 2 for s in seconds) / len(seconds):.0%} within 2 s, slowest {slowest:.1f} s ({where})"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +37,8 @@ def world() -> Iterator[Callable[[int], WorldPool]]:
         return pools[size]
 
     yield get
-    for pool in pools.values():
-        pool.close()
+    for each in pools.values():
+        each.close()
 
 
 @pytest.fixture(scope="session")

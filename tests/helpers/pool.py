@@ -1,7 +1,8 @@
 """Warm worlds: real gloo processes that are started once per size and run many test cells.
 
-A launch costs seconds (imports, rendezvous); a cell in a warm world a second or less. Workers are spawned, never
-forked, so that no thread pool or lock of the test process is copied into them.
+A launch costs seconds (imports, rendezvous); a cell in a warm world a second or two. Workers are forked from a server
+that has imported everything and done nothing else, so that the imports are paid once and no thread pool or lock of the
+test process is copied into them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,23 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 CELL_TIMEOUT_S = 180
 
+# (duration, function) of every cell that any world has run.
+cell_seconds: list[tuple[float, str]] = []
+
 # What a rank may take after another one has failed, before it counts as waiting for that one in a collective.
 GRACE_S = 5
+
+
+def context() -> ForkServerContext:
+    """Starts processes that have torch, transformers and DeepSpeed imported already."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.preload"])
+    return context
 
 
 class WorldPool:
@@ -29,13 +41,13 @@ class WorldPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        context = mp.get_context("spawn")
-        port = _free_port()
+        server = context()
+        port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, size, port, theirs), daemon=True)
+            ours, theirs = server.Pipe()
+            process = server.Process(target=_worker, args=(rank, size, port, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -46,6 +58,7 @@ class WorldPool:
         Raises:
             AssertionError: a rank raised (with its trace) or did not answer in time; the world is then ended.
         """
+        started = time.perf_counter()
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, args))
         answers: dict[int, tuple[Any, str | None]] = {}
@@ -68,6 +81,7 @@ class WorldPool:
             # Peers of a failed rank may be out of step in their collectives.
             self.close()
             raise AssertionError("\n".join(failures))
+        cell_seconds.append((time.perf_counter() - started, f"{function.__module__}.{function.__qualname__}"))
         return [answers[rank][0] for rank in range(self.size)]
 
     @property
@@ -92,19 +106,15 @@ def _receive(pipe: Any) -> tuple[Any, str | None]:
 def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
     # Ctrl-C is for the test process, which ends this one; so does its death, even while this one waits for a peer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
-        WANDB_MODE="disabled", HF_HUB_OFFLINE="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     import torch
     import torch.distributed as dist
 
-    from sft_dist.runtime.quiet import quiet_libraries
-
     torch.set_num_threads(1)
-    quiet_libraries()
     dist.init_process_group("gloo", rank=rank, world_size=size)
     while True:
         try:
@@ -118,14 +128,19 @@ def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
         pipe.send(answer)
 
 
-def _end_with_parent() -> None:
-    parent = mp.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def end_with_parent() -> None:
+    """Lets this process end when the test process does, whatever it is waiting for."""
+
+    def wait_for_it() -> None:
+        parent = mp.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -1,0 +1,69 @@
+"""A training run in processes of its own, which a test may kill: forked, so that a start costs no imports."""
+
+from __future__ import annotations
+
+import os
+import sys
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.helpers import pool
+
+
+class Ranks:
+    """``size`` processes that run ``sft-dist ARGUMENTS`` as one launch; all of them are gone when the context ends."""
+
+    def __init__(self, size: int, arguments: list[str], log: Path) -> None:
+        server, port = pool.context(), pool.free_port()
+        self.processes: list[ForkServerProcess] = [
+            server.Process(target=_run, args=(rank, size, port, arguments, str(log)), daemon=True)
+            for rank in range(size)
+        ]
+
+    def __enter__(self) -> Self:
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to all of them at once."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    @property
+    def are_alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def exit_codes(self, timeout_s: float) -> list[int | None]:
+        """Waits for their end; None for one that has not ended in time."""
+        for process in self.processes:
+            process.join(timeout_s)
+        return [process.exitcode for process in self.processes]
+
+
+def _run(rank: int, size: int, port: int, arguments: list[str], log: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    # What Python buffers must reach the log before a kill.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    pool.end_with_parent()
+    import torch
+
+    from sft_dist.cli import main
+
+    torch.set_num_threads(1)
+    main(arguments)

@@ -1,0 +1,104 @@
+"""Which checkpoint ``--resume`` means, and what stands in its way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sft_dist.checkpoint import store
+from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
+from sft_dist.data.batch import BatchPlan
+from sft_dist.data.loader import TrainingOrder
+from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.train.resume import check_position, find_checkpoint
+from tests.helpers import cells
+
+
+def make(output: Path, step: int, next_sequences: tuple[int, ...] = ()) -> Path:
+    """A checkpoint without tensors."""
+    folder = store.begin(output / "checkpoints", step)
+    manifest = Manifest(
+        completed_steps=step, next_sequences=next_sequences, strategy="ddp", world_size=1,
+        identity=Identity(values={}), tensors={}, files={},
+    )  # fmt: skip
+    store.write_synced(folder / MANIFEST, manifest.model_dump_json())
+    return store.commit(folder)
+
+
+def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
+    assert find_checkpoint("auto", str(tmp_path)) is None
+    for step in (90, 100, 9):
+        make(tmp_path, step)
+    store.begin(tmp_path / "checkpoints", 110)
+    store.reject(store.begin(tmp_path / "checkpoints", 105))
+    assert find_checkpoint("auto", str(tmp_path)) == tmp_path / "checkpoints/step-00000100"
+    assert find_checkpoint("never", str(tmp_path)) is None
+
+
+def test_more_than_eight_digits_are_newer(tmp_path: Path) -> None:
+    make(tmp_path, 99_999_999)
+    assert find_checkpoint("auto", str(make(tmp_path, 100_000_000).parents[1])) == (
+        tmp_path / "checkpoints/step-100000000"
+    )
+
+
+def test_a_path_of_another_run_goes_on_in_an_empty_folder(tmp_path: Path) -> None:
+    wanted = make(tmp_path / "old", 3)
+    assert find_checkpoint(str(wanted), str(tmp_path / "new")) == wanted
+    make(tmp_path / "new", 1)
+    with pytest.raises(ConfigError, match="is of another run than the one that output_dir"):
+        find_checkpoint(str(wanted), str(tmp_path / "new"))
+
+
+def test_an_older_one_of_the_same_run_would_contradict_the_newer(tmp_path: Path) -> None:
+    older = make(tmp_path, 3)
+    assert find_checkpoint(str(older), str(tmp_path)) == older
+    make(tmp_path, 5)
+    with pytest.raises(ConfigError, match="has a newer checkpoint, step-00000005"):
+        find_checkpoint(str(older), str(tmp_path))
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no manifest\.json"):
+        find_checkpoint(str(tmp_path), str(tmp_path / "run"))
+
+
+def test_the_next_samples_must_be_those_that_were_next(tmp_path: Path) -> None:
+    plan = BatchPlan(global_batch_size=4, micro_batch_size=1, world_size=1, max_seq_len=48)
+    order = TrainingOrder(cells.synthetic_data(), plan, seed=3)
+    following = tuple(order.step(2).sequences.tolist())
+    good = Manifest.read(make(tmp_path / "a", 2, following))
+    check_position(good, order, num_steps=10, checkpoint=tmp_path)
+    check_position(Manifest.read(make(tmp_path / "b", 2)), order, num_steps=10, checkpoint=tmp_path)
+    with pytest.raises(ConfigError, match="has 2 steps behind it, but the run is 1 steps long"):
+        check_position(good, order, num_steps=1, checkpoint=tmp_path)
+    bad = Manifest.read(make(tmp_path / "c", 2, tuple(np.roll(following, 1).tolist())))
+    with pytest.raises(CheckpointError, match="step 3 would train other sequences"):
+        check_position(bad, order, num_steps=10, checkpoint=tmp_path)
+
+
+def test_the_last_are_kept_and_the_rest_is_gone(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 11):
+        make(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    store.prune(folder, keep_last=2)
+    assert [path.name for path in store.complete_checkpoints(folder)] == ["step-00000010", "step-00000011"]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_what_was_left_half_done_is_swept_up(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    store.sweep(folder)
+    kept = [make(tmp_path, 1), store.reject(store.begin(folder, 2))]
+    store.begin(folder, 3)
+    make(tmp_path, 4).rename(folder / "step-00000004.deleted")
+    store.sweep(folder)
+    assert sorted(folder.iterdir()) == sorted(kept)
+
+
+def test_a_step_is_never_saved_twice(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    with pytest.raises(FileExistsError):
+        store.begin(tmp_path / "checkpoints", 1)
