@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.argv[0] = PROGRAM  # DeepSpeed's parser names it in what it says
     if words[0] in ("-h", "--help"):
         print(DESCRIPTION)
-    options = runner.parse_args(words)
-    command = [options.user_script, *options.user_args]
+    options, command = _parse(words)
     given = words[: len(words) - len(command)]
 
     def prepare() -> int:
@@ -65,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return count
 
     return start(command, debug=debug, prepare=prepare, launch=lambda command: _launch([*given, MODULE, *command]))
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    options = runner.parse_args(arguments)
+    return options, [options.user_script, *options.user_args]
 
 
 def _prepare(options: argparse.Namespace, given: Sequence[str]) -> tuple[list[str], int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from sft_dist.launch import accelerate, deepspeed, torchrun
 from sft_dist.launch.command import split_debug, split_resume, start
-from tests.launch.conftest import SMALLEST
+from tests.launch.conftest import REPOSITORY, SMALLEST
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,13 @@ def test_what_is_checked_and_what_the_processes_get(
         ["train", "--resume=auto", "run.yaml"],
         ["train", "run.yaml", "--resume", "runs/x/checkpoints/step-1", "train.seed=7", "--debug"],
     ]
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    page = (REPOSITORY / "docs" / "launching.md").read_text(encoding="utf-8")
+    parsers = {"torchrun": torchrun._parse, "accelerate": accelerate._parse, "deepspeed": deepspeed._parse}
+    commands = re.findall(r"`launch/(\w+)\.sh (.*?)`", page)
+    assert {name for name, _ in commands} == set(parsers)
+    for name, words in commands:
+        _, command = parsers[name](shlex.split(words.replace(" N ", " 1 ")))
+        assert command == ["train", "run.yaml"]
