@@ -87,7 +87,17 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Config:
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: go on from the newest checkpoint in output_dir, or begin; PATH: go on from that checkpoint.",
+        ),
+    ] = "never",
+) -> None:
     """Train. Under a launcher (torchrun, accelerate, deepspeed) each process runs this; without one, this process does.
 
     Paths in the configuration count from the current directory.
@@ -95,14 +105,14 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     checked = _load(config, overrides)
     from sft_dist.train.preflight import preflight
 
-    preflight(checked)
+    preflight(checked, resume=resume)
     _put_own_tools_on_path()
     from sft_dist.runtime.quiet import quiet_libraries
 
     quiet_libraries()
     from sft_dist.train.run import run_training
 
-    run_training(checked)
+    run_training(checked, resume=resume)
 
 
 def _put_own_tools_on_path() -> None:

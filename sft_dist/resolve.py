@@ -34,6 +34,7 @@ def resolve(config: Config, world: WorldShape) -> Run:
         activation_checkpointing=config.activation_checkpointing,
         data=config.data,
         eval=config.eval,
+        checkpoint=config.checkpoint,
         logging=config.logging,
         num_epochs=config.train.num_epochs,
         max_steps=config.train.max_steps,

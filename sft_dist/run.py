@@ -10,6 +10,7 @@ from typing import Literal
 
 from sft_dist.config.schema import (
     ActivationCheckpointingConfig,
+    CheckpointConfig,
     DataConfig,
     EvalConfig,
     LoggingConfig,
@@ -47,8 +48,8 @@ class Precision:
 class Run:
     """One run on one world.
 
-    ``data``, ``eval``, ``logging``, ``optim`` and ``activation_checkpointing`` are the user's own sections: nothing in
-    them is left to derive. ``sharding`` likewise names one strategy and its options.
+    ``data``, ``eval``, ``checkpoint``, ``logging``, ``optim`` and ``activation_checkpointing`` are the user's own
+    sections: nothing in them is left to derive. ``sharding`` likewise names one strategy and its options.
     """
 
     model: ModelSpec
@@ -60,6 +61,7 @@ class Run:
     activation_checkpointing: ActivationCheckpointingConfig
     data: DataConfig
     eval: EvalConfig
+    checkpoint: CheckpointConfig
     logging: LoggingConfig
     num_epochs: int | None
     max_steps: int | None

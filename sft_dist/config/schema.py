@@ -171,6 +171,18 @@ class EvalConfig(Section):
     before_training: bool = Field(True, description="Evaluate the untrained model too.")
 
 
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(
+        None, ge=1, description="Save after this many steps; after every epoch and at the end in any case."
+    )
+    keep_last: int = Field(2, ge=1, description="Complete checkpoints that stay; older ones are deleted.")
+    prove_final: bool = Field(
+        True,
+        description="Load final/ in a fresh process on the CPU with plain transformers and peft, and compare it with "
+        "the trained model; needs host memory for the model once more.",
+    )
+
+
 class WandbConfig(Section):
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = Field("sft-dist", min_length=1)
@@ -193,5 +205,6 @@ class Config(Section):
     optim: OptimConfig = AdamWConfig()
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    output_dir: str = Field(description="Run directory; must not hold another run.")
+    output_dir: str = Field(description="Run directory; must not hold another run, unless that run is resumed.")

@@ -107,6 +107,8 @@ OTHER_NAMES = {
     "sequence_len": "data.max_seq_len",
     "sample_packing": "data.packing",
     "eval_steps": "eval.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
     "base_model": "model.path",
     "model_name_or_path": "model.path",
 }

@@ -93,6 +93,20 @@ class ChatRenderer:
         except TemplateFailure as failure:
             raise DataError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
 
+    def sample(self, conversation: Conversation) -> TemplateSample:
+        """A conversation as it is put to the template, and what becomes of it."""
+        template = self._template_for(conversation.tools)
+        messages, tools = template.presentation.present(conversation.messages, conversation.tools)
+        text = self.text(conversation)
+        return TemplateSample(
+            template=template.jinja.source,
+            messages=messages,
+            tools=list(tools) if tools else None,
+            text=text,
+            input_ids=self._tokenise(text, [])[0].input_ids,
+            changes_with_time=template.jinja.uses_clock,
+        )
+
     def _render(self, conversation: Conversation) -> TokenizedRow:
         template = self._template_for(conversation.tools)
         trained = [message.trained for message in conversation.messages if message.role == "assistant"]
@@ -175,6 +189,22 @@ class ChatRenderer:
         row, _ = self._tokenise(text, [])
         if self.tokenizer(text, add_special_tokens=False)["input_ids"] != row.input_ids:
             raise TemplateFailure("transformers tokenises this row differently")
+
+
+@dataclass(frozen=True)
+class TemplateSample:
+    """One conversation through the chat template: what another program that renders ``messages`` must get.
+
+    Args:
+        changes_with_time: the template prints the date, so ``text`` may differ on another day.
+    """
+
+    template: str
+    messages: list[ChatMessage]
+    tools: list[Mapping[str, Any]] | None
+    text: str
+    input_ids: list[int]
+    changes_with_time: bool
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from sft_dist.errors import ConfigError
 
 Metrics = dict[str, int | float]
 
+METRICS = "metrics.jsonl"
+
 # Without a terminal a bar cannot be redrawn: this many lines are printed over a run instead.
 LINES_WITHOUT_TERMINAL = 20
 
@@ -34,17 +36,22 @@ class RunLogger:
     Args:
         folder: the run directory; ``metrics.jsonl`` goes there, one JSON object a line, flushed at once.
         settings: the resolved configuration, for W&B.
+        completed: steps behind a resumed run; what an earlier process wrote about later ones is removed, because they
+            are trained again.
 
     Raises:
         ConfigError: W&B was asked for and cannot start. Once it runs, a failure of it is said once and stops nothing.
     """
 
-    def __init__(self, folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, num_steps: int) -> None:
+    def __init__(
+        self, folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, num_steps: int, completed: int = 0
+    ) -> None:
         self.console = Console(highlight=False)
-        self._num_steps = num_steps
+        self._num_steps, self._completed = num_steps, completed
         # First, because it may fail: a run that has not written its metrics has not taken the folder.
-        self._wandb = _start_wandb(wandb, folder, settings)
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._wandb = _start_wandb(wandb, folder, settings, is_resumed=completed > 0)
+        keep_lines(folder / METRICS, completed=completed)
+        self._file = (folder / METRICS).open("a", buffering=1)
         self._bar = Progress(
             TextColumn("[bold]train"),
             BarColumn(),
@@ -60,7 +67,7 @@ class RunLogger:
 
     def __enter__(self) -> Self:
         self._bar.start()
-        self._task = self._bar.add_task("train", total=self._num_steps, status="")
+        self._task = self._bar.add_task("train", total=self._num_steps, completed=self._completed, status="")
         return self
 
     def __exit__(
@@ -84,7 +91,7 @@ class RunLogger:
         self._bar.update(self._task, completed=metrics["step"], status=status)
         interval = max(1, self._num_steps // LINES_WITHOUT_TERMINAL)
         step = int(metrics["step"])
-        if not self.console.is_terminal and (step % interval == 0 or step in (1, self._num_steps)):
+        if not self.console.is_terminal and (step % interval == 0 or step in (self._completed + 1, self._num_steps)):
             left = (self._num_steps - step) * metrics["step_time_s"]
             self.say(f"step {step}/{self._num_steps}  {status}  lr {metrics['lr']:.2e}  about {left:.0f} s left")
 
@@ -110,14 +117,36 @@ class RunLogger:
             self._wandb = None
 
 
-def _start_wandb(config: WandbConfig, folder: Path, settings: dict[str, Any]) -> Any:
+def keep_lines(path: Path, *, completed: int) -> None:
+    """Leaves of a ``metrics.jsonl`` what belongs to the first ``completed`` steps, and no line that was cut short."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    shortened = path.with_name(path.name + ".new")
+    shortened.write_bytes(b"".join(line for line in lines if completed and 0 <= _step_of(line) <= completed))
+    shortened.replace(path)
+
+
+def _step_of(line: bytes) -> int:
+    """-1 for a line that a dying process did not finish."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else -1
+    except ValueError:
+        return -1
+
+
+def _start_wandb(config: WandbConfig, folder: Path, settings: dict[str, Any], *, is_resumed: bool) -> Any:
     if config.mode == "disabled":
         return None
     import wandb
 
+    # Online, a resumed run continues its curves; offline, both parts are uploaded to one run.
+    id_file = folder / "wandb" / "run_id"
+    known = id_file.read_text() if is_resumed and id_file.exists() else None
     try:
-        return wandb.init(
-            project=config.project, name=config.name, mode=config.mode, dir=folder, config=settings,
+        run = wandb.init(
+            project=config.project, name=config.name, mode=config.mode, dir=folder, config=settings, id=known,
+            resume="allow" if known is not None and config.mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
     except Exception as e:
@@ -125,3 +154,6 @@ def _start_wandb(config: WandbConfig, folder: Path, settings: dict[str, Any]) ->
             f"logging.wandb.mode={config.mode}: W&B did not start ({str(e).strip().splitlines()[0]})",
             fix="run `wandb login`, or set logging.wandb.mode to offline or disabled",
         ) from e
+    id_file.parent.mkdir(exist_ok=True)
+    id_file.write_text(run.id)
+    return run

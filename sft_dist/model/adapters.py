@@ -13,7 +13,7 @@ from sft_dist.config.schema import LoraMethod
 from sft_dist.errors import ConfigError
 
 
-def lora_config(method: LoraMethod, base_model: str | None = None) -> LoraConfig:
+def lora_config(method: LoraMethod, base_model: str | None = None, revision: str | None = None) -> LoraConfig:
     """PEFT's description of the adapter, as it is saved beside the adapter's weights."""
     targets = method.target_modules
     return LoraConfig(
@@ -23,6 +23,7 @@ def lora_config(method: LoraMethod, base_model: str | None = None) -> LoraConfig
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
+        revision=revision,
     )
 
 

@@ -55,11 +55,15 @@ class SftModel(nn.Module):
         kinds = set(self.causal_lm._no_split_modules or ())
         return {name: module for name, module in self.named_modules() if type(module).__name__ in kinds}
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Sum of the losses of the batch's supervised tokens, an fp32 scalar; divide by their number yourself."""
+    def forward(self, batch: MicroBatch, *, logits: bool = False) -> Tensor:
+        """Sum of the losses of the batch's supervised tokens, an fp32 scalar; divide by their number yourself.
+
+        Args:
+            logits: return the [N, V] logits at the supervised positions instead.
+        """
         hidden = self.hidden_states(batch).index_select(0, batch.supervised_index)
-        loss: Tensor = self.head(hidden, batch.labels)
-        return loss
+        result: Tensor = self.head(hidden) if logits else self.head(hidden, batch.labels)
+        return result
 
     @property
     def head(self) -> LossHead:

@@ -22,6 +22,9 @@ from sft_dist.model.spec import ModelSpec
 PREFIX = "hf."
 
 
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
+
+
 def export(
     folder: Path,
     spec: ModelSpec,
@@ -30,13 +33,16 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     *,
     is_main: bool,
-) -> None:
-    """Writes ``folder``, complete or not at all. Every rank must call it; rank 0 writes.
+) -> dict[str, Tensor]:
+    """Writes an artefact as ``folder`` with ``.unfinished`` behind its name. Every rank must call it; rank 0 writes.
 
     A whole model is saved in the dtype it computed in, an adapter in that of its master weights.
 
     Args:
         parameters: (name, full tensor) of every trainable parameter, of the others too when the method is full.
+
+    Returns:
+        on rank 0 what was saved, by the names of transformers and peft; nothing on the others.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -47,32 +53,40 @@ def export(
         if is_main:
             gathered[name.removeprefix(PREFIX)] = tensor.to("cpu", copy=True)
     if not is_main:
-        return
-    unfinished = folder.with_name(folder.name + ".unfinished")
+        return {}
+    unfinished = folder.with_name(folder.name + UNFINISHED)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         if isinstance(spec.method, LoraMethod):
             _save_adapter(unfinished, spec, model, gathered)
         else:
-            _save_model(unfinished, spec, model, gathered, tokenizer)
+            gathered = {name: tensor.to(TORCH_DTYPES[spec.compute]) for name, tensor in gathered.items()}
+            _save_model(unfinished, model, gathered, tokenizer)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
     except OSError as e:
         raise CheckpointError(
             f"cannot write {folder} ({e})", fix="make room on the disk or set another output_dir"
         ) from e
+    return gathered
 
 
-def _save_model(
-    folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def publish(folder: Path) -> None:
+    """Gives an exported artefact its name; one that a longer run replaces goes when the new one is there."""
+    replaced = folder.with_name(folder.name + REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    folder.with_name(folder.name + UNFINISHED).rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _save_model(folder: Path, model: SftModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
     causal_lm = model.causal_lm
-    dtype = TORCH_DTYPES[spec.compute]
     causal_lm.config.use_cache = True
     if causal_lm.generation_config is not None:
         _stop_at_end_of_turn(causal_lm.generation_config, tokenizer)
-    causal_lm.save_pretrained(folder, state_dict={name: t.to(dtype) for name, t in state.items()})
+    causal_lm.save_pretrained(folder, state_dict=state)
 
 
 def _stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -88,7 +102,7 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
     assert isinstance(model.hf, PeftModel)
     adapter = get_peft_model_state_dict(model.hf, state_dict=state, save_embedding_layers=False)
     save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = lora_config(spec.method, base_model=spec.path)
+    config = lora_config(spec.method, base_model=spec.path, revision=spec.revision)
     # The names that `all-linear` stood for: the adapter must load on its base without guessing.
     config.target_modules = model.hf.peft_config["default"].target_modules
     config.inference_mode = True

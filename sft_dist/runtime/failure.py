@@ -80,7 +80,7 @@ def noted_exit_codes(folder: Path) -> dict[int, int]:
 def report_interrupt() -> None:
     """One line for a launch that the user ended."""
     if os.environ.get("RANK", "0") == "0":
-        _write("interrupted: nothing was saved but metrics.jsonl", prefix="\n")
+        _write("interrupted: what was saved stays; --resume auto goes on from the last checkpoint", prefix="\n")
 
 
 def report_unexpected(error: BaseException) -> None:

@@ -59,15 +59,15 @@ def process_group(world: World, device: torch.device) -> Iterator[dist.Store]:
         dist.destroy_process_group()
 
 
-def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[[], None]) -> None:
-    """Runs ``work`` on rank 0 while the others wait on the store; its ``SftError`` is raised on every rank.
+def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[[], str | None]) -> str | None:
+    """Runs ``work`` on rank 0 while the others wait on the store; all get its answer, or raise its ``SftError``.
 
     Args:
         key: a name that no other call of this run uses.
     """
     if world.is_main:
         try:
-            work()
+            result = work()
         except SftError as e:
             store.set(key, json.dumps([type(e).__name__, e.what, e.fix]))
             _wait_until_heard(world, store, key)
@@ -76,14 +76,15 @@ def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[
             # No wait here: this may be the user's Ctrl-C, which has ended the others too.
             store.set(key, json.dumps(["SftError", f"rank 0 failed: {e!r}", "see its trace"]))
             raise
-        store.set(key, "done")
-        return
+        store.set(key, json.dumps([result]))
+        return result
     store.wait([key], PREPARE_TIMEOUT)
-    answer = store.get(key).decode()
-    if answer != "done":
-        store.set(f"{key}/heard by {world.rank}", "")
-        kind, what, fix = json.loads(answer)
-        raise _error_class(kind)(what, fix=fix)
+    answer = json.loads(store.get(key))
+    if len(answer) == 1:
+        return None if answer[0] is None else str(answer[0])
+    store.set(f"{key}/heard by {world.rank}", "")
+    kind, what, fix = answer
+    raise _error_class(kind)(what, fix=fix)
 
 
 def _wait_until_heard(world: World, store: dist.Store, key: str) -> None:

@@ -41,10 +41,10 @@ class Ddp(NativeStrategy):
         self.ddp.require_backward_grad_sync = is_last_micro_batch
         return self._backward(self.ddp(batch), supervised_in_step)
 
-    def evaluate(self, batch: MicroBatch) -> Tensor:
+    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):
-            loss: Tensor = self.model(batch)
-            return loss
+            result: Tensor = self.model(batch, logits=logits)
+            return result
 
     @property
     def gradients_are_sharded(self) -> bool:

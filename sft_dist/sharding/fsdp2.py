@@ -55,14 +55,14 @@ class Fsdp2(NativeStrategy):
         self.model.set_requires_gradient_sync(is_last_micro_batch)  # type: ignore[operator]
         return self._backward(self.model(batch), supervised_in_step)
 
-    def evaluate(self, batch: MicroBatch) -> Tensor:
+    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):
-            loss: Tensor = self.model(batch)
+            result: Tensor = self.model(batch, logits=logits)
             # What stays gathered for a backward that does not come would be taken for the master weights.
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-            return loss
+            return result
 
     @property
     def gradients_are_sharded(self) -> bool:

@@ -53,8 +53,16 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
+        """The model in eval mode, without gradients; every rank must call it equally often.
+
+        Args:
+            logits: return the [N, V] logits at the batch's supervised positions, not their summed loss.
+        """
+
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """Summed loss without gradients; every rank must call it equally often."""
+        return self.infer(batch, logits=False)
 
     @abstractmethod
     def step(self, lr: float) -> StepResult:

@@ -67,10 +67,10 @@ class Zero(Strategy):
         result: Tensor = loss_sum.detach()
         return result
 
-    def evaluate(self, batch: MicroBatch) -> Tensor:
+    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):
-            loss: Tensor = self.engine(batch)
-            return loss
+            result: Tensor = self.engine(batch, logits=logits)
+            return result
 
     def step(self, lr: float) -> StepResult:
         for group in self.optimizer.param_groups:

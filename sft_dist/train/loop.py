@@ -1,4 +1,4 @@
-"""The loop: steps, evaluations, and what is written about them."""
+"""The loop: steps, evaluations, checkpoints, and what is written about them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from dataclasses import dataclass
 
 import torch
 
+from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.data.loader import Step, TrainingOrder
 from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import TrainingDiverged
 from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
+from sft_dist.runtime.seeding import seed_step
 from sft_dist.runtime.world import World
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from sft_dist.train.step import StepOutcome, evaluate, train_step
+
+# Of the peak learning rate.
+LARGE_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Training:
         spec: what this rank holds between steps.
         eval_data: held-out rows, or None.
         logger: on rank 0; None elsewhere.
+        completed: steps that are behind ``strategy``'s state; more than 0 when the run is resumed.
     """
 
     def __init__(
@@ -53,11 +59,14 @@ class Training:
         order: TrainingOrder,
         eval_data: PreparedData | None,
         logger: RunLogger | None,
+        checkpointer: Checkpointer,
         *,
         num_steps: int,
+        completed: int,
     ) -> None:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
-        self.order, self.eval_data, self.logger, self.num_steps = order, eval_data, logger, num_steps
+        self.order, self.eval_data, self.logger, self.checkpointer = order, eval_data, logger, checkpointer
+        self.num_steps, self.completed = num_steps, completed
         self._unread: _Finished | None = None
 
     def train(self) -> None:
@@ -67,25 +76,62 @@ class Training:
             TrainingDiverged: a loss or a gradient norm is not finite.
             ShardingMismatch: the first step moved nothing, or left something gathered.
         """
-        if self.run.eval.before_training:
-            self._evaluate(completed=0)
-        check = MovementCheck(self.strategy)
-        for number in range(self.num_steps):
-            self._train_step(number)
-            if number == 0:
-                check.verify(self.world.rank)
-                # Once more: what a step gathers must be gone when it ends.
-                verify_sharding(self.strategy, self.spec)
-            if self._evaluation_is_due(completed=number + 1):
-                self._evaluate(completed=number + 1)
+        if self.run.eval.before_training and self.completed == 0:
+            self._evaluate()
+        if self.completed < self.num_steps:
+            self._first_step()
+        while self.completed < self.num_steps:
+            self._step()
         self._read()
 
-    def _evaluation_is_due(self, *, completed: int) -> bool:
-        every = self.run.eval.every_steps
-        return completed == self.num_steps or (every is not None and completed % every == 0)
+    def _first_step(self) -> None:
+        """A step with its checks: parameters must move, and what a step gathers must be gone when it ends."""
+        lr = learning_rate(self.run.optim, self.completed, self.num_steps)
+        # At the end of a resumed run an update may be too small to show in a bf16 weight.
+        must_move = self.completed == 0 or lr >= LARGE_SHARE * self.run.optim.lr
+        check = MovementCheck(self.strategy) if must_move else None
+        self._train_step()
+        if check is not None:
+            check.verify(self.world.rank)
+        verify_sharding(self.strategy, self.spec)
+        self._after_step()
 
-    def _train_step(self, number: int) -> None:
-        started = time.perf_counter()
+    def _step(self) -> None:
+        self._train_step()
+        self._after_step()
+
+    def _after_step(self) -> None:
+        self.completed += 1
+        if self._evaluation_is_due():
+            self._evaluate()
+        if self._checkpoint_is_due():
+            self._save()
+
+    def _evaluation_is_due(self) -> bool:
+        return self._is_due(self.run.eval.every_steps)
+
+    def _checkpoint_is_due(self) -> bool:
+        """Every ``checkpoint.every_steps``, after every epoch, and at the end."""
+        return self._is_due(self.run.checkpoint.every_steps) or self.completed % self.order.steps_per_epoch == 0
+
+    def _is_due(self, every: int | None) -> bool:
+        return self.completed == self.num_steps or (every is not None and self.completed % every == 0)
+
+    def _save(self) -> None:
+        # A step that diverged must not become a checkpoint.
+        self._read()
+        is_end = self.completed == self.num_steps
+        saved = self.checkpointer.save(
+            self.strategy,
+            completed_steps=self.completed,
+            next_sequences=() if is_end else tuple(self.order.step(self.completed).sequences.tolist()),
+        )
+        if self.logger is not None:
+            self.logger.say(f"saved and read back {saved}")
+
+    def _train_step(self) -> None:
+        started, number = time.perf_counter(), self.completed
+        seed_step(self.run.seed, number, self.world.rank)
         step = self.order.step(number)
         lr = learning_rate(self.run.optim, number, self.num_steps)
         outcome = train_step(
@@ -128,13 +174,15 @@ class Training:
             "peak_memory_gib": peak_memory_gib(self.device),
         }
 
-    def _evaluate(self, *, completed: int) -> None:
+    def _evaluate(self) -> None:
         if self.eval_data is None:
             return
         self._read()
         result = evaluate(self.strategy, self.eval_data, self.run.batch, rank=self.world.rank, device=self.device)
         if self.logger is not None:
-            self.logger.evaluation({"step": completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity})
+            self.logger.evaluation(
+                {"step": self.completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
+            )
 
 
 def peak_memory_gib(device: torch.device) -> float:

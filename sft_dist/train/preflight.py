@@ -51,16 +51,21 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         find_files(source.path)
 
 
+def holds_a_run(folder: Path) -> bool:
+    """Whether a run has trained here, to the end or not."""
+    return any((folder / name).exists() for name in MARKS_OF_A_RUN)
+
+
 def check_run_directory(folder: Path, *, may_hold_a_run: bool) -> None:
     """Makes the folder, and proves that it can be written and holds no other run.
 
     Raises:
         ConfigError: it is used, or cannot be written.
     """
-    used = next((name for name in MARKS_OF_A_RUN if (folder / name).exists()), None)
-    if used and not may_hold_a_run:
+    if not may_hold_a_run and holds_a_run(folder):
+        marks = [name for name in MARKS_OF_A_RUN if (folder / name).exists()]
         raise ConfigError(
-            f"output_dir: {folder} already holds a run (it has {used})",
+            f"output_dir: {folder} already holds a run (it has {marks[0]})",
             fix="go on with it by --resume auto, or set another output_dir",
         )
     try:

@@ -179,7 +179,7 @@ def test_interrupt_is_one_line_without_a_trace(
 ) -> None:
     training(KeyboardInterrupt())
     code, out, err = exit_code("train", "run.yaml")
-    assert (code, out, err.strip()) == (130, "", "interrupted: nothing was saved but metrics.jsonl")
+    assert (code, out, err.strip()) == (130, "", "interrupted: what was saved stays; --resume auto goes on from the last checkpoint")
     monkeypatch.setenv("RANK", "1")
     assert exit_code("train", "run.yaml") == (130, "", "")
 

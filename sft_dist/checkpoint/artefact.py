@@ -1,0 +1,119 @@
+"""The proof of ``final/``: a fresh process loads it with plain transformers and peft and finds the trained model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sft_dist.checkpoint import fresh_process
+from sft_dist.data.batch import MicroBatch
+from sft_dist.data.chat_template import TemplateSample
+from sft_dist.data.prepared import PreparedData
+from sft_dist.errors import CheckpointError
+from sft_dist.model.spec import Dtype, ModelSpec
+from sft_dist.sharding.strategy import Strategy
+
+# Root mean square of the difference over that of the logits. Two correct programs in fp32 differ by about 1e-6; each
+# rounding to bf16 is 2^-9, and a deep model adds up some hundreds of them.
+TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "bf16": 5e-2}
+
+NUM_PROBES = 2
+MAX_PROBE_TOKENS = 512
+MAX_PROBE_POSITIONS = 32
+
+# What a launcher tells its processes; the fresh one is nobody's process.
+LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "GROUP_", "ROLE_")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A training row, the positions that are compared, and the trained model's logits there ([positions, V] fp32)."""
+
+    input_ids: list[int]
+    positions: list[int]
+    logits: Tensor
+
+
+def take_probes(strategy: Strategy, data: PreparedData, device: torch.device) -> list[Probe]:
+    """Logits of the model in memory on rows of the training data; every rank must call it.
+
+    The rows are the first and the middle one; of long rows the beginning, of many positions some spread over the row.
+    """
+    probes = []
+    for row in sorted({0, data.num_rows // 2})[:NUM_PROBES]:
+        ids = torch.from_numpy(data.row(row)[0][:MAX_PROBE_TOKENS].astype("int64"))
+        positions = torch.linspace(0, len(ids) - 1, min(MAX_PROBE_POSITIONS, len(ids))).long().unique()
+        batch = MicroBatch(
+            input_ids=ids[None],
+            position_ids=torch.arange(len(ids))[None],
+            cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+            supervised_index=positions,
+            labels=ids[positions],
+            seq_lens=(len(ids),),
+        )
+        logits = strategy.infer(batch.to(device), logits=True)
+        probes.append(Probe(ids.tolist(), positions.tolist(), logits.float().cpu()))
+    return probes
+
+
+def prove_artefact(
+    folder: Path, spec: ModelSpec, weights: Mapping[str, str], probes: list[Probe], sample: TemplateSample
+) -> None:
+    """Loads ``folder`` in a fresh process on the CPU and compares it with what is expected of it.
+
+    Args:
+        weights: digests of the trained weights by the names that transformers and peft give them.
+        probes: of the model in memory.
+        sample: a row through the chat template that was trained with.
+
+    Raises:
+        CheckpointError: it does not load, or is not the trained model; ``folder`` stays as it is.
+    """
+    with tempfile.TemporaryDirectory(prefix="sft_dist_proof_") as temporary:
+        expected = Path(temporary)
+        save_file(
+            {str(n): probe.logits.contiguous() for n, probe in enumerate(probes)}, expected / "logits.safetensors"
+        )
+        description = {
+            "method": spec.method.type,
+            "dtype": spec.compute,
+            "weights": dict(weights),
+            "probes": [{"input_ids": probe.input_ids, "positions": probe.positions} for probe in probes],
+            "template": asdict(sample),
+            "tolerance": TOLERANCE[spec.compute],
+        }
+        (expected / "expected.json").write_text(json.dumps(description), encoding="utf-8")
+        # -P: the folder of the script is no place to import from.
+        command = [sys.executable, "-P", fresh_process.__file__, str(folder), str(expected)]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            findings = [f"it does not load: {last}"]
+        else:
+            findings = json.loads((expected / "findings.json").read_text(encoding="utf-8"))
+    if findings:
+        raise CheckpointError(
+            f"{folder} failed its proof: " + "; ".join(findings[: fresh_process.MAX_SHOWN]),
+            fix="the checkpoints are kept; please report this, with the versions of transformers and peft",
+        )
+
+
+def _environment() -> dict[str, str]:
+    """This process' environment without what its launcher put there, and without GPUs, which training still holds."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith(LAUNCHER_VARIABLES)
+    }
+    return kept | {"CUDA_VISIBLE_DEVICES": ""}

@@ -1,0 +1,142 @@
+"""Loads an artefact as its users will, with plain transformers and peft, and compares it with what was trained.
+
+    python -P fresh_process.py ARTEFACT EXPECTED
+
+Imports nothing of this project: what it finds, a stranger would find. ``EXPECTED`` is a folder with ``expected.json``
+and ``logits.safetensors`` (see ``artefact.py``); the findings, one line each, go to ``findings.json`` in it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MAX_SHOWN = 3
+DIGEST_ELEMENTS = 1 << 24
+
+
+def main(artefact: Path, expected_folder: Path) -> None:
+    # What transformers and peft would only warn of is found below.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    expected = json.loads((expected_folder / "expected.json").read_text())
+    findings = list(tokenizer_findings(artefact, expected["template"]))
+    model, load_findings = load(artefact, expected["method"], DTYPES[expected["dtype"]])
+    findings += load_findings
+    findings += weight_findings(model, expected["weights"], is_adapter=expected["method"] != "full")
+    if not findings:
+        findings += logit_findings(model, expected, load_file(expected_folder / "logits.safetensors"))
+    (expected_folder / "findings.json").write_text(json.dumps(findings))
+
+
+def tokenizer_findings(artefact: Path, sample: dict[str, Any]) -> Iterator[str]:
+    """The chat template must be the one that was trained with, and render and tokenise a row as it did then."""
+    tokenizer = AutoTokenizer.from_pretrained(artefact)
+    try:
+        template = tokenizer.get_chat_template(tools=sample["tools"])
+    except ValueError:
+        yield "the tokenizer has no chat template"
+        return
+    if template != sample["template"]:
+        yield "the chat template is not the one that was trained with"
+    elif not sample["changes_with_time"]:
+        text = tokenizer.apply_chat_template(sample["messages"], tools=sample["tools"], tokenize=False)
+        if text != sample["text"]:
+            yield f"the chat template renders the first row differently: {text[:80]!r}"
+    if tokenizer(sample["text"], add_special_tokens=False)["input_ids"] != sample["input_ids"]:
+        yield "the tokenizer gives the first row other ids"
+
+
+def load(artefact: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """The model on the CPU, and what was missing from or unknown to the files."""
+    if method == "full":
+        model, report = AutoModelForCausalLM.from_pretrained(artefact, dtype=dtype, output_loading_info=True)
+        kinds = {"missing_keys": "lack", "unexpected_keys": "have an unknown", "mismatched_keys": "have a misshapen"}
+        found = [
+            f"the weights {verb} {sorted(map(str, report[kind]))[0]}" for kind, verb in kinds.items() if report[kind]
+        ]
+        return model.eval(), found
+    adapter = json.loads((artefact / "adapter_config.json").read_text())
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(
+        adapter["base_model_name_or_path"],
+        revision=adapter["revision"] or "main",
+        dtype=dtype,
+        quantization_config=quantization if method == "qlora" else None,
+    )
+    model = PeftModel.from_pretrained(base, artefact)
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks a 4-bit weight in eval mode and computes in bf16 whatever was asked for.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), []
+
+
+def weight_findings(model: nn.Module, expected: dict[str, str], *, is_adapter: bool) -> Iterator[str]:
+    """Every trained weight must be there, bit for bit, and no other; adapters must have moved."""
+    actual = {name: p.detach() for name, p in model.named_parameters() if not is_adapter or ".lora_" in name}
+    lost, strange = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
+    if lost:
+        yield f"{len(lost)} trained weights are not in the loaded model, such as {lost[0]}"
+    if strange:
+        yield f"{len(strange)} weights of the loaded model were not trained, such as {strange[0]}"
+    wrong = [name for name in actual.keys() & expected.keys() if digest(actual[name]) != expected[name]]
+    if wrong:
+        yield f"{len(wrong)} weights are not those of the trained model, such as {min(wrong)}"
+    for name, tensor in actual.items():
+        if ".lora_B." in name and not tensor.any():
+            yield f"{name} is all zeros: the adapter does nothing there"
+        if not torch.isfinite(tensor).all():
+            yield f"{name} has values that are not finite"
+
+
+def digest(tensor: Tensor) -> str:
+    """XXH3-128 of the values as fp32, so that a dtype which holds them exactly makes no difference."""
+    result = xxhash.xxh3_128()
+    for part in tensor.detach().flatten().split(DIGEST_ELEMENTS):
+        result.update(part.to("cpu", torch.float32).contiguous().numpy().data)
+    return result.hexdigest()
+
+
+def logit_findings(model: nn.Module, expected: dict[str, Any], logits: dict[str, Tensor]) -> Iterator[str]:
+    """Logits must differ no more than two programs that multiply in this dtype do.
+
+    The measure is the root mean square of the difference over that of the logits, both without each position's mean,
+    which changes no probability.
+    """
+    for number, probe in enumerate(expected["probes"]):
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([probe["input_ids"]])).logits[0, probe["positions"]].float()
+        trained = logits[str(number)].float()
+        difference = _rms(output - trained) / max(_rms(trained), 1e-30)
+        if not difference <= expected["tolerance"]:
+            yield (
+                f"the logits of probe {number} differ by {difference:.1e} of their size from those of the trained "
+                f"model, more than {expected['tolerance']:.0e}"
+            )
+
+
+def _rms(logits: Tensor) -> float:
+    return float((logits - logits.mean(dim=-1, keepdim=True)).double().square().mean().sqrt())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    assert not any(name.startswith("sft_dist") for name in sys.modules)

@@ -1,0 +1,58 @@
+"""Who a run is: what decides what its steps learn, in values that can be compared and shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from sft_dist.checkpoint.manifest import Identity
+from sft_dist.data.prepared import PreparedData
+from sft_dist.run import Run
+
+# Of each end of a weight file: enough to tell two models of one shape apart without reading hundreds of GB.
+FINGERPRINT_BYTES = 1 << 16
+
+
+def identity_of(run: Run, data: PreparedData) -> Identity:
+    """The identity of a run over its prepared training data; the same on every rank."""
+    return Identity(
+        values={
+            "model.path": run.model.path,
+            "model.revision": run.model.revision,
+            "the base model's weights": _weights_fingerprint(Path(run.model.path)),
+            "method": run.model.method.model_dump(mode="json"),
+            "optim.type": run.optim.type,
+            "train.seed": run.seed,
+            "train.global_batch_size": run.batch.global_batch_size,
+            "the training data": f"{data.num_rows} rows in {data.num_sequences} sequences, {data_digest(data)}",
+        }
+    )
+
+
+def data_digest(data: PreparedData) -> str:
+    """XXH3-128 of all tokens, masks and packs."""
+    digest = xxhash.xxh3_128()
+    arrays: list[NDArray[Any]] = [data.input_ids, data.supervised, data.row_bounds, *data.packs]
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+        digest.update(array.size.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def _weights_fingerprint(folder: Path) -> str | None:
+    """Of names, sizes and both ends of a folder's weight files; None for a hub id, which its revision identifies."""
+    if not folder.is_dir():
+        return None
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""``manifest.json``: what a checkpoint holds, where the run was, and what a run must share with it to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sft_dist.errors import CheckpointError, ConfigError
+
+MANIFEST = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorRecord(_Record):
+    """One tensor of the state, whole; the shards may have any cut."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class FileRecord(_Record):
+    """One file of the checkpoint; ``digest`` is the XXH3-128 of its bytes."""
+
+    num_bytes: int
+    digest: str
+
+
+class Identity(_Record):
+    """What a run and the checkpoint that it goes on from must have in common: all of it decides what a step learns.
+
+    Keys are those of the configuration, where the value is one. The number of processes, the strategy, the
+    micro-batch, the precision of products and the learning rate are not here: they may change.
+    """
+
+    values: dict[str, Any]
+
+    def require_same(self, run: Identity, *, checkpoint: Path) -> None:
+        """
+        Raises:
+            ConfigError: ``run`` differs, with both values of every difference.
+        """
+        names = sorted(self.values.keys() | run.values.keys())
+        differences = [
+            f"{name} is {run.values.get(name)} here and {self.values.get(name)} in the checkpoint"
+            for name in names
+            if run.values.get(name) != self.values.get(name)
+        ]
+        if differences:
+            raise ConfigError(
+                f"{checkpoint} belongs to another run: " + "; ".join(differences),
+                fix="put the old values back, or start a new run in another output_dir",
+            )
+
+
+class Manifest(_Record):
+    """
+    Args:
+        completed_steps: optimizer steps behind this state.
+        next_sequences: numbers of the sequences that the next step trains, empty at the end of the run.
+        strategy, world_size: under which the shards were cut.
+        tensors: by name in the state, see ``Strategy.state``.
+        files: by name; each rank wrote its own.
+    """
+
+    format: Literal[1] = 1
+    completed_steps: int
+    next_sequences: tuple[int, ...]
+    strategy: str
+    world_size: int
+    identity: Identity
+    tensors: dict[str, TensorRecord]
+    files: dict[str, FileRecord]
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """
+        Raises:
+            CheckpointError: the folder is no checkpoint, or one of another version of this format.
+        """
+        path = folder / MANIFEST
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} is no checkpoint: it has no {MANIFEST}",
+                fix="give a folder such as runs/x/checkpoints/step-00000100",
+            ) from None
+        except (OSError, ValidationError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {str(error).splitlines()[0]}", fix="resume from another checkpoint"
+            ) from error

@@ -1,0 +1,97 @@
+"""The folder ``checkpoints/``: names, what counts as complete, atomic renames, and what is deleted when.
+
+A checkpoint is written as ``step-00000100.unfinished`` and renamed when all of it is on the disk and proven. So a
+folder without a suffix is complete, whenever the power fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+UNFINISHED, DELETED, REJECTED = ".unfinished", ".deleted", ".rejected"
+_COMPLETE = re.compile(r"step-(\d{8,})")
+
+
+def name_of(completed_steps: int) -> str:
+    """``step-00000100``: sorted by name is sorted by step."""
+    return f"step-{completed_steps:08d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def begin(folder: Path, completed_steps: int) -> Path:
+    """An empty folder to write a checkpoint into.
+
+    Raises:
+        FileExistsError: there is a complete checkpoint of this step; a run never saves a step twice.
+    """
+    if (folder / name_of(completed_steps)).exists():
+        raise FileExistsError(f"{folder / name_of(completed_steps)} exists")
+    unfinished = folder / (name_of(completed_steps) + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def commit(unfinished: Path) -> Path:
+    """Gives a checkpoint its name. Everything in it must have been synced."""
+    complete = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED))
+    sync(unfinished)
+    unfinished.rename(complete)
+    sync(complete.parent)
+    return complete
+
+
+def reject(unfinished: Path) -> Path:
+    """Keeps what failed its proof, under a name that nothing resumes from."""
+    rejected = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED) + REJECTED)
+    shutil.rmtree(rejected, ignore_errors=True)
+    return unfinished.rename(rejected)
+
+
+def delete(checkpoint: Path) -> None:
+    """Takes the name away first: half a checkpoint must not look like one."""
+    deleted = checkpoint.with_name(checkpoint.name + DELETED)
+    shutil.rmtree(deleted, ignore_errors=True)
+    checkpoint.rename(deleted)
+    shutil.rmtree(deleted)
+
+
+def prune(folder: Path, *, keep_last: int) -> None:
+    """Deletes all but the newest ``keep_last`` checkpoints."""
+    for checkpoint in complete_checkpoints(folder)[:-keep_last]:
+        delete(checkpoint)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a run left that was ended while it wrote or deleted."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.endswith((UNFINISHED, DELETED)):
+                shutil.rmtree(path)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a file that is on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Puts the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,19 @@
+"""What a step draws at random is a function of (seed, step, rank), so a resumed run draws what it would have drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for one rank's dropout in one step; neighbours share nothing (numpy's ``SeedSequence``)."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Sets torch's generators, of every device, for a step.
+
+    There is no generator state to save with a checkpoint: the step's number is all of it.
+    """
+    torch.manual_seed(step_seed(seed, step, rank))
