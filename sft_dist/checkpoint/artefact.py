@@ -82,18 +82,7 @@ def prove_artefact(
     """
     with tempfile.TemporaryDirectory(prefix="sft_dist_proof_") as temporary:
         expected = Path(temporary)
-        save_file(
-            {str(n): probe.logits.contiguous() for n, probe in enumerate(probes)}, expected / "logits.safetensors"
-        )
-        description = {
-            "method": spec.method.type,
-            "dtype": spec.compute,
-            "weights": dict(weights),
-            "probes": [{"input_ids": probe.input_ids, "positions": probe.positions} for probe in probes],
-            "template": asdict(sample),
-            "tolerance": TOLERANCE[spec.compute],
-        }
-        (expected / "expected.json").write_text(json.dumps(description), encoding="utf-8")
+        write_expected(expected, spec, weights, probes, sample)
         # -P: the folder of the script is no place to import from.
         command = [sys.executable, "-P", fresh_process.__file__, str(folder), str(expected)]
         done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
@@ -101,12 +90,28 @@ def prove_artefact(
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             findings = [f"it does not load: {last}"]
         else:
-            findings = json.loads((expected / "findings.json").read_text(encoding="utf-8"))
+            findings = json.loads((expected / fresh_process.FINDINGS).read_text(encoding="utf-8"))
     if findings:
         raise CheckpointError(
             f"{folder} failed its proof: " + "; ".join(findings[: fresh_process.MAX_SHOWN]),
             fix="the checkpoints are kept; please report this, with the versions of transformers and peft",
         )
+
+
+def write_expected(
+    folder: Path, spec: ModelSpec, weights: Mapping[str, str], probes: list[Probe], sample: TemplateSample
+) -> None:
+    """What the fresh process compares with, in files that it reads without this project."""
+    save_file({str(n): probe.logits.contiguous() for n, probe in enumerate(probes)}, folder / fresh_process.LOGITS)
+    description = {
+        "method": spec.method.type,
+        "dtype": spec.compute,
+        "weights": dict(weights),
+        "probes": [{"input_ids": probe.input_ids, "positions": probe.positions} for probe in probes],
+        "template": asdict(sample),
+        "tolerance": TOLERANCE[spec.compute],
+    }
+    (folder / fresh_process.EXPECTED).write_text(json.dumps(description), encoding="utf-8")
 
 
 def _environment() -> dict[str, str]:

@@ -3,7 +3,7 @@
     python -P fresh_process.py ARTEFACT EXPECTED
 
 Imports nothing of this project: what it finds, a stranger would find. ``EXPECTED`` is a folder with ``expected.json``
-and ``logits.safetensors`` (see ``artefact.py``); the findings, one line each, go to ``findings.json`` in it.
+and ``logits.safetensors`` (``artefact.py`` writes them); the findings, one line each, go to ``findings.json`` in it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+EXPECTED, LOGITS, FINDINGS = "expected.json", "logits.safetensors", "findings.json"
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHOWN = 3
 DIGEST_ELEMENTS = 1 << 24
@@ -33,14 +35,14 @@ def main(artefact: Path, expected_folder: Path) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    expected = json.loads((expected_folder / "expected.json").read_text())
+    expected = json.loads((expected_folder / EXPECTED).read_text(encoding="utf-8"))
     findings = list(tokenizer_findings(artefact, expected["template"]))
     model, load_findings = load(artefact, expected["method"], DTYPES[expected["dtype"]])
     findings += load_findings
     findings += weight_findings(model, expected["weights"], is_adapter=expected["method"] != "full")
     if not findings:
-        findings += logit_findings(model, expected, load_file(expected_folder / "logits.safetensors"))
-    (expected_folder / "findings.json").write_text(json.dumps(findings))
+        findings += logit_findings(model, expected, load_file(expected_folder / LOGITS))
+    (expected_folder / FINDINGS).write_text(json.dumps(findings), encoding="utf-8")
 
 
 def tokenizer_findings(artefact: Path, sample: dict[str, Any]) -> Iterator[str]:
@@ -69,6 +71,12 @@ def load(artefact: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, li
         found = [
             f"the weights {verb} {sorted(map(str, report[kind]))[0]}" for kind, verb in kinds.items() if report[kind]
         ]
+        is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        if model.config.get_text_config().tie_word_embeddings != is_tied:
+            # transformers believes the weights, other programs the configuration.
+            found.append(
+                f"config.json says that the embeddings are {'not ' if is_tied else ''}tied, the weights do not"
+            )
         return model.eval(), found
     adapter = json.loads((artefact / "adapter_config.json").read_text())
     quantization = BitsAndBytesConfig(

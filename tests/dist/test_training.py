@@ -40,13 +40,14 @@ def train(cfg_yaml: str) -> None:
     run = resolve(cfg, world.shape)
     renderer = load_renderer(run.model.path, None, None)
     held_out = cells.synthetic_data(rows=5, seed=99) if cfg.eval.every_steps is not None else None
-    train_run.train(run, world, cells.CPU, cells.synthetic_data(), held_out, renderer, cfg)
+    train_run.train(
+        run, world, cells.CPU, cells.store(), cells.synthetic_data(), held_out, renderer, cfg, None
+    )
 
 
 def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any) -> Config:
     folder.mkdir(exist_ok=True)
-    cfg = cells.config(str(base), method, strategy, logging={"wandb": {"mode": "disabled"}}, **sections)
-    return cfg.model_copy(update={"output_dir": str(folder)})
+    return cells.whole_run(cells.config(str(base), method, strategy, **sections), folder)
 
 
 @pytest.mark.parametrize(("strategy", "evaluates"), [("fsdp2", False), ("zero1", True)])
@@ -73,30 +74,6 @@ def test_a_run_is_the_steps_and_nothing_else(
     for name, weight in reference.weights.items():
         saved = final[name.removeprefix("hf.").replace(".default", "")]
         np.testing.assert_allclose(saved, weight, rtol=1e-3, atol=1e-5, err_msg=name)
-
-
-def seed_in_training(cfg_yaml: str) -> tuple[int, float]:
-    """What dropout would draw from when the first step starts."""
-    seen = []
-
-    def instead(_: loop.Training) -> None:
-        seen.append((torch.initial_seed(), float(torch.rand(()))))
-
-    with patch.object(loop.Training, "train", instead):
-        train(cfg_yaml)
-    return seen[0]
-
-
-def test_dropout_differs_between_ranks_and_repeats(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
-    def seeds(name: str, seed: int) -> list[tuple[int, float]]:
-        sections = {"train": {"seed": seed}}
-        cfg = config(tiny_base, tmp_path / name, "lora", "ddp", **sections)
-        return world(2).run(seed_in_training, cells.dump(cfg))
-
-    first = seeds("first", 11)
-    assert first[0] != first[1]
-    assert seeds("again", 11) == first
-    assert not set(seeds("other", 23)) & set(first)
 
 
 def message_of_broken_run(cfg_yaml: str, breakage: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sft_dist.data.loader import TrainingOrder, collate
 from sft_dist.data.packing import pack_best_fit
 from sft_dist.data.prepared import PreparedData
 from sft_dist.model.build import build_model
-from sft_dist.model.export import export
+from sft_dist.model.export import export, publish
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -141,6 +142,8 @@ def train_and_export(cfg_yaml: str, folder: str) -> list[np.ndarray[Any, Any]]:
             Path(folder), run.model, strategy.model, strategy.full_parameters(trainable_only=not everything),
             AutoTokenizer.from_pretrained(run.model.path), is_main=rank == 0,
         )  # fmt: skip
+        if rank == 0:
+            publish(Path(folder))
         return [part.numpy() for part in logits.split([len(data.row(row)[0]) for row in PROBE_ROWS])]
     finally:
         strategy.close()
@@ -156,14 +159,25 @@ def probe_ids() -> list[list[int]]:
 
 
 def _logits(strategy: Strategy, batch: MicroBatch) -> torch.Tensor:
-    """All logits of a batch, from the sharded model: its forward is exchanged, what gathers its weights is not."""
-    model = strategy.model
-    original = model.forward
-    model.forward = lambda b: model.head(model.hidden_states(b))  # type: ignore[method-assign]
-    try:
-        return strategy.evaluate(batch)
-    finally:
-        model.forward = original  # type: ignore[method-assign]
+    """All logits [T, V] of a batch."""
+    everywhere = torch.arange(batch.num_tokens)
+    return strategy.infer(replace(batch, supervised_index=everywhere), logits=True)
+
+
+def whole_run(cfg: Config, folder: Path) -> Config:
+    """The same for ``train`` of ``train/run.py``: in ``folder``, without W&B and the fresh process at the end."""
+    quick = {"logging": {"wandb": {"mode": "disabled"}}, "output_dir": str(folder)}
+    settings = cfg.model_dump(mode="json") | quick
+    settings["checkpoint"]["prove_final"] = False
+    return Config.model_validate(settings)
+
+
+_stores = itertools.count()
+
+
+def store() -> dist.Store:
+    """The store of a run of its own: every rank has run equally many cells."""
+    return dist.PrefixStore(f"run {next(_stores)}", dist.distributed_c10d._get_default_store())
 
 
 def dump(cfg: Config) -> str:

@@ -59,8 +59,10 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None]
     def replace(error: BaseException | None) -> list[Config]:
         calls: list[Config] = []
 
-        def run_training(config: Config) -> None:
+        def run_training(config: Config, *, resume: str) -> None:
             calls.append(config)
+            if resume != "never":
+                print(f"resume {resume}")
             if error is not None:
                 raise error
 
@@ -140,6 +142,21 @@ def test_train_passes_the_checked_config_on(exit_code: Run, training: Training) 
     assert [config.train.seed for config in calls] == [7]
 
 
+@pytest.mark.parametrize("place", range(1, 4))
+def test_resume_may_stand_anywhere(exit_code: Run, training: Training, place: int) -> None:
+    training(None)
+    arguments = ["train", "run.yaml", "train.seed=7"]
+    arguments.insert(place, "--resume=auto")
+    assert exit_code(*arguments) == (0, "resume auto\n", "")
+
+
+def test_a_checkpoint_that_is_not_there(exit_code: Run, training: Training) -> None:
+    calls = training(None)
+    code, _, err = exit_code("train", "run.yaml", "--resume", "absent")
+    assert (code, err.splitlines()[0]) == (2, "error: --resume absent: no such folder")
+    assert calls == []
+
+
 def test_train_validates_before_it_starts(exit_code: Run, training: Training) -> None:
     calls = training(None)
     assert exit_code("train", "run.yaml", "train.num_epochs=1")[0] == 2
@@ -179,7 +196,11 @@ def test_interrupt_is_one_line_without_a_trace(
 ) -> None:
     training(KeyboardInterrupt())
     code, out, err = exit_code("train", "run.yaml")
-    assert (code, out, err.strip()) == (130, "", "interrupted: what was saved stays; --resume auto goes on from the last checkpoint")
+    assert (code, out, err.strip()) == (
+        130,
+        "",
+        "interrupted: what was saved stays; --resume auto goes on from the last checkpoint",
+    )
     monkeypatch.setenv("RANK", "1")
     assert exit_code("train", "run.yaml") == (130, "", "")
 

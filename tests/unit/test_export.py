@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft_dist.errors import CheckpointError
 from sft_dist.model.build import SftModel, build_model
-from sft_dist.model.export import export
+from sft_dist.model.export import export, publish
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from tests.helpers.cells import config
@@ -38,6 +39,7 @@ def exported(base: Path, folder: Path, method: str, **sections: Any) -> tuple[Pa
     model = build_model(run.model, seed=0)
     parameters = masters(model, trainable_only=method != "full")
     export(folder, run.model, model, parameters, AutoTokenizer.from_pretrained(base), is_main=True)
+    publish(folder)
     return folder, model
 
 
@@ -93,6 +95,22 @@ def test_it_is_complete_or_not_there(tiny_base: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "final").exists()
     exported(tiny_base, tmp_path / "final", "lora")
     assert {p.name for p in tmp_path.iterdir()} == {"final"}
+
+
+def test_a_longer_run_replaces_the_artefact(tiny_base: Path, tmp_path: Path) -> None:
+    exported(tiny_base, tmp_path / "final", "full")
+    exported(tiny_base, tmp_path / "final", "lora")
+    assert {p.name for p in tmp_path.iterdir()} == {"final"}
+    assert not (tmp_path / "final/model.safetensors").exists()
+
+
+def test_an_adapter_names_the_revision_of_its_base(tiny_base: Path, tmp_path: Path) -> None:
+    run = resolve(config(str(tiny_base), "lora"), WorldShape())
+    model, spec = build_model(run.model, seed=0), replace(run.model, revision="v2")
+    parameters = masters(model, trainable_only=True)
+    export(tmp_path / "final", spec, model, parameters, AutoTokenizer.from_pretrained(tiny_base), is_main=True)
+    written = json.loads((tmp_path / "final.unfinished/adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == (str(tiny_base), "v2")
 
 
 def test_other_ranks_write_nothing(tiny_base: Path, tmp_path: Path) -> None:

@@ -30,9 +30,10 @@ class FakeWandb(SimpleNamespace):
     """A run of W&B that keeps what it is given and breaks at step 2."""
 
     def __init__(self) -> None:
-        super().__init__(logged=[], finished=[], Settings=lambda **_: None)
+        super().__init__(logged=[], finished=[], ids=[], id="first", Settings=lambda **_: None)
 
-    def init(self, **_: Any) -> FakeWandb:
+    def init(self, **settings: Any) -> FakeWandb:
+        self.ids.append((settings["id"], settings["resume"]))
         return self
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
@@ -106,3 +107,26 @@ def test_wandb_that_does_not_start_is_a_mistake_in_the_config(
         RunLogger(tmp_path, WandbConfig(mode="online"), {}, num_steps=1)
     assert caught.value.what == "logging.wandb.mode=online: W&B did not start (no API key)"
     assert "offline" in caught.value.fix
+
+
+@pytest.mark.parametrize(("mode", "resume"), [("offline", None), ("online", "allow")])
+def test_a_resumed_run_is_the_same_run_for_wandb(
+    tmp_path: Path, wandb: FakeWandb, mode: Any, resume: str | None
+) -> None:
+    for completed in (0, 3, 0):
+        with RunLogger(tmp_path, WandbConfig(mode=mode), {}, num_steps=4, completed=completed):
+            pass
+    assert wandb.ids == [(None, None), ("first", resume), (None, None)]
+
+
+@pytest.mark.parametrize(("completed", "kept"), [(0, []), (1, [0, 1, 1]), (2, [0, 1, 1, 2]), (9, [0, 1, 1, 2, 3])])
+def test_a_resumed_run_goes_on_after_the_lines_of_its_checkpoint(
+    tmp_path: Path, completed: int, kept: list[int]
+) -> None:
+    """What was trained after the checkpoint is trained again; what a dying process wrote last may be half a line."""
+    before = [{"step": 0, "eval_loss": 3.0}, line(1), {"step": 1, "eval_loss": 2.0}, line(2), line(3)]
+    text = "".join(json.dumps(entry) + "\n" for entry in before)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 1, "lo\n' + '{"step": 1, "loss": 2.0}')
+    with RunLogger(tmp_path, OFF, {}, num_steps=10, completed=completed) as logger:
+        logger.training_step(line(completed + 1))
+    assert [entry["step"] for entry in written(tmp_path)] == [*kept, completed + 1]

@@ -1,0 +1,280 @@
+"""A checkpoint that is not what was in memory is never given its name, and a damaged one is never resumed from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sft_dist.checkpoint.checkpointer import Checkpointer
+from sft_dist.checkpoint.identity import identity_of
+from sft_dist.checkpoint.manifest import Manifest
+from sft_dist.config.schema import Config
+from sft_dist.data.loader import TrainingOrder
+from sft_dist.errors import CheckpointError, ConfigError, SftError
+from sft_dist.sharding.strategy import Strategy
+from sft_dist.train.step import train_step
+from tests.helpers import cells
+from tests.helpers.pool import WorldPool
+
+Worlds = Callable[[int], WorldPool]
+LORA_B = "model.hf.base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
+
+
+def shard(folder: Path, rank: int) -> Path:
+    return folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+
+
+def edit(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Changes the tensors of a file and keeps its metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+def holder(folder: Path, name: str) -> Path:
+    """A file that holds (a part of) a tensor."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                return path
+    raise AssertionError(name)
+
+
+# Each is applied to a folder that was just written, before it is read back.
+DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a zeroed LoRA-B": (lambda f: edit(holder(f, LORA_B), lambda t: t[LORA_B].zero_()), "is not what was in memory"),
+    "a missing key": (lambda f: edit(holder(f, LORA_B), lambda t: t.pop(LORA_B)), f"{LORA_B} is not a whole tensor"),
+    "a missing shard": (lambda f: shard(f, 1).unlink(), "is not a whole tensor"),
+    "a shard of another step": (
+        lambda f: shutil.copy(shard(f.with_name("step-00000001"), 1), shard(f, 1)),
+        "is not what was in memory",
+    ),
+    "a key too many": (
+        lambda f: edit(shard(f, 0), lambda t: t.update(stranger=torch.ones(1))),
+        "stranger is no tensor of this state",
+    ),
+    "another dtype": (
+        lambda f: edit(holder(f, LORA_B), lambda t: t.update({LORA_B: t[LORA_B].half()})),
+        "is not what was in memory",
+    ),
+    "a cut file": (lambda f: shard(f, 0).write_bytes(shard(f, 0).read_bytes()[:-8]), "cannot be read back"),
+}
+
+
+def started(cfg_yaml: str, folder: str, steps: int) -> tuple[Any, Checkpointer, TrainingOrder]:
+    """A strategy after some steps, and the checkpointer of its run."""
+    cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
+    run, strategy = cells.start(cfg)
+    data = cells.synthetic_data()
+    order = TrainingOrder(data, run.batch, run.seed)
+    for number in range(steps):
+        train_step(strategy, data, run.batch, order.step(number), rank=dist.get_rank(), device=cells.CPU, lr=3e-3)
+    checkpointer = Checkpointer(
+        Path(folder), keep_last=2, identity=identity_of(run, data), strategy_name=run.strategy, settings=cfg_yaml
+    )
+    return strategy, checkpointer, order
+
+
+def move(strategy: Strategy) -> None:
+    """What a step would do: every trained weight becomes another one."""
+    for _, parameter, trained in strategy.local_parameters():
+        if trained:
+            parameter.detach().mul_(1.5)
+
+
+def save_with_defect(cfg_yaml: str, folder: str, defect: str) -> str:
+    """What saving says when step 2 is damaged on its way to the disk; step 1 is saved well before."""
+    strategy, checkpointer, _ = started(cfg_yaml, folder, 1)
+    try:
+        checkpointer.save(strategy, completed_steps=1, next_sequences=())
+        move(strategy)
+        save = dcp.save
+
+        def damaged(*args: Any, **kwargs: Any) -> None:
+            save(*args, **kwargs)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                DEFECTS[defect][0](Path(folder) / "step-00000002.unfinished")
+            dist.barrier()
+
+        with patch.object(dcp, "save", damaged), pytest.raises(CheckpointError) as caught:
+            checkpointer.save(strategy, completed_steps=2, next_sequences=())
+        return caught.value.what
+    finally:
+        strategy.close()
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_what_is_not_in_memory_is_rejected_and_kept(
+    world: Worlds, tiny_base: Path, tmp_path: Path, defect: str
+) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
+    said = world(2).run(save_with_defect, text, str(tmp_path), defect)
+    assert len(set(said)) == 1, "every rank says so"
+    assert said[0].startswith("the checkpoint of step 2 failed its proof: ")
+    assert DEFECTS[defect][1] in said[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002.rejected"}
+
+
+def save_zeros(cfg_yaml: str, folder: str, completed: int) -> str:
+    """What saving says of a model one of whose adapters is where it started."""
+    strategy, checkpointer, _ = started(cfg_yaml, folder, 1)
+    try:
+        for name, parameter, _ in strategy.local_parameters():
+            if f"model.{name}" == LORA_B:
+                parameter.detach().zero_()
+        checkpointer.save(strategy, completed_steps=completed, next_sequences=())
+    except CheckpointError as error:
+        return error.what
+    finally:
+        strategy.close()
+    return ""
+
+
+def test_an_adapter_that_learned_nothing_is_a_defect_after_the_first_step(
+    world: Worlds, tiny_base: Path, tmp_path: Path
+) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "lora", "ddp"))
+    assert f"{LORA_B} is all zeros after 1 steps" in world(1).run(save_zeros, text, str(tmp_path / "a"), 1)[0]
+    assert world(1).run(save_zeros, text, str(tmp_path / "b"), 0)[0] == ""
+
+
+def save_nan(cfg_yaml: str, folder: str) -> str:
+    strategy, checkpointer, _ = started(cfg_yaml, folder, 0)
+    try:
+        next(iter(strategy.local_parameters()))[1].detach().view(-1)[0] = torch.nan
+        with pytest.raises(CheckpointError) as caught:
+            checkpointer.save(strategy, completed_steps=1, next_sequences=())
+        return caught.value.what
+    finally:
+        strategy.close()
+
+
+def test_a_value_that_is_not_finite_is_a_defect(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "full", "fsdp2"))
+    assert "embed_tokens.weight has values that are not finite" in world(2).run(save_nan, text, str(tmp_path))[0]
+
+
+def save_twice(cfg_yaml: str, folder: str) -> list[int]:
+    strategy, checkpointer, order = started(cfg_yaml, folder, 1)
+    try:
+        for completed in (1, 2, 3):
+            following = tuple(order.step(completed).sequences.tolist())
+            move(strategy)
+            checkpointer.save(strategy, completed_steps=completed, next_sequences=following)
+        return list(following)
+    finally:
+        strategy.close()
+
+
+def load(cfg_yaml: str, folder: str, name: str) -> tuple[str, str]:
+    """(kind, message) of what loading raises; on success the steps behind it."""
+    strategy, checkpointer, _ = started(cfg_yaml, folder, 0)
+    try:
+        manifest = checkpointer.load(Path(folder) / name, strategy)
+    except SftError as error:
+        return type(error).__name__, error.what
+    finally:
+        strategy.close()
+    return "", str(manifest.completed_steps)
+
+
+@pytest.fixture(scope="module")
+def saved(world: Worlds, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A configuration and a folder with its checkpoints of steps 2 and 3, of two ranks."""
+    folder = tmp_path_factory.mktemp("saved")
+    text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
+    following = world(2).run(save_twice, text, str(folder))[0]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"], "the last two"
+    manifest = Manifest.read(folder / "step-00000003")
+    assert (manifest.completed_steps, manifest.strategy, manifest.world_size) == (3, "fsdp2", 2)
+    assert list(manifest.next_sequences) == following
+    assert {path.name for path in (folder / "step-00000003").iterdir()} == {
+        "config.yaml", "manifest.json", shard(folder, 0).name, shard(folder, 1).name
+    }  # fmt: skip
+    assert (folder / "step-00000003/config.yaml").read_text() == text
+    return text, folder
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a shard of another step": (
+        lambda folder: shutil.copy(shard(folder.with_name("step-00000002"), 1), shard(folder, 1)),
+        "is not the file that was written at this step",
+    ),
+    "a flipped bit": (
+        lambda folder: edit(holder(folder, LORA_B), lambda t: t[LORA_B].mul_(1 + 2**-23)),
+        "is not the file that was written at this step",
+    ),
+    "a cut file": (
+        lambda folder: shard(folder, 0).write_bytes(shard(folder, 0).read_bytes()[:-8]),
+        "bytes instead of",
+    ),
+    "a missing shard": (lambda folder: shard(folder, 1).unlink(), "is missing"),
+    "a shard too many": (lambda folder: shutil.copy(shard(folder, 1), shard(folder, 2)), "does not belong to it"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "is no checkpoint: it has no manifest.json"),
+    "half a manifest": (
+        lambda folder: (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:400]),
+        "manifest.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_not_resumed_from(
+    world: Worlds, saved: tuple[str, Path], tmp_path: Path, damage: str
+) -> None:
+    text, folder = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    if damage == "a flipped bit":
+        for name in ("step-00000002", "step-00000003"):
+            assert world(2).run(load, text, str(tmp_path), name)[0] == ("", str(int(name[-1])))
+    change, message = DAMAGES[damage]
+    change(tmp_path / "step-00000003")
+    for kind, what in world(2).run(load, text, str(tmp_path), "step-00000003"):
+        assert kind == "CheckpointError"
+        assert message in what
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"train": {"seed": 4}}, "train.seed is 4 here and 3 in the checkpoint"),
+        ({"train": {"global_batch_size": 6}}, "train.global_batch_size is 6 here and 7 in the checkpoint"),
+        ({"method": {"type": "lora", "r": 8, "alpha": 16}}, "'r': 8"),
+        ({"optim": {"type": "sgd", "lr": 1.0}}, "optim.type is sgd here and adamw in the checkpoint"),
+    ],
+)
+def test_another_run_is_refused_with_both_values(
+    world: Worlds, saved: tuple[str, Path], section: dict[str, Any], message: str
+) -> None:
+    text, folder = saved
+    other = yaml.safe_load(text)
+    for name, values in section.items():
+        other[name] = values if "type" in values else other[name] | values
+    answers = world(2).run(load, cells.dump(Config.model_validate(other)), str(folder), "step-00000003")
+    for kind, what in answers:
+        assert kind == ConfigError.__name__
+        assert message in what
+
+
+def test_nothing_is_pickled(saved: tuple[str, Path]) -> None:
+    _, folder = saved
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json", ".yaml"}
+    record = json.loads((folder / "step-00000003/manifest.json").read_text())["tensors"][LORA_B]
+    assert record == {"shape": [32, 4], "dtype": "float32"}

@@ -1,0 +1,176 @@
+"""Stopped and resumed is uninterrupted: through the run's own loop and its own checkpoints, on real processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import yaml
+
+from sft_dist.config.schema import Config
+from sft_dist.data.chat_template import load_renderer
+from sft_dist.data.loader import micro_batches
+from sft_dist.resolve import resolve
+from sft_dist.runtime.world import World, WorldShape
+from sft_dist.train import run as train_run
+from sft_dist.train import step as train_step
+from tests.helpers import cells
+from tests.helpers.pool import WorldPool
+
+Worlds = Callable[[int], WorldPool]
+
+STOP, STEPS = 2, 5  # an epoch has 3 steps of 4 micro-batches on a rank: the stop is inside it, with accumulation
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank did in a part of a run.
+
+    Args:
+        ids: of every micro-batch it ran in training, in order.
+        metrics: (step, loss, gradient norm) of each step that was written.
+    """
+
+    ids: list[bytes]
+    metrics: list[tuple[int, float, float]]
+
+
+def run_part(cfg_yaml: str, start: str | None) -> Part:
+    """One run of ``train``, from a checkpoint if one is given, to its end."""
+    cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
+    rank = dist.get_rank()
+    world = World(rank, rank, WorldShape(1, dist.get_world_size()))
+    run = resolve(cfg, world.shape)
+    seen: list[bytes] = []
+
+    def watched(*args: Any) -> Iterator[Any]:
+        for batch, is_last in micro_batches(*args):
+            seen.append(batch.input_ids.numpy().tobytes())
+            yield batch, is_last
+
+    with patch.object(train_step, "micro_batches", watched):
+        train_run.train(
+            run, world, cells.CPU, cells.store(), cells.synthetic_data(rows=60), None,
+            load_renderer(run.model.path, None, None), cfg, None, start=None if start is None else Path(start),
+        )  # fmt: skip
+    lines = (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return Part(seen, [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)])
+
+
+def config(
+    base: Path, folder: Path, method: str, strategy: str, *, dropout: float = 0.0, every_steps: int = STOP, **sections: Any
+) -> str:
+    folder.mkdir()
+    train = {"global_batch_size": 8, "micro_batch_size": 1, "max_steps": STEPS}
+    keeping = {"every_steps": every_steps, "keep_last": 9}
+    cfg = cells.config(str(base), method, strategy, train=train, checkpoint=keeping, **sections)
+    if dropout:
+        cfg = cfg.model_copy(update={"method": cfg.method.model_copy(update={"dropout": dropout})})
+    return cells.dump(cells.whole_run(cfg, folder))
+
+
+def final_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "final").glob("*.safetensors")}
+
+
+def checkpoint(folder: Path, step: int = STOP) -> str:
+    return str(folder / "checkpoints" / f"step-{step:08d}")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_resumed_equals_uninterrupted(
+    world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str, method: str
+) -> None:
+    """Bit for bit: losses, norms, final weights; and the same samples on the same ranks, as they are fed."""
+    # With adapters also dropout: what is drawn at random must be what would have been drawn.
+    dropout = 0.0 if method == "full" else 0.2
+    whole_cfg = config(tiny_base, tmp_path / "a", method, strategy, dropout=dropout)
+    whole: list[Part] = world(2).run(run_part, whole_cfg, None)
+    resumed_cfg = config(tiny_base, tmp_path / "b", method, strategy, dropout=dropout)
+    resumed: list[Part] = world(2).run(run_part, resumed_cfg, checkpoint(tmp_path / "a"))
+    steps = [step for step, _, _ in whole[0].metrics]
+    assert steps == list(range(1, STEPS + 1))
+    assert resumed[0].metrics == whole[0].metrics[STOP:]
+    for before, after in zip(whole, resumed, strict=True):
+        assert len(before.ids) == 4 + 4 + 2 + 4 + 4, "the last step of an epoch is smaller"
+        assert after.ids == before.ids[4 * STOP :]
+    assert final_bytes(tmp_path / "b") == final_bytes(tmp_path / "a") != {}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: Worlds, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Part]:
+    """By method, the run that never stopped, in one process."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    methods = ("full", "lora", "qlora")
+    return {m: world(1).run(run_part, config(tiny_base, folder / m, m, "ddp"), None)[0] for m in methods}
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "full: fsdp2x2 -> fsdp2x1",
+        "full: fsdp2x2 -> fsdp2x3",
+        "full: zero1x2 -> zero1x1",
+        "full: zero1x2 -> zero1x3",
+        "full: zero2x3 -> zero2x2",
+        "full: zero3x2 -> zero3x1",
+        "full: zero3x2 -> zero3x3",
+        "full: ddpx2 -> ddpx3",
+        "full: fsdp2x2 -> zero3x2 -> ddpx1",
+        "qlora: fsdp2x2 -> zero3x2 -> ddpx1",
+        "lora: zero1x3 -> fsdp2x2 -> zero2x2",
+        "qlora: zero3x2 -> fsdp2x3",
+    ],
+)
+def test_another_strategy_or_world_goes_on_with_it(
+    world: Worlds, tiny_base: Path, tmp_path: Path, uninterrupted: dict[str, Part], chain: str
+) -> None:
+    """To 1e-5. Three divides no dimension, so shards are uneven. No dropout: it is drawn per rank."""
+    method, parts = chain.split(": ")
+    start = None
+    for number, place in enumerate(parts.split(" -> ")):
+        strategy, size = place.split("x")
+        folder = tmp_path / str(number)
+        part = world(int(size)).run(run_part, config(tiny_base, folder, method, strategy), start)[0]
+        np.testing.assert_allclose(part.metrics, uninterrupted[method].metrics[STOP * number :], rtol=1e-5)
+        start = checkpoint(folder, STOP * (number + 1))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_momentum_of_sgd_is_part_of_it(world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str) -> None:
+    sections = {"optim": {"type": "sgd", "lr": 0.3, "momentum": 0.9}}
+    (whole, _) = world(2).run(run_part, config(tiny_base, tmp_path / "a", "full", strategy, **sections), None)
+    text = config(tiny_base, tmp_path / "b", "full", strategy, **sections)
+    (resumed, _) = world(2).run(run_part, text, checkpoint(tmp_path / "a"))
+    assert resumed.metrics == whole.metrics[STOP:]
+
+
+def test_saving_changes_nothing(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """Checkpoints at every step or only where they must be: the same bits."""
+    (often, _) = world(2).run(run_part, config(tiny_base, tmp_path / "a", "full", "zero2", every_steps=1), None)
+    (rarely, _) = world(2).run(run_part, config(tiny_base, tmp_path / "b", "full", "zero2", every_steps=99), None)
+    assert often == rarely
+    assert sorted(path.name[-1] for path in (tmp_path / "a/checkpoints").iterdir()) == ["1", "2", "3", "4", "5"]
+    # Step 3 ends an epoch, step 5 the run.
+    assert sorted(path.name[-1] for path in (tmp_path / "b/checkpoints").iterdir()) == ["3", "5"]
+
+
+def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    text = config(tiny_base, tmp_path / "a", "full", "ddp")
+    (whole,) = world(1).run(run_part, text, None)
+    before = final_bytes(tmp_path / "a")
+    (again,) = world(1).run(run_part, text, checkpoint(tmp_path / "a", STEPS))
+    assert (again.ids, again.metrics) == ([], whole.metrics)
+    longer = yaml.safe_load(text)
+    longer["train"]["max_steps"] = STEPS + 1
+    (more,) = world(1).run(run_part, yaml.safe_dump(longer), checkpoint(tmp_path / "a", STEPS))
+    assert [step for step, _, _ in more.metrics] == list(range(1, STEPS + 2))
+    assert final_bytes(tmp_path / "a") != before

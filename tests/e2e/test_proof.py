@@ -1,0 +1,188 @@
+"""The proof of an artefact finds each kind of defect, and lets a good one pass, in fp32 and in bf16."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from sft_dist.checkpoint import fresh_process
+from sft_dist.checkpoint.artefact import Probe, prove_artefact, take_probes, write_expected
+from sft_dist.config.schema import SourceConfig
+from sft_dist.data.batch import MicroBatch
+from sft_dist.data.chat_template import TemplateSample, load_renderer
+from sft_dist.data.messages import Conversation
+from sft_dist.data.sources import read_source
+from sft_dist.errors import CheckpointError
+from sft_dist.model.build import SftModel, build_model
+from sft_dist.model.export import export, publish
+from sft_dist.model.spec import ModelSpec
+from sft_dist.resolve import resolve
+from sft_dist.runtime.world import WorldShape
+from tests.helpers import cells
+
+
+class OneProcess:
+    """What the proof asks of a strategy, without one."""
+
+    def __init__(self, model: SftModel) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
+        result: Tensor = self.model.eval()(batch, logits=logits)
+        return result
+
+
+@dataclass(frozen=True)
+class Artefact:
+    folder: Path
+    spec: ModelSpec
+    weights: dict[str, str]
+    probes: list[Probe]
+    sample: TemplateSample
+
+    def findings(self, tmp_path: Path) -> list[str]:
+        """What a fresh process would find, found in this one."""
+        expected = tmp_path / "expected"
+        expected.mkdir()
+        write_expected(expected, self.spec, self.weights, self.probes, self.sample)
+        fresh_process.main(self.folder, expected)
+        found: list[str] = json.loads((expected / fresh_process.FINDINGS).read_text())
+        return found
+
+
+def trained(base: Path, tmp_path: Path, method: str, compute: str = "fp32") -> Artefact:
+    """An artefact of a model whose trained weights have moved."""
+    precision = {"compute": compute}
+    run = resolve(cells.config(str(base), method, precision=precision), WorldShape())
+    model = build_model(run.model, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02
+            parameter.data = parameter.data.float() + noise  # as stored between steps: fp32 masters
+
+    def masters() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter.detach()
+
+    folder = tmp_path / "final"
+    saved = export(folder, run.model, model, masters(), AutoTokenizer.from_pretrained(base), is_main=True)
+    publish(folder)
+    weights = {name: fresh_process.digest(tensor) for name, tensor in saved.items()}
+    model.to(torch.bfloat16 if compute == "bf16" else torch.float32)
+    probes = take_probes(OneProcess(model), cells.synthetic_data(), cells.CPU)  # type: ignore[arg-type]
+    return Artefact(folder, run.model, weights, probes, load_renderer(str(base), None, None).sample(row(tmp_path)))
+
+
+def row(tmp_path: Path) -> Conversation:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "東京は？", "completion": "日本の首都です。"}\n', encoding="utf-8")
+    return next(read_source(SourceConfig(path=str(file))))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def first(tensors: dict[str, Tensor], part: str) -> str:
+    return next(name for name in sorted(tensors) if part in name)
+
+
+def adapter(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    return lambda folder: edit_weights(folder / "adapter_model.safetensors", change)
+
+
+def model(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    return lambda folder: edit_weights(folder / "model.safetensors", change)
+
+
+def config(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def template(change: Callable[[str], str]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / "chat_template.jinja"
+        file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("method", "compute"),
+    [("full", "fp32"), ("lora", "fp32"), ("qlora", "fp32"), ("tied", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("qlora", "bf16")],
+)  # fmt: skip
+def test_a_good_artefact_passes(tiny_base: Path, tied_base: Path, tmp_path: Path, method: str, compute: str) -> None:
+    base, method = (tied_base, "full") if method == "tied" else (tiny_base, method)
+    assert trained(base, tmp_path, method, compute).findings(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "damage", "finding"),
+    [
+        ("lora", adapter(lambda t: t[first(t, "lora_B")].zero_()), "is all zeros: the adapter does nothing there"),
+        ("lora", adapter(lambda t: t.pop(first(t, "lora_B"))), "weights are not those of the trained model"),
+        ("lora", adapter(lambda t: t[first(t, "lora_A")].add_(1e-6)), "1 weights are not those of the trained model"),
+        ("lora", lambda f: edit_json(f / "adapter_config.json", lora_alpha=8), "the logits of probe 0 differ"),
+        ("qlora", adapter(lambda t: t[first(t, "lora_B")].zero_()), "is all zeros: the adapter does nothing there"),
+        ("full", model(lambda t: t.pop("model.norm.weight")), "the weights lack model.norm.weight"),
+        ("full", model(lambda t: t.update(stranger=torch.ones(1))), "the weights have an unknown stranger"),
+        ("full", model(lambda t: t["model.norm.weight"].fill_(torch.nan)), "has values that are not finite"),
+        ("full", config(rope_parameters={"rope_theta": 100.0, "rope_type": "default"}), "the logits of probe 0 differ"),
+        ("full", config(tie_word_embeddings=True), "config.json says that the embeddings are tied"),
+        ("tied", config(tie_word_embeddings=False), "the weights lack lm_head.weight"),
+        ("full", template(lambda text: text + " "), "the chat template is not the one that was trained with"),
+        ("lora", template(lambda text: text.replace("role", "name")), "the chat template is not the one"),
+        ("lora", lambda f: (f / "chat_template.jinja").unlink(), "the tokenizer has no chat template"),
+    ],
+)  # fmt: skip
+def test_each_defect_is_found(
+    tiny_base: Path, tied_base: Path, tmp_path: Path, method: str, damage: Callable[[Path], None], finding: str
+) -> None:
+    base, method = (tied_base, "full") if method == "tied" else (tiny_base, method)
+    artefact = trained(base, tmp_path, method)
+    damage(artefact.folder)
+    assert any(finding in line for line in artefact.findings(tmp_path)), artefact
+
+
+def test_a_tokenizer_that_splits_otherwise_is_found(tiny_base: Path, tmp_path: Path) -> None:
+    artefact = trained(tiny_base, tmp_path, "lora")
+    file = artefact.folder / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "東"}, "content": "西"}
+    file.write_text(json.dumps(settings))
+    assert artefact.findings(tmp_path) == ["the tokenizer gives the first row other ids"]
+
+
+def test_a_fresh_process_says_so(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run does it, under a launcher: silent about a good artefact, loud about a bad one, which stays."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    artefact = trained(tiny_base, tmp_path, "lora")
+    arguments = (artefact.folder, artefact.spec, artefact.weights, artefact.probes, artefact.sample)
+    prove_artefact(*arguments)
+    adapter(lambda t: t[first(t, "lora_B")].zero_())(artefact.folder)
+    with pytest.raises(CheckpointError, match=r"failed its proof: .*the adapter does nothing there") as caught:
+        prove_artefact(*arguments)
+    assert caught.value.exit_code == 5
+    assert artefact.folder.is_dir()
+    shutil.move(artefact.folder / "adapter_model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match="it does not load: "):
+        prove_artefact(*arguments)
