@@ -133,7 +133,7 @@ def _train(output: Path, base: Path, *, processes: int, max_steps: int | None) -
     ]
     if max_steps is not None:
         overrides.append(f"train.max_steps={max_steps}")
-    launcher = [sys.executable, "-m", "sft_dist.runtime.torchrun", "--nproc-per-node", str(processes)]
+    launcher = [sys.executable, "-m", "sft_dist.launch.torchrun", "--nproc-per-node", str(processes)]
     return subprocess.run([*launcher, "train", str(RECIPE), *overrides]).returncode
 
 

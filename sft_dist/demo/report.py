@@ -18,7 +18,7 @@ MAX_SHOWN_CHARACTERS = 160
 
 # The run's own resolved configuration has the data's full paths, so that this works from any folder.
 NEXT_COMMAND = (
-    "{python} -m sft_dist.runtime.torchrun --nproc-per-node {processes} train {config} "
+    "{python} -m sft_dist.launch.torchrun --nproc-per-node {processes} train {config} "
     "model.path=Qwen/Qwen2.5-0.5B-Instruct optim.lr=1e-5 train.max_steps=50 output_dir={output}"
 )
 

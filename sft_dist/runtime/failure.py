@@ -16,6 +16,9 @@ from sft_dist.errors import ConfigError, DataError, SftError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what shells report for Ctrl-C
 
+# Names a folder that the processes of a launch on a node share, where the launcher does not give them one itself.
+LAUNCH_FOLDER = "SFT_DIST_LAUNCH_FOLDER"
+
 # Longer than a launcher needs to see that a process has failed and to end the others; deepspeed looks every second.
 SIBLING_GRACE_S = 3.0
 
@@ -27,6 +30,8 @@ def report(error: SftError, *, debug: bool) -> None:
     node. Other errors differ between processes: each is printed, with the rank that met it.
     """
     rank = os.environ.get("RANK", "0")
+    if "RANK" in os.environ and LAUNCH_FOLDER in os.environ:
+        (Path(os.environ[LAUNCH_FOLDER]) / f"failed-{rank}").write_text(str(error.exit_code), encoding="utf-8")
     shared = isinstance(error, ConfigError | DataError)
     if shared and "RANK" in os.environ and not _is_first_to_say(str(error)):
         return
@@ -44,10 +49,9 @@ def report(error: SftError, *, debug: bool) -> None:
 
 def _is_first_to_say(message: str) -> bool:
     """Whether no other process of this launch on this node has said ``message``."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file is not None:
-        # torchrun and accelerate give each process <folder of this launch>/<local rank>/error.json.
-        said = Path(error_file).parents[1] / f"said-{hashlib.sha256(message.encode()).hexdigest()}"
+    folder = _folder_of_this_launch()
+    if folder is not None:
+        said = folder / f"said-{hashlib.sha256(message.encode()).hexdigest()}"
         try:
             said.touch(exist_ok=False)
         except FileExistsError:
@@ -58,6 +62,19 @@ def _is_first_to_say(message: str) -> bool:
     if os.environ.get("LOCAL_RANK", os.environ["RANK"]) != "0":
         time.sleep(SIBLING_GRACE_S)
     return True
+
+
+def _folder_of_this_launch() -> Path | None:
+    if LAUNCH_FOLDER in os.environ:
+        return Path(os.environ[LAUNCH_FOLDER])
+    # torchrun and accelerate give each process <folder of this launch>/<local rank>/error.json.
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parents[1] if error_file is not None else None
+
+
+def noted_exit_codes(folder: Path) -> dict[int, int]:
+    """Exit codes by rank of the processes that reported a failure, in a launch that shares ``folder``."""
+    return {int(file.name.rpartition("-")[2]): int(file.read_text()) for file in folder.glob("failed-*")}
 
 
 def report_interrupt() -> None:

@@ -19,10 +19,15 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import torch
+    name_accelerator()
     from transformers.utils import logging as transformers_logging
 
-    # DeepSpeed warns when it has to find out for itself.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+def name_accelerator() -> None:
+    """Tells DeepSpeed what to run on: it warns when it has to find out for itself."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

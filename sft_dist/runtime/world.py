@@ -68,7 +68,7 @@ class World:
         try:
             rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
             local_rank = int(env["LOCAL_RANK"])
-            per_node = int(env.get("LOCAL_WORLD_SIZE", size))
+            per_node = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))  # DeepSpeed's has the second name
         except (KeyError, ValueError) as e:
             raise ConfigError(
                 f"the launcher's environment is incomplete: {e.args[0]} (RANK, WORLD_SIZE and LOCAL_RANK are needed)",

@@ -49,7 +49,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> 
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
-        [sys.executable, "-m", "sft_dist.runtime.torchrun", "--nproc-per-node", "2", "train", str(folder / "config.yaml")],
+        [sys.executable, "-m", "sft_dist.launch.torchrun", "--nproc-per-node", "2", "train", str(folder / "config.yaml")],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

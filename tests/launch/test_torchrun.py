@@ -1,79 +1,25 @@
-"""launch/torchrun.sh with real processes: what they inherit, and what reaches the shell when one of them fails.
-
-The trainer is replaced in the processes, so that these tests take as long as torchrun itself.
-"""
+"""launch/torchrun.sh with real processes: what they inherit, and what reaches the shell when one of them fails."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import sft_dist
-from sft_dist.runtime.torchrun import exit_code, main
-
-REPOSITORY = Path(sft_dist.__file__).parents[1]
-
-SMALLEST = """\
-model: {path: m}
-data: {train: [{path: a.jsonl}]}
-train: {global_batch_size: 2, max_steps: 3}
-output_dir: runs/x
-"""
-
-# Python imports sitecustomize when it starts; the statement given as $IN_EACH_PROCESS runs in place of training.
-SITECUSTOMIZE = """\
-import os, sys, types
-
-def run_training(config):
-    rank = int(os.environ["RANK"])
-    exec(os.environ["IN_EACH_PROCESS"])
-
-module = types.ModuleType("sft_dist.train.run")
-module.run_training = run_training
-sys.modules["sft_dist.train.run"] = module
-"""
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
-    (tmp_path / "run.yaml").write_text(SMALLEST, encoding="utf-8")
-    (tmp_path / "a.jsonl").touch()
-    chosen = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    inherited = {k: v for k, v in os.environ.items() if k not in chosen and not k.startswith("PET_")}
-    # As if the environment of these tests were active, so that the script takes this Python.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return inherited | {"PYTHONPATH": str(tmp_path), "VIRTUAL_ENV": sys.prefix, "PATH": path}
-
-
-@pytest.fixture
-def launch(environment: dict[str, str], tmp_path: Path) -> Launch:
-    def run(*arguments: str, in_each_process: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(REPOSITORY / "launch" / "torchrun.sh"), *arguments],
-            cwd=tmp_path,
-            env=environment | {"IN_EACH_PROCESS": in_each_process},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    return run
+from sft_dist.errors import ConfigError
+from sft_dist.launch.elastic import address_of_this_node
+from sft_dist.launch.outcome import exit_code
+from sft_dist.launch.torchrun import main
+from tests.launch.conftest import SMALLEST, InterruptedCode, Launch, command_line
 
 
 def test_processes_share_the_cores_and_meet_on_a_free_port(launch: Launch) -> None:
     finished = launch(
-        *("--nproc-per-node", "2", "train", "run.yaml", "train.seed=7"),
+        *("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml", "train.seed=7"),
         in_each_process="print(rank, config.train.seed, *map(os.environ.get, ('WORLD_SIZE', 'OMP_NUM_THREADS', 'MASTER_PORT')))",
     )
     assert (finished.returncode, finished.stderr) == (0, "")
@@ -87,7 +33,8 @@ def test_processes_share_the_cores_and_meet_on_a_free_port(launch: Launch) -> No
 
 def test_a_configuration_mistake_starts_no_process(launch: Launch) -> None:
     finished = launch(
-        "--nproc-per-node", "2", "train", "run.yaml", "train.num_epochs=1", in_each_process="print('started')"
+        *("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml", "train.num_epochs=1"),
+        in_each_process="print('started')",
     )
     assert finished.returncode == 2
     assert finished.stdout == ""
@@ -99,7 +46,7 @@ def test_a_configuration_mistake_starts_no_process(launch: Launch) -> None:
 
 def test_a_failure_that_all_processes_share_is_told_once(launch: Launch) -> None:
     finished = launch(
-        *("--nproc-per-node", "2", "train", "run.yaml"),
+        *("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml"),
         in_each_process="from sft_dist.errors import DataError; raise DataError('a.jsonl: row 3', fix='mend it')",
     )
     assert finished.returncode == 4
@@ -108,7 +55,7 @@ def test_a_failure_that_all_processes_share_is_told_once(launch: Launch) -> None
 
 def test_a_mistake_that_one_process_alone_meets_is_told(launch: Launch) -> None:
     finished = launch(
-        *("--nproc-per-node", "2", "train", "run.yaml"),
+        *("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml"),
         in_each_process="import time; from sft_dist.errors import ConfigError\n"
         "if rank == 0: time.sleep(60)\n"
         "raise ConfigError('local rank 1 has no GPU', fix='start 1 process')",
@@ -118,13 +65,13 @@ def test_a_mistake_that_one_process_alone_meets_is_told(launch: Launch) -> None:
 
 
 def test_preempted_passes_through(launch: Launch) -> None:
-    finished = launch("--nproc-per-node", "2", "train", "run.yaml", in_each_process="sys.exit(75)")
+    finished = launch("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml", in_each_process="sys.exit(75)")
     assert (finished.returncode, finished.stderr) == (75, "")
 
 
 def test_a_killed_process_is_named(launch: Launch) -> None:
     finished = launch(
-        *("--nproc-per-node", "2", "train", "run.yaml"),
+        *("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml"),
         in_each_process="import time; time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)",
     )
     assert finished.returncode == 128 + 9
@@ -136,13 +83,13 @@ def test_a_killed_process_is_named(launch: Launch) -> None:
 
 def test_a_missing_file_starts_no_process(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").unlink()
-    finished = launch("--nproc-per-node", "2", "train", "run.yaml", in_each_process="print('started')")
+    finished = launch("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml", in_each_process="print('started')")
     assert (finished.returncode, finished.stdout) == (4, "")
     assert finished.stderr.startswith("error: a.jsonl does not exist")
 
 
 def test_an_unexpected_failure_keeps_the_report_of_torchrun(launch: Launch) -> None:
-    finished = launch("train", "run.yaml", in_each_process="raise ValueError('a defect')")
+    finished = launch("torchrun.sh", "train", "run.yaml", in_each_process="raise ValueError('a defect')")
     assert finished.returncode == 1
     assert "ValueError: a defect" in finished.stderr
     assert "failed (exitcode: 1) local_rank: 0" in finished.stderr
@@ -162,29 +109,65 @@ def test_usage_errors_are_told_once(
     )
 
 
-def test_interrupt_ends_every_process(environment: dict[str, str], tmp_path: Path) -> None:
-    waiting = "import pathlib, time; pathlib.Path(f'pid{rank}').write_text(str(os.getpid())); time.sleep(60)"
-    launcher = subprocess.Popen(
-        [str(REPOSITORY / "launch" / "torchrun.sh"), "--nproc-per-node", "2", "train", "run.yaml"],
-        cwd=tmp_path,
-        env=environment | {"IN_EACH_PROCESS": waiting},
-        stderr=subprocess.DEVNULL,
-    )
-    files = [tmp_path / "pid0", tmp_path / "pid1"]
+def test_interrupt_ends_every_process(code_after_a_signal: InterruptedCode) -> None:
+    assert code_after_a_signal("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml", number=signal.SIGINT) == 130
+
+
+def test_two_nodes(environment: dict[str, str], tmp_path: Path) -> None:
+    """Two launchers on this machine meet as two nodes do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    statement = "print(*map(os.environ.get, ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')))"
+    meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}")
+    nodes = [
+        subprocess.Popen(
+            command_line("torchrun.sh", *meeting, "--nproc-per-node", "1", "train", "run.yaml"),
+            cwd=tmp_path,
+            env=environment | {"IN_EACH_PROCESS": statement},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     try:
-        deadline = time.monotonic() + 60
-        while not all(file.exists() and file.read_text() for file in files):
-            assert time.monotonic() < deadline
-            assert launcher.poll() is None, "it ended by itself"
-            time.sleep(0.05)
-        launcher.send_signal(signal.SIGINT)
-        assert launcher.wait(timeout=60) == 130
+        answers = [node.communicate(timeout=60) for node in nodes]
     finally:
-        launcher.kill()
-        launcher.wait()
-    for file in files:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(file.read_text()), 0)
+        for node in nodes:
+            node.kill()
+    assert [(node.returncode, errors) for node, (_, errors) in zip(nodes, answers, strict=True)] == [(0, "")] * 2
+    starting, printed = zip(*(out.splitlines() for out, _ in answers), strict=True)
+    assert starting == ("starting 1 process on this machine",) * 2
+    # The first node's address, not its host name, which the other could not always resolve.
+    assert sorted(printed) == ["0 2 0 1 127.0.0.1", "1 2 0 1 127.0.0.1"]
+
+
+def test_a_node_gives_the_address_that_others_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert address_of_this_node("127.0.0.1:29400") == address_of_this_node("localhost:29400") == "127.0.0.1"
+    # A node's own name often stands for the loopback on that node.
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_DGRAM, 0, "", ("127.0.1.1", 29400))]
+    )
+    assert address_of_this_node("node1") is None
+    for endpoint, problem in {"node1:x": "port", "node1:99999999": "port"}.items():
+        with pytest.raises(ConfigError, match=problem):
+            address_of_this_node(endpoint)
+
+
+def test_a_rendezvous_that_no_one_can_find(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "run.yaml").write_text(SMALLEST, encoding="utf-8")
+    assert (
+        main(["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "nowhere.invalid", "train", "run.yaml"])
+        == 2
+    )
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: the rendezvous endpoint nowhere.invalid: ")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,12 @@ def test_without_the_local_size_all_processes_are_on_one_node() -> None:
     assert World.from_environment(environment(2, 3, 2)).shape == WorldShape(1, 3)
 
 
+def test_deepspeed_names_the_local_size_differently() -> None:
+    env = environment(5, 8, 1)
+    assert World.from_environment({**env, "LOCAL_SIZE": "4"}).shape == WorldShape(num_nodes=2, ranks_per_node=4)
+    assert World.from_environment({**env, "LOCAL_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}).shape == WorldShape(2, 4)
+
+
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
 def test_an_incomplete_environment(missing: str) -> None:
     env = environment(0, 2, 0, 2)

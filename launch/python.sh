@@ -1,0 +1,19 @@
+# Read by the other scripts of this folder: finds Python and runs a module of this checkout with it.
+# Takes the active environment's python, else the .venv of this checkout, else python3.
+# shellcheck shell=sh
+
+# run_module MODULE [ARGUMENT ...]: in place of the shell, so that signals reach the launcher itself.
+run_module() {
+    root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+        python=python
+    elif [ -x "$root/.venv/bin/python" ]; then
+        python=$root/.venv/bin/python
+    else
+        python=python3
+    fi
+    # The checkout's own code, installed or not.
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH
+    exec "$python" -m "$@"
+}

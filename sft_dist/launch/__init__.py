@@ -1,0 +1,1 @@
+"""Starting the processes of a run: torchrun, ``accelerate launch`` and DeepSpeed's launcher with one behaviour."""

@@ -1,0 +1,90 @@
+"""What all launchers have in common: the command is checked in one process, before any other starts.
+
+A launcher's module brings two functions: ``prepare`` completes the options and counts the processes of this machine,
+``launch`` starts them and returns the exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from sft_dist.config.load import load_config
+from sft_dist.config.validate import validate
+from sft_dist.errors import SftError
+from sft_dist.runtime.failure import report
+from sft_dist.train.preflight import NEVER, preflight
+
+MODULE = "sft_dist"  # what runs in every process: python -m sft_dist train ...
+USAGE = "train CONFIG [--resume auto|PATH|never] [KEY.PATH=VALUE ...]"
+WHAT_FOLLOWS = (
+    "What stands after the command belongs to it: a configuration file, --resume and key.path=value overrides."
+)
+RESUME = "--resume"
+
+
+def split_debug(arguments: Sequence[str] | None) -> tuple[list[str], bool]:
+    """The command line without ``--debug``, which may stand anywhere in it, and whether it was there.
+
+    Args:
+        arguments: without the program's name; those of this process by default. Nothing asks for help.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    rest = [argument for argument in given if argument != "--debug"]
+    return rest, len(rest) < len(given)
+
+
+def start(
+    command: Sequence[str], *, debug: bool, prepare: Callable[[], int], launch: Callable[[list[str]], int]
+) -> int:
+    """Checks a command, starts its processes and returns the exit code that says how it went.
+
+    Args:
+        command: of ``sft-dist``, with its arguments.
+        debug: show the stack trace of an error, here and in the processes.
+        prepare: completes the launcher's options; returns the number of processes on this machine.
+        launch: runs the command that it is given in all processes.
+    """
+    arguments = [*command, "--debug"] if debug else list(command)
+    try:
+        resume, rest = split_resume(command)
+        if rest[0] != "train" or len(rest) == 1 or any(word.startswith("-") for word in rest):
+            # Help or a usage error: one process says it once.
+            return subprocess.run([sys.executable, "-m", MODULE, *arguments]).returncode
+        config = load_config(rest[1], rest[2:])
+        validate(config, source=rest[1])
+        preflight(config, resume=resume)
+        num_processes = prepare()
+        _share_cores(num_processes)
+        print(f"starting {num_processes} process{'es' if num_processes > 1 else ''} on this machine", flush=True)
+        return launch(arguments)
+    except SftError as error:
+        report(error, debug=debug)
+        return error.exit_code
+
+
+def split_resume(command: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of ``--resume`` and the command without it. The last one counts; one without a value stays."""
+    resume, rest = NEVER, []
+    words = iter(command)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != RESUME:
+            rest.append(word)
+        elif equals:
+            resume = value
+        else:
+            following = next(words, None)
+            if following is None:
+                rest.append(word)
+            else:
+                resume = following
+    return resume, rest
+
+
+def _share_cores(num_processes: int) -> None:
+    """Shares the cores among the processes; torchrun would give each a single thread, and warn about it."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))

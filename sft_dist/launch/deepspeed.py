@@ -1,0 +1,185 @@
+"""DeepSpeed's launcher for this project: ``python -m sft_dist.launch.deepspeed [its options] train CONFIG [...]``.
+
+DeepSpeed's runner starts the processes: itself on this machine, over ssh (or another way that it knows) on those of a
+host file. It is told to keep its log lines to itself, and its exit code is read with those that the processes noted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sft_dist.errors import ConfigError
+from sft_dist.launch.children import watched_children
+from sft_dist.launch.command import MODULE, USAGE, WHAT_FOLLOWS, split_debug, start
+from sft_dist.launch.outcome import exit_code, report_killed
+from sft_dist.runtime.failure import LAUNCH_FOLDER, noted_exit_codes
+from sft_dist.runtime.quiet import name_accelerator
+
+name_accelerator()  # or DeepSpeed warns while it is imported
+
+from deepspeed.launcher import runner  # noqa: E402
+
+PROGRAM = "launch/deepspeed.sh"
+DESCRIPTION = f"""\
+usage: {PROGRAM} [deepspeed options] {USAGE}
+
+Starts one process for each GPU (one process without any), or --num_gpus processes on each machine, GPUs or not, and
+runs `sft-dist train CONFIG ...` in each. {WHAT_FOLLOWS}
+
+DeepSpeed says of its options, where user_script stands for the command:
+"""
+
+# The launcher of a machine that ends by signal N reports 256 - N, as every program does that exits with -N.
+FIRST_SIGNAL_CODE = 192
+
+Machines = dict[str, list[int]]  # what DeepSpeed will start: slots by name, in the order of ranks
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Launches a command and returns the exit code that says how it went.
+
+    Args:
+        arguments: options of ``deepspeed``, then a command of ``sft-dist`` with its arguments; those of this process by
+            default.
+    """
+    words, debug = split_debug(arguments)
+    sys.argv[0] = PROGRAM  # DeepSpeed's parser names it in what it says
+    if words[0] in ("-h", "--help"):
+        print(DESCRIPTION)
+    options, command = _parse(words)
+    given = words[: len(words) - len(command)]
+
+    def prepare() -> int:
+        nonlocal given
+        chosen, count = _prepare(options, given)
+        given = [*given, *chosen]
+        return count
+
+    return start(command, debug=debug, prepare=prepare, launch=lambda command: _launch([*given, MODULE, *command]))
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    options = runner.parse_args(arguments)
+    return options, [options.user_script, *options.user_args]
+
+
+def _prepare(options: argparse.Namespace, given: Sequence[str]) -> tuple[list[str], int]:
+    """Options to add to those ``given``, and the number of processes on this machine."""
+    if options.no_python or options.autotuning:
+        raise ConfigError(
+            "--no_python and --autotuning have no meaning here", fix="leave them out: every process trains CONFIG"
+        )
+    added = ["--module", "--no_local_rank"]
+    if not options.quiet and not _is_given("--log", given):
+        added += ["--log_level", "critical"]
+    try:
+        if Path(options.hostfile).is_file():
+            machines = _machines_of_the_host_file(options)
+        else:
+            chosen, machines = _this_machine(options)
+            added += chosen
+            if not _is_given("--master_p", given):
+                added += ["--master_port", str(_free_port())]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed's options: {error}", fix=f"see `{PROGRAM} --help`") from error
+    if options.no_ssh and not 0 <= options.node_rank < len(machines):
+        raise ConfigError(
+            f"--no_ssh needs --node_rank, from 0 to {len(machines) - 1}: it is {options.node_rank}",
+            fix="start it on every machine of the host file, with its place there as --node_rank",
+        )
+    name = list(machines)[max(0, options.node_rank)]
+    return added, len(machines[name])
+
+
+def _is_given(prefix: str, given: Sequence[str]) -> bool:
+    return any(word.startswith(prefix) for word in given)
+
+
+def _machines_of_the_host_file(options: argparse.Namespace) -> Machines:
+    """As DeepSpeed will choose them.
+
+    Raises:
+        ValueError: the file or the options that choose from it are wrong.
+    """
+    pool = runner.fetch_hostfile(options.hostfile)
+    machines = runner.parse_inclusion_exclusion(pool, options.include, options.exclude)
+    machines = runner.apply_num_nodes_and_gpus(machines, options.num_nodes, options.num_gpus)
+    if not machines:
+        raise ValueError("--include and --exclude leave no machine")
+    return dict(machines)
+
+
+def _this_machine(options: argparse.Namespace) -> tuple[list[str], Machines]:
+    """Options that make DeepSpeed start the processes of this machine, and their slots.
+
+    Raises:
+        ConfigError: fewer GPUs than processes.
+        ValueError: as DeepSpeed raises.
+    """
+    # DeepSpeed ignores this variable beside any option about GPUs, and says so; other launchers choose among its GPUs.
+    visible = os.environ.pop("CUDA_VISIBLE_DEVICES", "")
+    num_gpus = torch.cuda.device_count()
+    if options.include or options.exclude:
+        pool = {"localhost": num_gpus or runner.get_accelerator().device_count()}
+        machines = runner.parse_inclusion_exclusion(pool, options.include, options.exclude)
+        if not machines:
+            raise ValueError("--include and --exclude leave no GPU")
+        return [], dict(machines)
+    if num_gpus == 0:
+        count = max(1, options.num_gpus)
+        return ["--num_gpus", str(count)], {"localhost": list(range(count))}
+    gpus = [int(number) for number in visible.split(",")] if visible else list(range(num_gpus))
+    if options.num_gpus > len(gpus):
+        raise ConfigError(f"--num_gpus is {options.num_gpus}, and there are {len(gpus)}", fix="start fewer processes")
+    if options.num_gpus > 0:
+        gpus = gpus[: options.num_gpus]
+    # --include and numbers exclude each other: -1 takes them back.
+    chosen = ["--num_gpus", "-1", "--num_nodes", "-1", "--include", f"localhost:{','.join(map(str, gpus))}"]
+    return chosen, {"localhost": gpus}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _launch(arguments: list[str]) -> int:
+    with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, watched_children() as children:
+        os.environ[LAUNCH_FOLDER] = folder
+        code = 0
+        try:
+            runner.main(arguments)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"deepspeed's options: {error}", fix=f"see `{PROGRAM} --help`") from error
+        finally:
+            del os.environ[LAUNCH_FOLDER]
+        noted = noted_exit_codes(Path(folder))
+        if children.signals:
+            return 128 + children.signals[0]
+        if code == 0:
+            code = children.last_code  # the runner is silent about a launcher that a signal ended
+    if code == 0:
+        return 0
+    # The launcher returns the code of the process that it saw first, which may be one that only lost its peer.
+    if noted:
+        return exit_code(noted)
+    if code > FIRST_SIGNAL_CODE:
+        code -= 256
+    if code < 0:
+        report_killed(-code)
+    return exit_code({0: code})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

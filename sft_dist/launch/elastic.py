@@ -1,0 +1,110 @@
+"""PyTorch's elastic launcher, on which torchrun and ``accelerate launch`` are built."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from sft_dist.errors import ConfigError
+from sft_dist.launch.outcome import NAMED_EXIT_CODES, PREEMPTED_EXIT_CODE, exit_code, report_killed
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_RENDEZVOUS_PORT = 29400  # torchrun's own
+
+# They say "failed (exitcode: ...)", "Sending process ... closing signal" and "Received 2 death signal" before anyone
+# can know whether it matters.
+LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+
+
+def run_elastic(run: Callable[[str], None]) -> int:
+    """Runs a launch and returns its exit code, leaving out what the launcher says about a failure that is told already.
+
+    Args:
+        run: gets a temporary folder for the launcher's own files, which it would otherwise leave behind.
+    """
+    with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, _held_back(LOGGERS) as held:
+        try:
+            run(folder)
+        except ChildFailedError as error:
+            code = exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
+            killed = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
+            killed = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
+            if code in NAMED_EXIT_CODES or code == PREEMPTED_EXIT_CODE:
+                held.clear()
+            elif killed:
+                held.clear()
+                report_killed(killed[min(killed)], rank=min(killed))
+            else:
+                print(error, file=sys.stderr)
+            return code
+        except SignalException as error:
+            held.clear()
+            return 128 + int(error.sigval)
+    return 0
+
+
+def address_of_this_node(endpoint: str) -> str | None:
+    """This machine's own address on the way to the rendezvous, under which the other nodes can reach it.
+
+    Left alone, each node gives its own host name, which the others cannot always resolve.
+
+    Args:
+        endpoint: HOST or HOST:PORT.
+
+    Returns:
+        None where the endpoint is a name that stands for the loopback on this machine: others could not use that.
+
+    Raises:
+        ConfigError: the endpoint has no such form, or no address, or no way leads to it.
+    """
+    fix = "give the first node's name or address and a free port, the same on every node: HOST:29400"
+    try:
+        host, port = parse_rendezvous_endpoint(endpoint, default_port=DEFAULT_RENDEZVOUS_PORT)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # of a datagram socket: chooses the way, sends nothing
+            own = str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"the rendezvous endpoint {endpoint}: {reason}", fix=fix) from error
+    if ipaddress.ip_address(own.partition("%")[0]).is_loopback and not _is_loopback(host):
+        return None
+    return own
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def _held_back(names: Sequence[str]) -> Iterator[list[logging.LogRecord]]:
+    """Keeps loggers' records until the end, when those still in the yielded list are logged."""
+    loggers = [logging.getLogger(name) for name in names]
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    for logger in loggers:
+        logger.addFilter(hold)
+    try:
+        yield held
+    finally:
+        for logger in loggers:
+            logger.removeFilter(hold)
+        for record in held:
+            logging.getLogger(record.name).handle(record)

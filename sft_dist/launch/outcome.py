@@ -1,0 +1,45 @@
+"""How a launch ended: one exit code from those of its processes, and a word about a process that was killed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+
+from sft_dist.errors import SftError
+from sft_dist.runtime.failure import report
+
+# Exit codes after which the process has already told the user what happened.
+NAMED_EXIT_CODES = frozenset({2, 3, 4, 5, 6})
+PREEMPTED_EXIT_CODE = 75
+SIGTERM_EXIT_CODE = -signal.SIGTERM  # as multiprocessing reports a process that the launcher ended
+
+
+def exit_code(by_rank: Mapping[int, int]) -> int:
+    """The exit code of a launch from those of its failed processes.
+
+    A named failure is the cause and an unnamed one beside it the consequence: a process that finds its peer gone fails
+    in a collective with code 1. "Preempted" counts only if nothing else happened, since a process that the launcher
+    ends because another one failed may say so too, and the job must not be put back into the queue then.
+
+    Args:
+        by_rank: exit codes other than 0 by global rank; negative where a signal ended the process.
+
+    Returns:
+        The code of the lowest rank among those that count; 128 + signal where a signal ended it.
+    """
+    causes = {rank: code for rank, code in by_rank.items() if code != SIGTERM_EXIT_CODE}
+    named = {rank: code for rank, code in causes.items() if code in NAMED_EXIT_CODES}
+    unnamed = {rank: code for rank, code in causes.items() if code != PREEMPTED_EXIT_CODE}
+    counting = named or unnamed or causes or by_rank
+    code = counting[min(counting)]
+    return code if code > 0 else 128 - code
+
+
+def report_killed(number: int, *, rank: int | None = None) -> None:
+    """Says which process a signal ended; what its peers printed about a lost connection is the consequence."""
+    process = f"rank {rank}" if rank is not None else "a process"
+    error = SftError(
+        f"{process} was ended by {signal.Signals(number).name}, and the run with it",
+        fix="if nobody sent it, memory ran out: see `dmesg`, then lower train.micro_batch_size or data.max_seq_len",
+    )
+    report(error, debug=False)

@@ -1,0 +1,76 @@
+"""The part of a launch that does not depend on the launcher, in one process."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sft_dist.launch import accelerate, deepspeed, torchrun
+from sft_dist.launch.command import split_debug, split_resume, start
+from tests.launch.conftest import REPOSITORY, SMALLEST
+
+
+@pytest.mark.parametrize(
+    ("command", "resume", "rest"),
+    [
+        ("train c.yaml a.b=1", "never", "train c.yaml a.b=1"),
+        ("train c.yaml --resume auto a.b=1", "auto", "train c.yaml a.b=1"),
+        ("train --resume=runs/x/step-1 c.yaml", "runs/x/step-1", "train c.yaml"),
+        ("train c.yaml --resume auto --resume never", "never", "train c.yaml"),
+        ("train c.yaml --resume", "never", "train c.yaml --resume"),
+        ("train c.yaml --resumed auto", "never", "train c.yaml --resumed auto"),
+    ],
+)
+def test_resume_is_found_wherever_it_stands(command: str, resume: str, rest: str) -> None:
+    assert split_resume(command.split()) == (resume, rest.split())
+
+
+def test_debug_may_stand_anywhere() -> None:
+    assert split_debug(["--x", "1", "train", "--debug", "c.yaml"]) == (["--x", "1", "train", "c.yaml"], True)
+    assert split_debug(["train", "c.yaml"]) == (["train", "c.yaml"], False)
+    assert split_debug([]) == (["--help"], False)
+
+
+def test_what_is_checked_and_what_the_processes_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("run.yaml").write_text(SMALLEST, encoding="utf-8")
+    Path("a.jsonl").touch()
+    Path("runs/x/checkpoints/step-1").mkdir(parents=True)
+    started = []
+
+    def go(*command: str) -> int:
+        def launch(arguments: list[str]) -> int:
+            started.append(arguments)
+            return 6
+
+        return start(command, debug=command[-1] == "train.seed=7", prepare=lambda: 2, launch=launch)
+
+    # A folder that holds a run is an error, unless that run is resumed.
+    assert go("train", "run.yaml") == 2
+    assert "already holds a run" in capfd.readouterr().err
+    assert go("train", "--resume", "runs/x/checkpoints/step-9", "run.yaml") == 2
+    assert "runs/x/checkpoints/step-9: no such folder" in capfd.readouterr().err
+    assert started == []
+    assert go("train", "--resume=auto", "run.yaml") == 6
+    assert go("train", "run.yaml", "--resume", "runs/x/checkpoints/step-1", "train.seed=7") == 6
+    assert capfd.readouterr().out == "starting 2 processes on this machine\n" * 2
+    assert started == [
+        ["train", "--resume=auto", "run.yaml"],
+        ["train", "run.yaml", "--resume", "runs/x/checkpoints/step-1", "train.seed=7", "--debug"],
+    ]
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    page = (REPOSITORY / "docs" / "launching.md").read_text(encoding="utf-8")
+    parsers = {"torchrun": torchrun._parse, "accelerate": accelerate._parse, "deepspeed": deepspeed._parse}
+    commands = re.findall(r"`launch/(\w+)\.sh (.*?)`", page)
+    assert {name for name, _ in commands} == set(parsers)
+    for name, words in commands:
+        _, command = parsers[name](shlex.split(words.replace(" N ", " 1 ")))
+        assert command == ["train", "run.yaml"]
