@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.helpers.pool import free_port
 from tests.launch.conftest import REPOSITORY, Launch
 
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
@@ -49,7 +50,7 @@ def test_accelerate(launch: Launch) -> None:
 
 def test_deepspeed_which_inserts_the_local_rank(launch: Launch) -> None:
     ended = launch(
-        *(str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29517", SCRIPT, "run.yaml", "train.seed=7"),
+        *(str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, "run.yaml", "train.seed=7"),
         in_each_process=SHOWN + "; from sft_dist.errors import DataError; raise DataError('row 3', fix='mend it')",
     )
     assert ended.returncode == 4
