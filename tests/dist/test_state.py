@@ -19,6 +19,7 @@ from sft_dist.config.schema import Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.train.step import train_step
+from tests.dist.test_offload import OFFLOADS
 from tests.helpers import cells
 from tests.helpers.pool import WorldPool
 
@@ -56,12 +57,16 @@ def part_of_a_run(text: str, folder: str, first: int, last: int) -> Numbers:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero1 offload", "zero2 offload", "zero3 offload"]
+)
 def test_resumed_equals_uninterrupted(
     world: World, tiny_base: Path, tmp_path: Path, strategy: str, method: str
 ) -> None:
     """Bit for bit on the same strategy and world; to 1e-5 on another strategy and fewer processes."""
-    text = cells.dump(cells.config(str(tiny_base), method, strategy))
+    strategy, _, offload = strategy.partition(" ")
+    sharding = {"strategy": strategy} | ({"deepspeed_config": OFFLOADS[strategy]} if offload else {})
+    text = cells.dump(cells.config(str(tiny_base), method, strategy, sharding=sharding))
     whole: Numbers = world(2).run(part_of_a_run, text, "", 0, len(STEPS))[0]
     before: Numbers = world(2).run(part_of_a_run, text, str(tmp_path), 0, STOP)[0]
     for rank in world(2).run(part_of_a_run, text, str(tmp_path), STOP, len(STEPS)):
