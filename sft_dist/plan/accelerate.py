@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sft_dist.config.deepspeed import Zero3Knobs, load_knobs, one_error
-from sft_dist.config.schema import Fsdp2Sharding
+from sft_dist.config.schema import Fsdp2Sharding, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.errors import ConfigError
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.runtime.accelerate_environment import AccelerateChoice
@@ -93,11 +93,10 @@ def _file(file: str, run: Run, stage: int) -> Iterator[Finding]:
     except ConfigError as error:
         yield f"accelerate's deepspeed_config_file: {error.what}", error.fix
         return
-    ours = run.sharding.deepspeed_config if hasattr(run.sharding, "deepspeed_config") else None
     if theirs != run.deepspeed:
-        named = (
-            "which is null: the shipped file" if ours is None else f"{ours}" if isinstance(ours, str) else "its keys"
-        )
+        assert isinstance(run.sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding)
+        ours = run.sharding.deepspeed_config
+        named = "null, which is the shipped file" if ours is None else ours if isinstance(ours, str) else "its own keys"
         yield _against(
             f"deepspeed_config_file {file}",
             f"sharding.deepspeed_config ({named})",
