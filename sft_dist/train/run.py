@@ -42,10 +42,10 @@ def run_training(config: Config) -> None:
         SftError: one of its kinds for every mistake in configuration, data or model, and when training diverges.
     """
     world = World.from_environment()
-    renderer = load_renderer(config.model.path, config.model.revision, config.data.chat_template)
     device = device_of(world)
     with process_group(world, device) as store:
         config, run = decide(config, world, device)
+        renderer = load_renderer(run.model.path, run.model.revision, run.data.chat_template)
         run_on_main_first(world, store, "prepare", lambda: prepare_run(run, renderer))
         train_data, eval_data = open_data(run)
         train(run, world, device, train_data, eval_data, renderer, config)
