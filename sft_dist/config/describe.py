@@ -112,6 +112,8 @@ def _allowed_plain(here: TypeHere) -> list[str]:
     plain = {type(None): "null", bool: "true or false", str: "text", int: "a whole number", float: "a number"}
     if get_origin(here.annotation) is Literal:
         return [str(value) for value in get_args(here.annotation)]
+    if get_origin(here.annotation) is dict:
+        return ["a section"]  # of keys that are not this schema's
     item, model = here.item(), here.model()
     if item is not None:
         entry = item.model()

@@ -46,10 +46,11 @@ def state_bytes(run: Run) -> StateBytes:
     if run.strategy not in ZERO_STAGES:
         gradients = sum(p.local_bytes for p in spec.parameters if p.requires_grad)
         return StateBytes(parameters + run.model.buffer_bytes, gradients, kinds * numel * master)
+    if "optimizer" in spec.on_host:  # gradients go there as they are reduced
+        return StateBytes(parameters + run.model.buffer_bytes, 0, 0)
     # DeepSpeed accumulates in fp32: stage 1 whole gradients, the others what this rank's optimizer updates.
     gradients = DTYPE_BYTES["fp32"] * (run.model.num_trainable if run.strategy == "zero1" else numel)
-    optimizer = 0 if "optimizer" in spec.on_host else (1 + kinds) * numel * master
-    return StateBytes(parameters + run.model.buffer_bytes, gradients, optimizer)
+    return StateBytes(parameters + run.model.buffer_bytes, gradients, (1 + kinds) * numel * master)
 
 
 def num_state_kinds(optim: OptimConfig) -> int:

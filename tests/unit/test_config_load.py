@@ -243,6 +243,11 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
         ("optim.beta1=1", "optim.beta1 is 1", "set optim.beta1 to a number >= 0 and < 1"),
         ("precision.compute=fp16", 'precision.compute is "fp16"', "set precision.compute to bf16 or fp32"),
         (
+            "sharding={strategy: zero3, deepspeed_config: 5}",
+            "sharding.deepspeed_config is 5",
+            "set sharding.deepspeed_config to text, a section or null",
+        ),
+        (
             "sharding.strategy=zero4",
             'sharding.strategy is "zero4"',
             "set sharding.strategy to auto, ddp, fsdp2, zero1, zero2 or zero3",
