@@ -145,6 +145,8 @@ def _bounds(metadata: Sequence[Any]) -> str:
                 parts.append(f"<= {bound}")
             case at.Lt(lt=bound):
                 parts.append(f"< {bound}")
+            case at.MultipleOf(multiple_of=factor):
+                parts.append(f"divisible by {factor}")
             case at.MinLen(min_length=1):
                 parts.append("(not empty)")
             case at.MinLen(min_length=length):

@@ -163,6 +163,7 @@ WRONG = [
     (zero(stage3_max_live_parameters=1), 2, "zero_optimization.stage3_max_live_parameters has no effect in stage 2", "remove zero_optimization.stage3_max_live_parameters"),
     (zero(allgather_bucket_size=2), 3, "zero_optimization.allgather_bucket_size has no effect in stage 3", "remove zero_optimization.allgather_bucket_size"),
     (zero(reduce_bucket_size=0), 2, "zero_optimization.reduce_bucket_size is 0", "set zero_optimization.reduce_bucket_size to a whole number > 0"),
+    (zero(allgather_bucket_size=3), 2, "zero_optimization.allgather_bucket_size is 3", "set zero_optimization.allgather_bucket_size to a whole number > 0 and divisible by 2"),
     (zero(reduce_bucket_size="5e8"), 2, 'zero_optimization.reduce_bucket_size is "5e8"', "set zero_optimization.reduce_bucket_size to a whole number > 0"),
     (zero(overlap_comm="yes"), 2, 'zero_optimization.overlap_comm is "yes"', "set zero_optimization.overlap_comm to true or false"),
     (zero(offload_optimizer={"device": "gpu"}), 2, 'zero_optimization.offload_optimizer.device is "gpu"', "set zero_optimization.offload_optimizer.device to cpu or none"),
