@@ -22,8 +22,8 @@ from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_inter
 UNEXPECTED_EXIT_CODE = 1
 
 EPILOG = (
-    "Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 4 data, 5 checkpoint or model on disk, "
-    "6 training diverged, 130 interrupted."
+    "Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 3 does not fit, 4 data, "
+    "5 checkpoint or model on disk, 6 training diverged, 130 interrupted."
 )
 
 

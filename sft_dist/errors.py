@@ -40,6 +40,12 @@ class ConfigError(SftError):
     exit_code = 2
 
 
+class PlanError(SftError):
+    """The run does not fit the memory of its devices."""
+
+    exit_code = 3
+
+
 class DataError(SftError):
     """A data file, a row of it or the chat template cannot be trained on."""
 

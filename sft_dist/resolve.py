@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from sft_dist.config.schema import Config
-from sft_dist.run import BatchPlan, Precision, Run
+from sft_dist.config.deepspeed import load_knobs
+from sft_dist.config.schema import AutoSharding, Config, Zero1Sharding, Zero2Sharding, Zero3Sharding
+from sft_dist.run import ZERO_STAGES, BatchPlan, Precision, Run
 from sft_dist.runtime.world import WorldShape
 
 
 def resolve(config: Config, world: WorldShape) -> Run:
     """A pure function of the configuration, the model's ``config.json`` and the world's shape.
 
-    Needs no process group, no GPU and no weights.
+    Needs no process group, no GPU and no weights. Also reads the DeepSpeed file that ``sharding`` names.
 
     Raises:
-        ConfigError: the model's configuration cannot be read, or asks for what is not supported.
+        ConfigError: the model's configuration cannot be read, or asks for what is not supported; the DeepSpeed file is
+            wrong.
+        ValueError: something is still ``auto``; ``plan.choose`` makes it concrete.
     """
     from sft_dist.model.build import describe_model
 
+    sharding = config.sharding
+    if isinstance(sharding, AutoSharding) or config.activation_checkpointing.mode == "auto":
+        raise ValueError("sharding.strategy or activation_checkpointing.mode is auto: call plan.choose first")
+    deepspeed = None
+    if isinstance(sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding):
+        deepspeed = load_knobs(sharding.deepspeed_config, ZERO_STAGES[sharding.strategy])
     return Run(
         model=describe_model(config.model.path, config.model.revision, config.method, config.precision.compute),
         world=world,
-        sharding=config.sharding,
+        sharding=sharding,
+        deepspeed=deepspeed,
         precision=Precision(
             compute=config.precision.compute, master=config.precision.master, reduce=config.precision.reduce
         ),

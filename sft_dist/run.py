@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sft_dist.config.deepspeed import DeepSpeedKnobs
 from sft_dist.config.schema import (
     ActivationCheckpointingConfig,
     CheckpointConfig,
+    ConcreteSharding,
     DataConfig,
     EvalConfig,
     LoggingConfig,
     OptimConfig,
-    ShardingConfig,
 )
 from sft_dist.data.batch import BatchPlan
 from sft_dist.model.spec import Dtype, ModelSpec
@@ -49,12 +50,14 @@ class Run:
     """One run on one world.
 
     ``data``, ``eval``, ``checkpoint``, ``logging``, ``optim`` and ``activation_checkpointing`` are the user's own
-    sections: nothing in them is left to derive. ``sharding`` likewise names one strategy and its options.
+    sections: nothing in them is left to derive. ``sharding`` likewise names one strategy and its options; ``deepspeed``
+    holds the knobs of a ZeRO strategy, whichever file they come from.
     """
 
     model: ModelSpec
     world: WorldShape
-    sharding: ShardingConfig
+    sharding: ConcreteSharding
+    deepspeed: DeepSpeedKnobs | None
     precision: Precision
     batch: BatchPlan
     optim: OptimConfig

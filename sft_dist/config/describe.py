@@ -112,6 +112,8 @@ def _allowed_plain(here: TypeHere) -> list[str]:
     plain = {type(None): "null", bool: "true or false", str: "text", int: "a whole number", float: "a number"}
     if get_origin(here.annotation) is Literal:
         return [str(value) for value in get_args(here.annotation)]
+    if get_origin(here.annotation) is dict:
+        return ["a section"]  # of keys that are not this schema's
     item, model = here.item(), here.model()
     if item is not None:
         entry = item.model()
@@ -143,6 +145,8 @@ def _bounds(metadata: Sequence[Any]) -> str:
                 parts.append(f"<= {bound}")
             case at.Lt(lt=bound):
                 parts.append(f"< {bound}")
+            case at.MultipleOf(multiple_of=factor):
+                parts.append(f"divisible by {factor}")
             case at.MinLen(min_length=1):
                 parts.append("(not empty)")
             case at.MinLen(min_length=length):

@@ -75,6 +75,12 @@ class DataConfig(Section):
     )
 
 
+class AutoSharding(Section):
+    """What ``accelerate launch`` chose; else DDP if the model's states fit in half of a device's memory, else FSDP2."""
+
+    strategy: Literal["auto"] = "auto"
+
+
 class DdpSharding(Section):
     strategy: Literal["ddp"]
 
@@ -86,20 +92,31 @@ class Fsdp2Sharding(Section):
     )
 
 
-class Zero1Sharding(Section):
+class _ZeroSharding(Section):
+    deepspeed_config: str | dict[str, Any] | None = Field(
+        None,
+        description="DeepSpeed's knobs: path of a JSON file, or its content; null: the shipped file of the stage. "
+        "configs/deepspeed/README.md lists them.",
+    )
+
+
+class Zero1Sharding(_ZeroSharding):
     strategy: Literal["zero1"]
 
 
-class Zero2Sharding(Section):
+class Zero2Sharding(_ZeroSharding):
     strategy: Literal["zero2"]
 
 
-class Zero3Sharding(Section):
+class Zero3Sharding(_ZeroSharding):
     strategy: Literal["zero3"]
 
 
+ConcreteSharding = DdpSharding | Fsdp2Sharding | Zero1Sharding | Zero2Sharding | Zero3Sharding
+
 ShardingConfig = Annotated[
-    DdpSharding | Fsdp2Sharding | Zero1Sharding | Zero2Sharding | Zero3Sharding, Field(discriminator="strategy")
+    AutoSharding | DdpSharding | Fsdp2Sharding | Zero1Sharding | Zero2Sharding | Zero3Sharding,
+    Field(discriminator="strategy"),
 ]
 
 
@@ -114,8 +131,10 @@ class PrecisionConfig(Section):
 
 
 class ActivationCheckpointingConfig(Section):
-    mode: Literal["none", "full", "every_k"] = Field(
-        "full", description="Recompute no layer, every layer, or every k-th layer in backward."
+    mode: Literal["auto", "none", "full", "every_k"] = Field(
+        "auto",
+        description="Recompute no layer, every layer, or every k-th layer in backward; auto: none where activations "
+        "fit, else every layer.",
     )
     k: int | None = Field(None, ge=2, description="With mode every_k: layers 0, k, 2k, ... are recomputed.")
 
@@ -199,7 +218,7 @@ class Config(Section):
     model: ModelConfig
     method: MethodConfig = FullMethod()
     data: DataConfig
-    sharding: ShardingConfig = Fsdp2Sharding()
+    sharding: ShardingConfig = AutoSharding()
     precision: PrecisionConfig = PrecisionConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     optim: OptimConfig = AdamWConfig()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sft_dist.model.spec import DTYPE_BYTES, Dtype
+
+HostPart = Literal["parameters", "optimizer"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class ShardingSpec:
         parameters: a shard of every parameter, in the model's order.
         optimizer_numel: elements whose master weight and states this rank's optimizer holds, padding included.
         optimizer_dtype: dtype of those master weights.
+        on_host: which of ``parameters`` and ``optimizer`` are kept in host memory, even where there is a GPU.
     """
 
     strategy: str
@@ -41,6 +45,7 @@ class ShardingSpec:
     parameters: tuple[ParameterShard, ...]
     optimizer_numel: int
     optimizer_dtype: Dtype
+    on_host: frozenset[HostPart] = frozenset()
 
     @property
     def parameter_bytes(self) -> int:

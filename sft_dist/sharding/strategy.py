@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.run import Run
+from sft_dist.sharding.spec import HostPart
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Strategy(ABC):
     @abstractmethod
     def master_weights(self) -> list[Tensor]:
         """This rank's part of what the optimizer updates."""
+
+    def parts_on_host(self) -> frozenset[HostPart]:
+        """What is kept in host memory, even where there is a GPU."""
+        return frozenset()
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

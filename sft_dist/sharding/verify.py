@@ -8,12 +8,12 @@ from torch import Tensor
 
 from sft_dist.errors import ShardingMismatch
 from sft_dist.model.build import TORCH_DTYPES
-from sft_dist.sharding.spec import ShardingSpec
+from sft_dist.sharding.spec import HostPart, ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 
 
 def verify_sharding(strategy: Strategy, spec: ShardingSpec) -> None:
-    """Checks local numel, dtype and requires_grad of every parameter, and the optimizer's share, on all ranks.
+    """Checks local numel, dtype and requires_grad of every parameter, the optimizer's share and what is offloaded.
 
     Raises:
         ShardingMismatch: on every rank, with the first differences found on any of them.
@@ -47,6 +47,14 @@ def differences_of(strategy: Strategy, spec: ShardingSpec) -> list[str]:
     wrong = {m.dtype for m in masters} - {TORCH_DTYPES[spec.optimizer_dtype]}
     if wrong:
         lines.append(f"the optimizer holds {wrong}, described {spec.optimizer_dtype}")
+    if strategy.parts_on_host() != spec.on_host:
+        have_host, want_host = (sorted(parts) or "nothing" for parts in (strategy.parts_on_host(), spec.on_host))
+        lines.append(f"{have_host} is kept in host memory, described {want_host}")
+    tensors: dict[HostPart, list[Tensor]] = {"parameters": [t for _, t, _ in actual], "optimizer": masters}
+    for part in sorted(spec.on_host):
+        devices = {t.device.type for t in tensors[part]} - {"cpu"}
+        if devices:
+            lines.append(f"{part} described in host memory are on {sorted(devices)}")
     return lines
 
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import SftModel
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.optim import build_optimizer
-from sft_dist.sharding.spec import ParameterShard, ShardingSpec
+from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec
 from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, restored, state_kinds
 
 # DeepSpeed pads a flattened group so that each rank's partition starts at a multiple of this many elements.
@@ -43,7 +44,17 @@ def describe(run: Run, rank: int) -> ShardingSpec:
         )
         unit = PARTITION_ALIGNMENT * world
         optimizer_numel = sum(-(-size // unit) * PARTITION_ALIGNMENT for size in group_sizes)
-    return ShardingSpec(run.strategy, rank, parameters, optimizer_numel, "fp32")
+    return ShardingSpec(run.strategy, rank, parameters, optimizer_numel, "fp32", _on_host(run))
+
+
+def _on_host(run: Run) -> frozenset[HostPart]:
+    assert run.deepspeed is not None
+    parts: set[HostPart] = set()
+    if run.deepspeed.offload_optimizer.device == "cpu":
+        parts.add("optimizer")
+    if isinstance(run.deepspeed, Zero3Knobs) and run.deepspeed.offload_param.device == "cpu":
+        parts.add("parameters")
+    return frozenset(parts)
 
 
 class Zero(Strategy):
@@ -94,6 +105,15 @@ class Zero(Strategy):
             if hasattr(self.optimizer, attribute):
                 return list(getattr(self.optimizer, attribute))
         raise RuntimeError(f"{type(self.optimizer).__name__} keeps its master weights where we do not know them")
+
+    def parts_on_host(self) -> frozenset[HostPart]:
+        optimizer: Any = self.optimizer
+        parts: set[HostPart] = set()
+        if optimizer.offload_optimizer if self.stage == 3 else optimizer.cpu_offload:
+            parts.add("optimizer")
+        if self.stage == 3 and optimizer.offload_param:
+            parts.add("parameters")
+        return frozenset(parts)
 
     def state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -172,24 +192,25 @@ class Zero(Strategy):
 
 def deepspeed_config(run: Run) -> dict[str, Any]:
     """The engine's configuration; every key that changes numbers is set, none is left to a default."""
+    assert run.deepspeed is not None
     bf16 = run.precision.compute == "bf16"
+    zero = {"stage": ZERO_STAGES[run.strategy], **run.deepspeed.model_dump()}
+    if run.deepspeed.overlap_comm is None:
+        zero["overlap_comm"] = torch.cuda.is_available()
+    # DeepSpeed keeps smaller parameters whole on every rank, most adapters among them.
+    zero["stage3_param_persistence_threshold"] = 0
     return {
         "train_micro_batch_size_per_gpu": run.batch.micro_batch_size,
         # The loop counts micro-batches, because the last step of an epoch may have fewer.
         "gradient_accumulation_steps": 1,
         "gradient_clipping": run.optim.max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
+        # Torch's AdamW updates on the host too: DeepSpeed's own is compiled at the first start.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": run.precision.reduce,
-        "zero_optimization": {
-            "stage": ZERO_STAGES[run.strategy],
-            "overlap_comm": torch.cuda.is_available(),
-            "contiguous_gradients": True,
-            # DeepSpeed keeps smaller parameters whole on every rank, most adapters among them.
-            "stage3_param_persistence_threshold": 0,
-            "reduce_scatter": True,
-        },
+        "zero_optimization": zero,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }

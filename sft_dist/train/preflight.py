@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from sft_dist.config.schema import Config
+from sft_dist.config.deepspeed import load_knobs
+from sft_dist.config.schema import Config, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.data.sources import find_files
 from sft_dist.errors import ConfigError
 
@@ -24,7 +25,7 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
 
     Raises:
         ConfigError: the run directory is used or cannot be written; the model's folder, the template or the checkpoint
-            to resume from is not there.
+            to resume from is not there; the DeepSpeed file is wrong.
         DataError: a source is not there.
     """
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
@@ -41,6 +42,8 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
             f"model.revision is {config.model.revision}, which has no effect: model.path {model} is a folder",
             fix="remove model.revision, or give a hub id as model.path",
         )
+    if isinstance(config.sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding):
+        load_knobs(config.sharding.deepspeed_config, int(config.sharding.strategy.removeprefix("zero")))
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         raise ConfigError(

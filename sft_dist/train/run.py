@@ -27,8 +27,12 @@ from sft_dist.errors import ConfigError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.build import build_model, check_weights
 from sft_dist.model.export import UNFINISHED, export, publish
+from sft_dist.plan.accelerate import check_accelerate
+from sft_dist.plan.choose import choose
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
+from sft_dist.runtime.accelerate_environment import read_accelerate_environment
+from sft_dist.runtime.memory import least_memory_bytes
 from sft_dist.runtime.process_group import device_of, process_group, run_on_main_first
 from sft_dist.runtime.world import World
 from sft_dist.sharding import registry
@@ -51,10 +55,10 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
             what was saved is not what was trained.
     """
     world = World.from_environment()
-    run = resolve(config, world.shape)
-    renderer = load_renderer(run.model.path, run.model.revision, run.data.chat_template)
     device = device_of(world)
     with process_group(world, device) as store:
+        config, run = decide(config, world, device)
+        renderer = load_renderer(run.model.path, run.model.revision, run.data.chat_template)
         found = run_on_main_first(world, store, "prepare", lambda: prepare_run(run, renderer, resume))
         train_data, eval_data = open_data(run)
         start = None if found is None else Path(found)
@@ -62,6 +66,20 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
         sample = renderer.sample(next(read_source(run.data.train[0]))) if world.is_main else None
         train(run, world, device, store, train_data, eval_data, renderer, config, sample, start=start)
         dist.barrier()
+
+
+def decide(config: Config, world: World, device: torch.device) -> tuple[Config, Run]:
+    """Makes every ``auto`` concrete, the same on all ranks, and compares the result with what accelerate said."""
+    accelerate = read_accelerate_environment()
+    memory_bytes = least_memory_bytes(world, device)
+    choice = choose(config, world.shape, memory_bytes=memory_bytes, accelerate=accelerate)
+    run = resolve(choice.config, world.shape)
+    if accelerate is not None:
+        check_accelerate(accelerate, run)
+    if world.is_main:
+        for line in choice.reasons:
+            Console(highlight=False).print(line, soft_wrap=True, markup=False)
+    return choice.config, run
 
 
 def train(

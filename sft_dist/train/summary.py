@@ -24,7 +24,8 @@ def summary(
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} trainable "
             f"of {total:,} stored elements",
             f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}, verified: rank 0 holds "
-            f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements; "
+            f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements"
+            f"{_on_host(spec)}; "
             f"activation checkpointing {run.activation_checkpointing.mode}",
             f"precision compute {precision.compute}, trainable stored in {stored}, master {spec.optimizer_dtype}, "
             f"gradients reduced in {precision.reduce}",
@@ -34,6 +35,10 @@ def summary(
             f"{_count(batch.gradient_accumulation_steps, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
         ]
     )
+
+
+def _on_host(spec: ShardingSpec) -> str:
+    return f", {' and '.join(sorted(spec.on_host))} in host memory" if spec.on_host else ""
 
 
 def _count(number: int, what: str, plural: str = "s") -> str:

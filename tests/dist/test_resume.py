@@ -21,6 +21,7 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.train import run as train_run
 from sft_dist.train import step as train_step
+from tests.dist.test_offload import OFFLOADS
 from tests.helpers import cells
 from tests.helpers.pool import WorldPool
 
@@ -85,16 +86,18 @@ def checkpoint(folder: Path, step: int = STOP) -> str:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload"])
 def test_resumed_equals_uninterrupted(
     world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str, method: str
 ) -> None:
     """Bit for bit: losses, norms, final weights; and the same samples on the same ranks, as they are fed."""
     # With adapters also dropout: what is drawn at random must be what would have been drawn.
     dropout = 0.0 if method == "full" else 0.2
-    whole_cfg = config(tiny_base, tmp_path / "a", method, strategy, dropout=dropout)
+    strategy, _, offload = strategy.partition(" ")
+    sharding = {"strategy": strategy} | ({"deepspeed_config": OFFLOADS[strategy]} if offload else {})
+    whole_cfg = config(tiny_base, tmp_path / "a", method, strategy, dropout=dropout, sharding=sharding)
     whole: list[Part] = world(2).run(run_part, whole_cfg, None)
-    resumed_cfg = config(tiny_base, tmp_path / "b", method, strategy, dropout=dropout)
+    resumed_cfg = config(tiny_base, tmp_path / "b", method, strategy, dropout=dropout, sharding=sharding)
     resumed: list[Part] = world(2).run(run_part, resumed_cfg, checkpoint(tmp_path / "a"))
     steps = [step for step, _, _ in whole[0].metrics]
     assert steps == list(range(1, STEPS + 1))

@@ -107,5 +107,7 @@ def test_the_same_losses(
     train: Train, alone: np.ndarray, commands: list[list[str]], strategy: str, expected: str
 ) -> None:
     port = str(free_port())
-    with_port = [[word.replace("PORT", port).replace("127.0.0.1:0", f"127.0.0.1:{port}") for word in c] for c in commands]
+    with_port = [
+        [word.replace("PORT", port).replace("127.0.0.1:0", f"127.0.0.1:{port}") for word in c] for c in commands
+    ]
     np.testing.assert_allclose(train(*with_port, strategy=strategy, expected=expected), alone, rtol=1e-5)

@@ -50,7 +50,16 @@ def test_accelerate(launch: Launch) -> None:
 
 def test_deepspeed_which_inserts_the_local_rank(launch: Launch) -> None:
     ended = launch(
-        *(str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, "run.yaml", "train.seed=7"),
+        *(
+            str(BIN / "deepspeed"),
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
+            SCRIPT,
+            "run.yaml",
+            "train.seed=7",
+        ),
         in_each_process=SHOWN + "; from sft_dist.errors import DataError; raise DataError('row 3', fix='mend it')",
     )
     assert ended.returncode == 4

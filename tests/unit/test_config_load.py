@@ -55,7 +55,7 @@ def test_defaults_fill_the_smallest_file(load: Load) -> None:
     assert config.method == FullMethod()
     assert config.optim == AdamWConfig()
     assert config.train.max_steps == 3
-    assert config.sharding.strategy == "fsdp2"
+    assert (config.sharding.strategy, config.activation_checkpointing.mode) == ("auto", "auto")
 
 
 def test_scalars_are_yaml_1_2(load: Load) -> None:
@@ -243,14 +243,19 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
         ("optim.beta1=1", "optim.beta1 is 1", "set optim.beta1 to a number >= 0 and < 1"),
         ("precision.compute=fp16", 'precision.compute is "fp16"', "set precision.compute to bf16 or fp32"),
         (
+            "sharding={strategy: zero3, deepspeed_config: 5}",
+            "sharding.deepspeed_config is 5",
+            "set sharding.deepspeed_config to text, a section or null",
+        ),
+        (
             "sharding.strategy=zero4",
             'sharding.strategy is "zero4"',
-            "set sharding.strategy to ddp, fsdp2, zero1, zero2 or zero3",
+            "set sharding.strategy to auto, ddp, fsdp2, zero1, zero2 or zero3",
         ),
         (
             "sharding.reshard_after_forward=no",
             "sharding.strategy is missing",
-            "set sharding.strategy to ddp, fsdp2, zero1, zero2 or zero3",
+            "set sharding.strategy to auto, ddp, fsdp2, zero1, zero2 or zero3",
         ),
         ("optim.type=adam", 'optim.type is "adam"', "set optim.type to adamw or sgd"),
         ("optim=sgd", 'optim is "sgd"', "make optim a section with type: adamw or sgd"),

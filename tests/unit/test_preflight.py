@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft_dist.config.load import load_config
-from sft_dist.config.schema import Config, DataConfig, SourceConfig
+from sft_dist.config.schema import Config, DataConfig, SourceConfig, Zero3Sharding
 from sft_dist.config.shape import OTHER_NAMES
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.prepared import open_prepared, prepare
@@ -51,6 +51,16 @@ def test_a_revision_of_a_folder_has_no_effect(tmp_path: Path) -> None:
 def test_a_template_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.chat_template: the file chatml does not exist"):
         preflight(config(tmp_path, chat_template="chatml"))
+
+
+def test_a_deepspeed_file_that_is_not_there_or_wrong(tmp_path: Path) -> None:
+    there, file = config(tmp_path), tmp_path / "ds.json"
+    wanted = {"sharding": Zero3Sharding(strategy="zero3", deepspeed_config=str(file))}
+    with pytest.raises(ConfigError, match=r"the DeepSpeed file .*ds\.json cannot be read"):
+        preflight(there.model_copy(update=wanted))
+    file.write_text('{"gradient_clipping": 1.0}')
+    with pytest.raises(ConfigError, match=r"gradient_clipping is 1\.0, but optim\.max_grad_norm decides it"):
+        preflight(there.model_copy(update=wanted))
 
 
 @pytest.mark.parametrize("which", ["train", "eval"])

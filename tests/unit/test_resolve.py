@@ -79,7 +79,7 @@ def test_a_run_is_frozen_and_holds_no_tensor(tiny_base: Path) -> None:
 
 def test_the_description_imports_no_torch() -> None:
     code = (
-        "import sys, sft_dist.run, sft_dist.resolve, sft_dist.data.batch, sft_dist.model.spec, sft_dist.sharding.spec;"
+        "import sys, sft_dist.run, sft_dist.resolve, sft_dist.runtime.accelerate_environment, sft_dist.data.batch, sft_dist.model.spec, sft_dist.sharding.spec;"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,1 @@
+"""What a run will take, and what to do where the configuration says ``auto``."""

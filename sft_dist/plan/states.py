@@ -1,0 +1,112 @@
+"""Bytes that a rank holds, counted from the description of a run; activations by an upper estimate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sft_dist.config.deepspeed import Zero3Knobs
+from sft_dist.config.schema import AdamWConfig, FullMethod, OptimConfig
+from sft_dist.model.build import describe_model
+from sft_dist.model.loss import CHUNK_BYTES
+from sft_dist.model.spec import DTYPE_BYTES, ModelSpec
+from sft_dist.run import ZERO_STAGES, Run
+from sft_dist.sharding import registry
+
+GIB = 2**30
+
+# Beside its linear layers' inputs and outputs a block keeps norms, rotated heads and the product before down_proj.
+ACTIVATION_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """One rank's share between steps, in bytes, without what is in host memory.
+
+    Args:
+        parameters: as stored, with all buffers (quantisation state, rotary frequencies).
+        gradients: as long as they are accumulated.
+        optimizer: its states, and its master weights where these are not the parameters themselves.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def state_bytes(run: Run) -> StateBytes:
+    """Of rank 0, which holds no less than any other rank under every strategy."""
+    spec = registry.describe(run, 0)
+    numel, kinds = spec.optimizer_numel, num_state_kinds(run.optim)
+    master = DTYPE_BYTES[spec.optimizer_dtype]
+    parameters = 0 if "parameters" in spec.on_host else spec.parameter_bytes
+    if run.strategy not in ZERO_STAGES:
+        gradients = sum(p.local_bytes for p in spec.parameters if p.requires_grad)
+        return StateBytes(parameters + run.model.buffer_bytes, gradients, kinds * numel * master)
+    if "optimizer" in spec.on_host:  # gradients go there as they are reduced
+        return StateBytes(parameters + run.model.buffer_bytes, 0, 0)
+    # DeepSpeed accumulates in fp32: stage 1 whole gradients, the others what this rank's optimizer updates.
+    gradients = DTYPE_BYTES["fp32"] * (run.model.num_trainable if run.strategy == "zero1" else numel)
+    return StateBytes(parameters + run.model.buffer_bytes, gradients, (1 + kinds) * numel * master)
+
+
+def num_state_kinds(optim: OptimConfig) -> int:
+    """States of the optimizer for each element: AdamW has two, SGD one with momentum."""
+    return 2 if isinstance(optim, AdamWConfig) else int(optim.momentum > 0)
+
+
+def gather_bytes(run: Run) -> int:
+    """Whole weights in ``compute`` that live beside the shards while a step runs.
+
+    FSDP2 and ZeRO-3: two blocks (one runs, the next is fetched) and the root, at most. DDP keeps the cast of every
+    trainable weight until backward has used it.
+    """
+    width = DTYPE_BYTES[run.model.compute]
+    if run.strategy == "ddp":
+        return 0 if run.precision.master == run.precision.compute else run.model.num_trainable * width
+    buckets = 0
+    if run.deepspeed is not None:
+        largest = 2 * run.deepspeed.reduce_bucket_size  # one is reduced while the next fills
+        buckets = DTYPE_BYTES[run.precision.compute] * min(largest, 2 * run.model.num_trainable)
+        if not isinstance(run.deepspeed, Zero3Knobs):
+            return buckets
+    by_block = dict.fromkeys(run.model.blocks, 0)
+    root = 0
+    for parameter in run.model.parameters:
+        if parameter.block is None:
+            root += parameter.numel
+        else:
+            by_block[parameter.block] += parameter.numel
+    two_largest = sum(sorted(by_block.values())[-2:])
+    return (two_largest + root) * width + buckets
+
+
+def activation_bytes(run: Run) -> int:
+    """An upper estimate of what forward keeps for backward when no block is recomputed, for the longest micro-batch.
+
+    For each token and layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers, adapters
+    among them, in ``compute``; and the logits of one chunk of the loss with their gradient.
+    """
+    model = run.model
+    width = sum(sum(shape) for shape in _linear_layers(model))
+    tokens = run.batch.micro_batch_size * run.batch.max_seq_len
+    logits = 2 * min(CHUNK_BYTES, tokens * model.vocab_size * DTYPE_BYTES["fp32"])
+    return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + logits
+
+
+def _linear_layers(model: ModelSpec) -> list[tuple[int, ...]]:
+    """(out, in) of every linear layer inside a block. NF4 weights have lost their shape: the base is described anew."""
+    base = describe_model(model.path, model.revision, FullMethod(), model.compute)
+    layers: list[tuple[int, ...]] = [p.shape for p in base.parameters if p.block is not None and len(p.shape) == 2]
+    if not isinstance(model.method, FullMethod):
+        layers += [p.shape for p in model.trainable if p.block is not None and len(p.shape) == 2]
+    return layers
+
+
+def with_world_size(run: Run, size: int) -> Run:
+    """The same run on ``size`` ranks of one node."""
+    world = replace(run.world, num_nodes=1, ranks_per_node=size)
+    return replace(run, world=world, batch=replace(run.batch, world_size=size))

@@ -1,0 +1,28 @@
+"""Memory of the device that one process has to itself."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from sft_dist.runtime.world import World
+
+
+def memory_bytes(world: World, device: torch.device) -> int:
+    """All memory of this rank's GPU; on a CPU, the machine's divided by the processes on this node."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return physical // world.shape.ranks_per_node
+
+
+def least_memory_bytes(world: World, device: torch.device) -> int:
+    """The smallest ``memory_bytes`` of all ranks, on every rank: what is decided by it must be decided alike.
+
+    Needs the process group; every rank calls it.
+    """
+    least = torch.tensor(memory_bytes(world, device), dtype=torch.int64)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
