@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sft_dist.config.deepspeed import load_knobs
+from sft_dist.config.deepspeed import check_effect, load_knobs
 from sft_dist.config.schema import AutoSharding, Config, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.run import ZERO_STAGES, BatchPlan, Precision, Run
 from sft_dist.runtime.world import WorldShape
@@ -26,6 +26,7 @@ def resolve(config: Config, world: WorldShape) -> Run:
     deepspeed = None
     if isinstance(sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding):
         deepspeed = load_knobs(sharding.deepspeed_config, ZERO_STAGES[sharding.strategy])
+        check_effect(deepspeed, ZERO_STAGES[sharding.strategy], config.precision.compute)
     return Run(
         model=describe_model(config.model.path, config.model.revision, config.method, config.precision.compute),
         world=world,

@@ -107,7 +107,11 @@ class Zero(Strategy):
         raise RuntimeError(f"{type(self.optimizer).__name__} keeps its master weights where we do not know them")
 
     def parts_on_host(self) -> frozenset[HostPart]:
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
         optimizer: Any = self.optimizer
+        if isinstance(optimizer, BF16_Optimizer):  # stage 1 in bf16; it cannot offload
+            return frozenset()
         parts: set[HostPart] = set()
         if optimizer.offload_optimizer if self.stage == 3 else optimizer.cpu_offload:
             parts.add("optimizer")

@@ -57,6 +57,19 @@ def test_the_same_losses_as_ddp(world: World, tiny_base: Path, strategy: str, me
     assert_sharded_as_described(cfg, trained)
 
 
+@pytest.mark.parametrize("strategy", OFFLOADS)
+def test_in_bf16_too(world: World, tiny_base: Path, strategy: str) -> None:
+    """Tolerances as in the parity test: regrouped micro-batches regroup bf16's roundings."""
+    bf16 = {"precision": {"compute": "bf16"}}
+    cfg = offloaded(tiny_base, "full", strategy, **ACCUMULATED, **bf16)
+    trained = world(2).run(cells.train, cells.dump(cfg))
+    reference = world(1).run(
+        cells.train, cells.dump(cells.config(str(tiny_base), "full", "ddp", **ACCUMULATED, **bf16))
+    )[0]
+    np.testing.assert_allclose(trained[0].losses, reference.losses, rtol=1e-2)
+    assert_sharded_as_described(cfg, trained)
+
+
 def what_deepspeed_did(text: str) -> tuple[list[str], bool, str, set[str]]:
     """Parts on the host as the optimizer has them, the engine's own answer, who steps, and devices of the masters."""
     _, strategy = cells.start(Config.model_validate(yaml.safe_load(text)))

@@ -117,6 +117,26 @@ def test_a_stated_knob_reaches_the_engine(tiny_base: Path, tmp_path: Path) -> No
     assert (given["overlap_comm"], given["reduce_bucket_size"]) == (True, 7)
 
 
+def test_knobs_that_stage_1_does_not_read_in_bf16(tiny_base: Path) -> None:
+    def resolved(strategy: str, compute: str, **knobs: Any) -> None:
+        sharding = {"strategy": strategy, "deepspeed_config": zero(**knobs)}
+        resolve(
+            config(str(tiny_base), "full", strategy, sharding=sharding, precision={"compute": compute}), WorldShape()
+        )
+
+    resolved("zero1", "fp32", reduce_bucket_size=7)
+    resolved("zero2", "bf16", reduce_bucket_size=7)
+    resolved("zero1", "bf16", allgather_bucket_size=8, reduce_scatter=True)
+    resolved("zero1", "bf16", reduce_bucket_size=7, offload_optimizer={"device": "cpu"})
+    with pytest.raises(ConfigError) as caught:
+        resolved("zero1", "bf16", reduce_bucket_size=7)
+    assert caught.value.what == (
+        "zero_optimization.reduce_bucket_size has no effect in stage 1 with precision.compute bf16, unless the optimizer "
+        "is offloaded"
+    )
+    assert caught.value.fix == "remove zero_optimization.reduce_bucket_size, or set sharding.strategy to zero2"
+
+
 # What another trainer's file may hold
 
 
