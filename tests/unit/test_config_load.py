@@ -198,7 +198,7 @@ def test_wrong_override(error: Callable[..., tuple[str, str]], override: str, wh
             "3: 4",
             "run.yaml: 3 is not a key",
             "remove it; the keys here are model, method, data, sharding, precision, activation_checkpointing, optim, "
-            "train, eval, logging, output_dir",
+            "train, eval, checkpoint, logging, output_dir",
         ),
     ],
 )
@@ -223,7 +223,7 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
     assert what.splitlines() == [
         "run.yaml: model.path is missing; add model.path: text (Folder in Hugging Face layout, or a hub id that is in "
         "the local hub cache or reachable.)",
-        "run.yaml: output_dir is missing; add output_dir: text (Run directory; must not hold another run.)",
+        "run.yaml: output_dir is missing; add output_dir: text (Run directory; must not hold another run, unless that run is resumed.)",
     ]
     assert fix == "correct these 2 places; `sft-dist config schema` describes every key"
 
