@@ -1,11 +1,11 @@
 # Every target sets up .venv first and does nothing about it when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-ci test-full lint format clean
 
 # ninja, which DeepSpeed calls to compile its operators, is a program of the environment.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Tests start several processes; without this each would use every core, and they would wait for each other.
-test: export OMP_NUM_THREADS ?= 1
+test test-ci test-full: export OMP_NUM_THREADS ?= 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,7 +16,13 @@ setup:  ## make or update .venv
 demo: setup  ## train a small model from nothing on this machine and show what it learned
 	.venv/bin/python -m sft_dist.demo
 
-test: lint  ## everything that must pass before a change is merged
+test: lint  ## everything that must pass before a change is merged: the whole project, in some minutes
+	.venv/bin/python -m pytest -q -m "not ci and not full" --durations=15
+
+test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests
+	.venv/bin/python -m pytest -q -m ci --durations=15
+
+test-full: lint  ## all tests, those that take minutes too
 	.venv/bin/python -m pytest -q --durations=15
 
 lint: setup  ## style, types and layers

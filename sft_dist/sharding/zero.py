@@ -221,9 +221,15 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed without its shared-memory collectives, which compile for a minute at the first start; gloo serves."""
+    """DeepSpeed without what a CPU has no use for.
+
+    Its shared-memory collectives compile for a minute at the first start, and gloo serves; its NVTX ranges, thousands a
+    step, tell a profiler of GPUs where a call begins.
+    """
     import deepspeed
     import deepspeed.ops
+    import deepspeed.utils.nvtx
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.nvtx.enable_nvtx = torch.cuda.is_available()
     return deepspeed

@@ -126,6 +126,7 @@ TURNED_3 = {
 }  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["full", "qlora"])
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_turned_knobs_change_nothing_but_the_way(world: World, tiny_base: Path, strategy: str, method: str) -> None:

@@ -86,7 +86,10 @@ def checkpoint(folder: Path, step: int = STOP) -> str:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", "fsdp2", "zero1", "zero2", "zero3", pytest.param("zero2 offload", marks=pytest.mark.ci), "zero3 offload"],
+)
 def test_resumed_equals_uninterrupted(
     world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str, method: str
 ) -> None:
@@ -121,12 +124,12 @@ def uninterrupted(world: Worlds, tiny_base: Path, tmp_path_factory: pytest.TempP
     [
         "full: fsdp2x2 -> fsdp2x1",
         "full: fsdp2x2 -> fsdp2x3",
-        "full: zero1x2 -> zero1x1",
+        pytest.param("full: zero1x2 -> zero1x1", marks=pytest.mark.ci),
         "full: zero1x2 -> zero1x3",
         "full: zero2x3 -> zero2x2",
-        "full: zero3x2 -> zero3x1",
+        pytest.param("full: zero3x2 -> zero3x1", marks=pytest.mark.ci),
         "full: zero3x2 -> zero3x3",
-        "full: ddpx2 -> ddpx3",
+        pytest.param("full: ddpx2 -> ddpx3", marks=pytest.mark.ci),
         "full: fsdp2x2 -> zero3x2 -> ddpx1",
         "qlora: fsdp2x2 -> zero3x2 -> ddpx1",
         "lora: zero1x3 -> fsdp2x2 -> zero2x2",

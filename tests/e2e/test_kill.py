@@ -105,6 +105,17 @@ def torture(base: Path, folder: Path, strategy: str, method: str, kills: int, se
     return table
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
+def test_under_every_strategy(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str, method: str
+) -> None:
+    table = torture(tiny_base, tmp_path, strategy, method, kills=8, seed=11)
+    with capsys.disabled():
+        print("", *table, sep="\n")
+
+
 def test_ten_kills_lose_nothing(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = torture(tiny_base, tmp_path, "fsdp2", "lora", kills=10, seed=7)
     with capsys.disabled():

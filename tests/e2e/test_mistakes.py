@@ -35,6 +35,7 @@ def train(tmp_path: Path, tiny_base: Path, capfd: pytest.CaptureFixture[str]) ->
             "data": {"train": [{"path": str(data)}], "max_seq_len": 128},
             "precision": {"compute": "fp32"},
             "train": {"global_batch_size": 2, "max_steps": 1},
+            "checkpoint": {"prove_final": False},
             "logging": {"wandb": {"mode": "disabled"}},
             "output_dir": str(tmp_path / "run"),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +182,11 @@ def test_a_fresh_process_says_so(tiny_base: Path, tmp_path: Path, monkeypatch: p
         prove_artefact(*arguments)
     assert caught.value.exit_code == 5
     assert artefact.folder.is_dir()
-    shutil.move(artefact.folder / "adapter_model.safetensors", tmp_path)
+
+
+@pytest.mark.ci
+def test_an_artefact_that_does_not_load_is_said_so(tiny_base: Path, tmp_path: Path) -> None:
+    artefact = trained(tiny_base, tmp_path, "lora")
+    (artefact.folder / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="it does not load: "):
-        prove_artefact(*arguments)
+        prove_artefact(artefact.folder, artefact.spec, artefact.weights, artefact.probes, artefact.sample)

@@ -56,7 +56,7 @@ def config(model: str, method: str = "full", strategy: str = "ddp", **sections: 
         "precision": {"compute": "fp32"},
         "activation_checkpointing": {"mode": "full"},
         "optim": {"lr": 3e-3, "max_grad_norm": 0.5, "weight_decay": 0.1, "warmup_ratio": 0.2},
-        "train": {"global_batch_size": 7, "micro_batch_size": 2, "max_steps": 10, "seed": 3},
+        "train": {"global_batch_size": 7, "micro_batch_size": 2, "max_steps": 6, "seed": 3},
         "output_dir": "unused",
     }
     for name, section in sections.items():

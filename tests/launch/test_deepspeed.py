@@ -30,6 +30,7 @@ def test_processes_and_their_arguments(launch: Launch) -> None:
     assert sorted(printed) == [" ".join(words) for words in expected]
 
 
+@pytest.mark.ci
 def test_a_machine_of_a_host_file(launch: Launch, tmp_path: Path) -> None:
     """The second of two machines, without ssh: it starts its own processes, and they know the shape of the whole."""
     (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
@@ -78,6 +79,7 @@ def test_the_cause_counts_and_not_the_process_that_lost_its_peer(launch: Launch)
     assert finished.stderr == "[rank 1] error: loss is nan\n[rank 1]   fix: lower optim.lr\n"
 
 
+@pytest.mark.ci
 def test_a_killed_process_and_a_preempted_one(launch: Launch) -> None:
     killed = launch(
         *(*TWO, "train", "run.yaml"),

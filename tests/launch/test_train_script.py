@@ -34,20 +34,6 @@ def test_a_local_rank_that_contradicts_the_environment(launch: Launch) -> None:
     )
 
 
-def test_torchrun(launch: Launch) -> None:
-    options = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
-    ended = launch(str(BIN / "torchrun"), *options, SCRIPT, "run.yaml", "train.seed=7", in_each_process=SHOWN)
-    assert ended.returncode == 0
-    assert sorted(ended.stdout.splitlines()) == ["0 0 2 7", "1 1 2 7"]
-
-
-def test_accelerate(launch: Launch) -> None:
-    options = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-    ended = launch(str(BIN / "accelerate"), *options, SCRIPT, "run.yaml", "train.seed=7", in_each_process=SHOWN)
-    assert ended.returncode == 0
-    assert sorted(ended.stdout.splitlines()) == ["0 0 2 7", "1 1 2 7"]
-
-
 def test_deepspeed_which_inserts_the_local_rank(launch: Launch) -> None:
     ended = launch(
         *(
