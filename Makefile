@@ -4,11 +4,15 @@
 
 # ninja, which DeepSpeed calls to compile its operators, is a program of the environment.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Files are dealt to several processes; the tests of one share what is costly to make. Each has its own warm worlds, so
+# more processes than this cost more than they save.
+PYTEST := .venv/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --durations=15
+
 # Tests start several processes; without this each would use every core, and they would wait for each other.
 test test-ci test-full: export OMP_NUM_THREADS ?= 1
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## make or update .venv
 	@scripts/setup_venv.sh
@@ -17,13 +21,13 @@ demo: setup  ## train a small model from nothing on this machine and show what i
 	.venv/bin/python -m sft_dist.demo
 
 test: lint  ## everything that must pass before a change is merged: the whole project, in some minutes
-	.venv/bin/python -m pytest -q -m "not ci and not full" --durations=15
+	$(PYTEST) -m "not ci and not full"
 
 test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests
-	.venv/bin/python -m pytest -q -m ci --durations=15
+	$(PYTEST) -m ci
 
 test-full: lint  ## all tests, those that take minutes too
-	.venv/bin/python -m pytest -q --durations=15
+	$(PYTEST)
 
 lint: setup  ## style, types and layers
 	.venv/bin/ruff check .

@@ -1,29 +1,36 @@
 from __future__ import annotations
 
 import os
-import statistics
 
 # Read when huggingface_hub is imported: no test may reach out.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.helpers import pool
+from tests.helpers import figures
 from tests.helpers.pool import WorldPool
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes that run tests: hands its figures to the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = (figures.cell_seconds, figures.lines)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    cell_seconds, lines = getattr(node, "workeroutput", {}).get("figures", ([], []))
+    figures.cell_seconds.extend((duration, function) for duration, function in cell_seconds)
+    figures.lines.extend(lines)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tells how long the cells of the warm worlds took."""
-    if pool.cell_seconds:
-        seconds = sorted(duration for duration, _ in pool.cell_seconds)
-        slowest, where = max(pool.cell_seconds)
-        terminalreporter.write_line(
-            f"warm worlds: {len(seconds)} cells, median {statistics.median(seconds):.2f} s, "
-            f"{sum(s <= 2 for s in seconds) / len(seconds):.0%} within 2 s, slowest {slowest:.1f} s ({where})"
-        )
+    for line in figures.summary():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 from sft_dist.checkpoint.manifest import Manifest
 from sft_dist.checkpoint.proof import verify_files
 from sft_dist.checkpoint.store import complete_checkpoints
-from tests.helpers import cells
+from tests.helpers import cells, figures
 from tests.helpers.ranks import Ranks
 
 STEPS, EVERY = 60, 2
@@ -108,16 +108,12 @@ def torture(base: Path, folder: Path, strategy: str, method: str, kills: int, se
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["full", "qlora"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
-def test_under_every_strategy(
-    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str, method: str
-) -> None:
+def test_under_every_strategy(tiny_base: Path, tmp_path: Path, strategy: str, method: str) -> None:
     table = torture(tiny_base, tmp_path, strategy, method, kills=8, seed=11)
-    with capsys.disabled():
-        print("", *table, sep="\n")
+    figures.lines += table
 
 
-def test_ten_kills_lose_nothing(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ten_kills_lose_nothing(tiny_base: Path, tmp_path: Path) -> None:
     table = torture(tiny_base, tmp_path, "fsdp2", "lora", kills=10, seed=7)
-    with capsys.disabled():
-        print("", *table, sep="\n")
+    figures.lines += table
     assert sum("unfinished" in line for line in table) >= 1, "at least one kill was in a save"

@@ -20,10 +20,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-CELL_TIMEOUT_S = 180
+from tests.helpers import figures
 
-# (duration, function) of every cell that any world has run.
-cell_seconds: list[tuple[float, str]] = []
+CELL_TIMEOUT_S = 180
 
 # What a rank may take after another one has failed, before it counts as waiting for that one in a collective.
 GRACE_S = 5
@@ -81,7 +80,7 @@ class WorldPool:
             # Peers of a failed rank may be out of step in their collectives.
             self.close()
             raise AssertionError("\n".join(failures))
-        cell_seconds.append((time.perf_counter() - started, f"{function.__module__}.{function.__qualname__}"))
+        figures.cell_seconds.append((time.perf_counter() - started, f"{function.__module__}.{function.__qualname__}"))
         return [answers[rank][0] for rank in range(self.size)]
 
     @property

@@ -94,7 +94,7 @@ def test_what_is_derived(tiny_base: Path) -> None:
     assert run.batch.gradient_accumulation_steps == 1
     assert (run.precision.compute, run.precision.master, run.precision.reduce) == ("bf16", "fp32", "bf16")
     assert (run.model.compute, run.model.method, run.optim, run.seed) == ("bf16", cfg.method, cfg.optim, 3)
-    assert (run.num_epochs, run.max_steps, run.output_dir) == (None, 10, "unused")
+    assert (run.num_epochs, run.max_steps, run.output_dir) == (None, 6, "unused")
 
 
 @pytest.mark.parametrize(
