@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import Manifest
+from sft_dist.config.schema import Config
+from sft_dist.config.text import read_yaml
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.train.preflight import AUTO, NEVER, holds_a_run
+
+# Where a run is and what watches it changes nothing about the run.
+PLACES = ("output_dir", "logging.")
 
 
 def checkpoints_folder(output_dir: str) -> Path:
@@ -22,7 +29,7 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
         resume: ``never``; ``auto``: the newest complete one of the run directory, if there is any; or a path.
 
     Raises:
-        ConfigError: the path is behind the run in ``output_dir``, or that run is another one.
+        ConfigError: the path is behind the run in ``output_dir``, or that run is another one, or is finished.
         CheckpointError: the path is no checkpoint.
     """
     folder = checkpoints_folder(output_dir)
@@ -30,6 +37,11 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
     if resume == NEVER:
         return None
     if resume == AUTO:
+        if not own and (Path(output_dir) / "final").exists():
+            raise ConfigError(
+                f"--resume {AUTO}: {output_dir} has final/ of a finished run and no checkpoint to go on from",
+                fix="set another output_dir",
+            )
         return own[-1] if own else None
     wanted = Path(resume)
     completed = Manifest.read(wanted).completed_steps
@@ -46,6 +58,25 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
             fix=f"set another output_dir, or say --resume {AUTO}, or move the newer checkpoints away",
         )
     return wanted
+
+
+def changed_settings(checkpoint: Path, config: Config) -> list[str]:
+    """``key: before -> now`` for every setting that is not what it was when the checkpoint was written.
+
+    Those that decide what a run learns are refused before (``Identity``); these are for the user to know.
+    """
+    before = dict(_flat(read_yaml((checkpoint / "config.yaml").read_text(encoding="utf-8"))))
+    now = dict(_flat(config.model_dump(mode="json")))
+    keys = sorted(key for key in before.keys() | now.keys() if not key.startswith(PLACES))
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, inner
 
 
 def check_position(manifest: Manifest, order: TrainingOrder, *, num_steps: int, checkpoint: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sft_dist.checkpoint.artefact import prove_artefact, take_probes
@@ -40,7 +41,7 @@ from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.loop import Training
 from sft_dist.train.preflight import NEVER, check_run_directory
-from sft_dist.train.resume import check_position, checkpoints_folder, find_checkpoint
+from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
 from sft_dist.train.summary import notices, summary
 
 
@@ -127,6 +128,8 @@ def train(
             logger.say(summary(run, spec, train_data, eval_data, num_steps=num_steps))
             if start is not None:
                 logger.say(f"resumed   {start}: {completed:,} steps are behind it")
+                for line in changed_settings(start, config):
+                    logger.say(f"[yellow]changed   {escape(line)}")
         Training(
             run, world, device, strategy, spec, order, eval_data, logger, checkpointer,
             num_steps=num_steps, completed=completed,

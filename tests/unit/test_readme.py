@@ -12,6 +12,7 @@ from sft_dist.config.load import load_config
 from sft_dist.config.schema import SourceConfig
 from sft_dist.config.validate import validate
 from sft_dist.data.sources import read_source
+from sft_dist.launch.command import split_resume
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,10 +23,10 @@ def test_the_configuration_and_the_commands_are_valid(name: str, tmp_path: Path)
     (tmp_path / "support.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.S)[0], encoding="utf-8")
     commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("launch/torchrun.sh")]
     commands = [command for command in commands if "support.yaml" in command]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
-        overrides = command[command.index("support.yaml") + 1 :]
-        validate(load_config(tmp_path / "support.yaml", overrides))
+        _, rest = split_resume(command[command.index("train") + 1 :])
+        validate(load_config(tmp_path / rest[0], rest[1:]))
 
 
 def test_both_readmes_show_the_same_settings() -> None:

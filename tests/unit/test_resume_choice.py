@@ -9,10 +9,12 @@ import pytest
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
+from sft_dist.config.load import dump_config
+from sft_dist.config.schema import Config
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.train.resume import check_position, find_checkpoint
+from sft_dist.train.resume import changed_settings, check_position, find_checkpoint
 from tests.helpers import cells
 
 
@@ -35,6 +37,29 @@ def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
     store.reject(store.begin(tmp_path / "checkpoints", 105))
     assert find_checkpoint("auto", str(tmp_path)) == tmp_path / "checkpoints/step-00000100"
     assert find_checkpoint("never", str(tmp_path)) is None
+
+
+def test_auto_does_not_overwrite_what_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    with pytest.raises(ConfigError, match="has final/ of a finished run and no checkpoint"):
+        find_checkpoint("auto", str(tmp_path))
+    assert find_checkpoint("auto", str(make(tmp_path, 3).parents[1])) is not None
+
+
+def test_what_was_changed_is_told(tmp_path: Path) -> None:
+    before = cells.config("m", "lora", "ddp")
+    (tmp_path / "config.yaml").write_text(dump_config(before))
+    assert changed_settings(tmp_path, before) == []
+    now = before.model_dump(mode="json")
+    now["optim"]["lr"] = 1e-4
+    now["sharding"] = {"strategy": "fsdp2"}
+    now["output_dir"] = "elsewhere"
+    now["logging"]["wandb"]["mode"] = "disabled"
+    assert changed_settings(tmp_path, Config.model_validate(now)) == [
+        "optim.lr: 0.003 -> 0.0001",
+        "sharding.reshard_after_forward: None -> True",
+        "sharding.strategy: ddp -> fsdp2",
+    ]
 
 
 def test_more_than_eight_digits_are_newer(tmp_path: Path) -> None:
