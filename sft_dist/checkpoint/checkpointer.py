@@ -84,7 +84,7 @@ class Checkpointer:
         store.prune(self.folder, keep_last=self.keep_last)
 
     def load(self, checkpoint: Path, strategy: Strategy) -> Manifest:
-        """Verifies a checkpoint and puts its state into ``strategy``, on any number of ranks.
+        """Verifies the files of a checkpoint and puts its state into ``strategy``, on any number of ranks.
 
         Raises:
             ConfigError: it belongs to another run.

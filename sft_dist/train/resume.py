@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.checkpoint import store
-from sft_dist.checkpoint.manifest import Manifest
+from sft_dist.checkpoint.manifest import Identity, Manifest
 from sft_dist.config.schema import Config
 from sft_dist.config.text import read_yaml
 from sft_dist.data.loader import TrainingOrder
@@ -79,13 +79,22 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, inner
 
 
-def check_position(manifest: Manifest, order: TrainingOrder, *, num_steps: int, checkpoint: Path) -> None:
-    """The next step must train the sequences that the checkpoint expects.
+def check_position(checkpoint: Path, identity: Identity, order: TrainingOrder, *, num_steps: int) -> int:
+    """Compares a checkpoint with the run that is to go on from it, before anything expensive is built.
+
+    Args:
+        identity: of this run.
+        order: of its data: the next step must train the sequences that the checkpoint expects.
+
+    Returns:
+        the steps that are behind the checkpoint.
 
     Raises:
-        ConfigError: the run would end before the checkpoint.
-        CheckpointError: the order of the data is another one.
+        ConfigError: it belongs to another run, or the run would end before it.
+        CheckpointError: it is damaged, or the order of the data is another one.
     """
+    manifest = Manifest.read(checkpoint)
+    manifest.identity.require_same(identity, checkpoint=checkpoint)
     completed = manifest.completed_steps
     if completed > num_steps:
         raise ConfigError(
@@ -100,3 +109,4 @@ def check_position(manifest: Manifest, order: TrainingOrder, *, num_steps: int, 
                 f"{checkpoint}: step {completed + 1} would train other sequences than those it was to train",
                 fix="resume with the version of sft_dist and numpy that wrote it",
             )
+    return completed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from sft_dist.checkpoint.artefact import prove_artefact, take_probes
 from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.fresh_process import digest
 from sft_dist.checkpoint.identity import identity_of
-from sft_dist.checkpoint.manifest import Manifest
 from sft_dist.checkpoint.store import sweep
 from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
@@ -58,15 +58,37 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
     world = World.from_environment()
     device = device_of(world)
     with process_group(world, device) as store:
+        process = Process(world, device, store)
         config, run = decide(config, world, device)
         renderer = load_renderer(run.model.path, run.model.revision, run.data.chat_template)
         found = run_on_main_first(world, store, "prepare", lambda: prepare_run(run, renderer, resume))
-        train_data, eval_data = open_data(run)
-        start = None if found is None else Path(found)
-        # Now, because after days of training the file may be gone.
-        sample = renderer.sample(next(read_source(run.data.train[0]))) if world.is_main else None
-        train(run, world, device, store, train_data, eval_data, renderer, config, sample, start=start)
+        inputs = open_inputs(run, renderer, is_main=world.is_main)
+        train(run, config, process, inputs, start=None if found is None else Path(found))
         dist.barrier()
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process: its place among its peers, its accelerator, and the store that all of them share."""
+
+    world: World
+    device: torch.device
+    store: dist.Store
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is ready before the model is built.
+
+    Args:
+        eval_data: held-out rows, or None.
+        sample: a row through the chat template, on rank 0. Kept, because after days of training its file may be gone.
+    """
+
+    train_data: PreparedData
+    eval_data: PreparedData | None
+    renderer: ChatRenderer
+    sample: TemplateSample | None
 
 
 def decide(config: Config, world: World, device: torch.device) -> tuple[Config, Run]:
@@ -83,100 +105,75 @@ def decide(config: Config, world: World, device: torch.device) -> tuple[Config, 
     return choice.config, run
 
 
-def train(
-    run: Run,
-    world: World,
-    device: torch.device,
-    store: dist.Store,
-    train_data: PreparedData,
-    eval_data: PreparedData | None,
-    renderer: ChatRenderer,
-    config: Config,
-    sample: TemplateSample | None,
-    *,
-    start: Path | None = None,
-) -> None:
+def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: Path | None = None) -> None:
     """Build -> shard -> verify -> resume -> loop -> export -> proof.
 
     Args:
-        sample: a row through the chat template, on rank 0.
+        config: that ``run`` was resolved from.
         start: the checkpoint to go on from.
     """
-    order = TrainingOrder(train_data, run.batch, run.seed)
-    num_steps = run.num_steps(train_data.num_sequences)
-    if start is not None and _is_finished(run, Manifest.read(start), num_steps):
+    world, final = process.world, Path(run.output_dir) / "final"
+    order = TrainingOrder(inputs.train_data, run.batch, run.seed)
+    num_steps = run.num_steps(inputs.train_data.num_sequences)
+    identity = identity_of(run, inputs.train_data)
+    completed = 0 if start is None else check_position(start, identity, order, num_steps=num_steps)
+    if completed == num_steps and final.exists():
         if world.is_main:
-            print(f"{run.output_dir} is finished: all {num_steps} steps are trained, final/ is there")
+            print(f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there")
         return
-    strategy = registry.apply(run, build_model(run.model, seed=run.seed), device)
+    strategy = registry.apply(run, build_model(run.model, seed=run.seed), process.device)
     spec = registry.describe(run, world.rank)
     verify_sharding(strategy, spec)
     checkpointer = Checkpointer(
         checkpoints_folder(run.output_dir),
         keep_last=run.checkpoint.keep_last,
-        identity=identity_of(run, train_data),
+        identity=identity,
         strategy_name=run.strategy,
         settings=dump_config(config),
     )
-    completed = 0
     if start is not None:
-        manifest = checkpointer.load(start, strategy)
-        check_position(manifest, order, num_steps=num_steps, checkpoint=start)
-        completed = manifest.completed_steps
+        checkpointer.load(start, strategy)
     with _logger(run, world, config, num_steps, completed) as logger:
         if logger is not None:
-            logger.say(summary(run, spec, train_data, eval_data, num_steps=num_steps))
+            logger.say(summary(run, spec, inputs.train_data, inputs.eval_data, num_steps=num_steps))
             if start is not None:
                 logger.say(f"resumed   {start}: {completed:,} steps are behind it")
                 for line in changed_settings(start, config):
                     logger.say(f"[yellow]changed   {escape(line)}")
         Training(
-            run, world, device, strategy, spec, order, eval_data, logger, checkpointer,
+            run, world, process.device, strategy, spec, order, inputs.eval_data, logger, checkpointer,
             num_steps=num_steps, completed=completed,
         ).train()  # fmt: skip
-        _finish(run, world, device, store, strategy, train_data, renderer, sample)
+        _write_artefact(final, run, process, inputs, strategy)
         if logger is not None:
-            logger.say(f"saved {Path(run.output_dir) / 'final'}" + _proven(run))
+            logger.say(f"saved {final}{_proven(run)}")
     strategy.close()
-
-
-def _is_finished(run: Run, manifest: Manifest, num_steps: int) -> bool:
-    return manifest.completed_steps == num_steps and (Path(run.output_dir) / "final").exists()
 
 
 def _proven(run: Run) -> str:
     return ", proven in a fresh process" if run.checkpoint.prove_final else ", not proven (checkpoint.prove_final)"
 
 
-def _finish(
-    run: Run,
-    world: World,
-    device: torch.device,
-    store: dist.Store,
-    strategy: Strategy,
-    train_data: PreparedData,
-    renderer: ChatRenderer,
-    sample: TemplateSample | None,
-) -> None:
-    """Writes ``final/``, which gets its name when a fresh process has found the trained model in it.
+def _write_artefact(final: Path, run: Run, process: Process, inputs: Inputs, strategy: Strategy) -> None:
+    """Exports the trained model, which is called ``final`` when a fresh process has found it in the files.
 
     Raises:
         CheckpointError: it cannot be written, or is not the trained model; it then stays as ``final.unfinished``.
     """
-    final = Path(run.output_dir) / "final"
-    probes = take_probes(strategy, train_data, device) if run.checkpoint.prove_final else []
+    probes = take_probes(strategy, inputs.train_data, process.device) if run.checkpoint.prove_final else []
     parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
-    saved = export(final, run.model, strategy.model, parameters, renderer.tokenizer, is_main=world.is_main)
+    tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
+    saved = export(final, run.model, strategy.model, parameters, tokenizer, is_main=is_main)
     weights = {name: digest(tensor) for name, tensor in saved.items()}
     saved.clear()  # the fresh process needs the room
 
     def prove_and_publish() -> None:
         if run.checkpoint.prove_final:
-            assert sample is not None
-            prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, sample)
+            assert inputs.sample is not None
+            prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, inputs.sample)
         publish(final)
 
-    run_on_main_first(world, store, "final", prove_and_publish)
+    run_on_main_first(process.world, process.store, "final", prove_and_publish)
 
 
 @contextmanager
@@ -229,15 +226,19 @@ def _prepare_data(run: Run, renderer: ChatRenderer, name: str) -> None:
         console.print(f"[yellow]data.{name}: {line}", soft_wrap=True)
 
 
-def open_data(run: Run) -> tuple[PreparedData, PreparedData | None]:
-    """Maps what rank 0 prepared: the training rows, and the held-out rows if there are any.
+def open_inputs(run: Run, renderer: ChatRenderer, *, is_main: bool) -> Inputs:
+    """Maps what rank 0 prepared.
 
     Raises:
         ConfigError: this node does not see the files.
     """
     try:
-        train_data = open_prepared(_data_folder(run, "train"))
-        return train_data, open_prepared(_data_folder(run, "eval")) if run.data.eval else None
+        return Inputs(
+            train_data=open_prepared(_data_folder(run, "train")),
+            eval_data=open_prepared(_data_folder(run, "eval")) if run.data.eval else None,
+            renderer=renderer,
+            sample=renderer.sample(next(read_source(run.data.train[0]))) if is_main else None,
+        )
     except FileNotFoundError as e:
         raise ConfigError(
             f"output_dir: {run.output_dir} lacks the data that rank 0 prepared ({e.filename})",

@@ -57,10 +57,9 @@ def run_part(cfg_yaml: str, start: str | None) -> Part:
             yield batch, is_last
 
     with patch.object(train_step, "micro_batches", watched):
-        train_run.train(
-            run, world, cells.CPU, cells.store(), cells.synthetic_data(rows=60), None,
-            load_renderer(run.model.path, None, None), cfg, None, start=None if start is None else Path(start),
-        )  # fmt: skip
+        inputs = train_run.Inputs(cells.synthetic_data(rows=60), None, load_renderer(run.model.path, None, None), None)
+        process = train_run.Process(world, cells.CPU, cells.store())
+        train_run.train(run, cfg, process, inputs, start=None if start is None else Path(start))
     lines = (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()
     return Part(seen, [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)])
 

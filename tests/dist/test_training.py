@@ -40,9 +40,8 @@ def train(cfg_yaml: str) -> None:
     run = resolve(cfg, world.shape)
     renderer = load_renderer(run.model.path, None, None)
     held_out = cells.synthetic_data(rows=5, seed=99) if cfg.eval.every_steps is not None else None
-    train_run.train(
-        run, world, cells.CPU, cells.store(), cells.synthetic_data(), held_out, renderer, cfg, None
-    )
+    inputs = train_run.Inputs(cells.synthetic_data(), held_out, renderer, None)
+    train_run.train(run, cfg, train_run.Process(world, cells.CPU, cells.store()), inputs)
 
 
 def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any) -> Config:

@@ -94,14 +94,17 @@ def test_the_next_samples_must_be_those_that_were_next(tmp_path: Path) -> None:
     plan = BatchPlan(global_batch_size=4, micro_batch_size=1, world_size=1, max_seq_len=48)
     order = TrainingOrder(cells.synthetic_data(), plan, seed=3)
     following = tuple(order.step(2).sequences.tolist())
-    good = Manifest.read(make(tmp_path / "a", 2, following))
-    check_position(good, order, num_steps=10, checkpoint=tmp_path)
-    check_position(Manifest.read(make(tmp_path / "b", 2)), order, num_steps=10, checkpoint=tmp_path)
+    none = Identity(values={})
+    good = make(tmp_path / "a", 2, following)
+    assert check_position(good, none, order, num_steps=10) == 2
+    assert check_position(make(tmp_path / "b", 2), none, order, num_steps=10) == 2
     with pytest.raises(ConfigError, match="has 2 steps behind it, but the run is 1 steps long"):
-        check_position(good, order, num_steps=1, checkpoint=tmp_path)
-    bad = Manifest.read(make(tmp_path / "c", 2, tuple(np.roll(following, 1).tolist())))
+        check_position(good, none, order, num_steps=1)
+    with pytest.raises(ConfigError, match=r"belongs to another run: train\.seed is 4 here and None in the checkpoint"):
+        check_position(good, Identity(values={"train.seed": 4}), order, num_steps=10)
+    bad = make(tmp_path / "c", 2, tuple(np.roll(following, 1).tolist()))
     with pytest.raises(CheckpointError, match="step 3 would train other sequences"):
-        check_position(bad, order, num_steps=10, checkpoint=tmp_path)
+        check_position(bad, none, order, num_steps=10)
 
 
 def test_the_last_are_kept_and_the_rest_is_gone(tmp_path: Path) -> None:
