@@ -103,17 +103,21 @@ def train(
     """
     order = TrainingOrder(train_data, run.batch, run.seed)
     num_steps = run.num_steps(train_data.num_sequences)
-    if start is not None and _is_finished(run, Manifest.read(start), num_steps):
-        if world.is_main:
-            print(f"{run.output_dir} is finished: all {num_steps} steps are trained, final/ is there")
-        return
+    identity = identity_of(run, train_data)
+    if start is not None:
+        manifest = Manifest.read(start)
+        manifest.identity.require_same(identity, checkpoint=start)
+        if _is_finished(run, manifest, num_steps):
+            if world.is_main:
+                print(f"{run.output_dir} is finished: all {num_steps} steps are trained, final/ is there")
+            return
     strategy = registry.apply(run, build_model(run.model, seed=run.seed), device)
     spec = registry.describe(run, world.rank)
     verify_sharding(strategy, spec)
     checkpointer = Checkpointer(
         checkpoints_folder(run.output_dir),
         keep_last=run.checkpoint.keep_last,
-        identity=identity_of(run, train_data),
+        identity=identity,
         strategy_name=run.strategy,
         settings=dump_config(config),
     )
