@@ -17,10 +17,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from sft_dist.checkpoint import store
 from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.identity import identity_of
-from sft_dist.checkpoint.manifest import Manifest
+from sft_dist.checkpoint.manifest import FileRecord, Manifest, TensorRecord
+from sft_dist.checkpoint.proof import Chunk, FileProof, problems_of
 from sft_dist.config.schema import Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError, SftError
@@ -154,6 +157,63 @@ def test_an_adapter_that_learned_nothing_is_a_defect_after_the_first_step(
     assert world(1).run(save_zeros, text, str(tmp_path / "b"), 0)[0] == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "second_is_zero", "expected"),
+    [(LORA_B, True, 1), (LORA_B, False, 0), (LORA_B.replace("model.", "optim.exp_avg.", 1), True, 0)],
+)
+def test_an_adapter_is_judged_as_a_whole(name: str, second_is_zero: bool, expected: int) -> None:
+    """One rank's part may be zero, and so may a moment of AdamW."""
+    chunks = (Chunk(name, (0, 0), (2, 3), "float32", True), Chunk(name, (2, 0), (1, 3), "float32", second_is_zero))
+    proofs = [FileProof("file", FileRecord(num_bytes=0, digest=""), (chunk,), ()) for chunk in chunks]
+    record = TensorRecord(shape=(3, 3), dtype="float32")
+    assert len(problems_of(proofs, {name: record}, completed_steps=1)) == expected
+
+
+def test_parts_that_do_not_make_up_the_whole() -> None:
+    def problems(*chunks: tuple[int, int]) -> list[str]:
+        parts = tuple(Chunk("t", (start, 0), (rows, 2), "float32", False) for start, rows in chunks)
+        proof = FileProof("file", FileRecord(num_bytes=0, digest=""), parts, ())
+        return problems_of([proof], {"t": TensorRecord(shape=(4, 2), dtype="float32")}, completed_steps=1)
+
+    assert problems((0, 3), (3, 1)) == problems((0, 3), (3, 1), (4, 0)) == []
+    for wrong in [(0, 3)], [(1, 3)], [(0, 2), (3, 1)], [(0, 2), (0, 2)], [(0, 4), (0, 4)], [(0, 3), (3, 2)]:
+        assert problems(*wrong) == ["t is not a whole tensor of shape (4, 2) and dtype float32"], wrong
+    assert problems() == problems((0, 0)) == ["t is missing"]
+
+
+def save_on_a_full_disk(cfg_yaml: str, folder: str, moment: str) -> tuple[str, str]:
+    """What saving step 3 says when rank 0 finds no room at one moment; steps 1 and 2 are saved well before."""
+    strategy, checkpointer, _ = started(cfg_yaml, folder, 1)
+    owner, name = {"tensors": (HuggingFaceStorageWriter, "write_data")}.get(moment, (store, moment))
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 0:
+            raise OSError(28, "No space left on device")
+        return work(*args, **kwargs)
+
+    try:
+        for completed in (1, 2):
+            checkpointer.save(strategy, completed_steps=completed, next_sequences=())
+        work = getattr(owner, name)
+        with patch.object(owner, name, refuse), pytest.raises(CheckpointError) as caught:
+            checkpointer.save(strategy, completed_steps=3, next_sequences=())
+        return caught.value.what, caught.value.fix
+    finally:
+        strategy.close()
+
+
+@pytest.mark.parametrize("moment", ["begin", "tensors", "write_synced", "commit"])
+def test_a_full_disk_is_told_on_every_rank_and_costs_no_checkpoint(
+    world: Worlds, tiny_base: Path, tmp_path: Path, moment: str
+) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
+    for what, fix in world(2).run(save_on_a_full_disk, text, str(tmp_path), moment):
+        assert what == f"cannot write {tmp_path / 'step-00000003'}: [Errno 28] No space left on device"
+        assert fix.startswith("make room on the disk")
+    complete = store.complete_checkpoints(tmp_path)
+    assert [path.name for path in complete] == ["step-00000001", "step-00000002"]
+
+
 def save_nan(cfg_yaml: str, folder: str) -> str:
     strategy, checkpointer, _ = started(cfg_yaml, folder, 0)
     try:
@@ -270,6 +330,15 @@ def test_another_run_is_refused_with_both_values(
     for kind, what in answers:
         assert kind == ConfigError.__name__
         assert message in what
+
+
+def test_tensors_of_another_dtype_are_not_resumed_from(world: Worlds, saved: tuple[str, Path]) -> None:
+    text, folder = saved
+    other = yaml.safe_load(text) | {"precision": {"compute": "bf16", "master": "bf16"}}
+    for kind, what in world(2).run(load, cells.dump(Config.model_validate(other)), str(folder), "step-00000003"):
+        assert kind == CheckpointError.__name__
+        assert "dtype='float32' there and shape=" in what
+        assert "dtype='bfloat16' here" in what
 
 
 def test_nothing_is_pickled(saved: tuple[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ import yaml
 from sft_dist.config.schema import Config
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.loader import micro_batches
+from sft_dist.errors import SftError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import World, WorldShape
+from sft_dist.train import loop
 from sft_dist.train import run as train_run
 from sft_dist.train import step as train_step
 from tests.dist.test_offload import OFFLOADS
@@ -48,6 +51,7 @@ def run_part(cfg_yaml: str, start: str | None) -> Part:
     cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
     rank = dist.get_rank()
     world = World(rank, rank, WorldShape(1, dist.get_world_size()))
+    held_out = cells.synthetic_data(rows=5, seed=99) if cfg.eval.every_steps is not None else None
     run = resolve(cfg, world.shape)
     seen: list[bytes] = []
 
@@ -57,11 +61,13 @@ def run_part(cfg_yaml: str, start: str | None) -> Part:
             yield batch, is_last
 
     with patch.object(train_step, "micro_batches", watched):
-        inputs = train_run.Inputs(cells.synthetic_data(rows=60), None, load_renderer(run.model.path, None, None), None)
+        inputs = train_run.Inputs(
+            cells.synthetic_data(rows=60), held_out, load_renderer(run.model.path, None, None), None
+        )
         process = train_run.Process(world, cells.CPU, cells.store())
         train_run.train(run, cfg, process, inputs, start=None if start is None else Path(start))
-    lines = (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return Part(seen, [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)])
+    steps = [line for line in metrics(Path(run.output_dir)) if "loss" in line]
+    return Part(seen, [(line["step"], line["loss"], line["grad_norm"]) for line in steps])
 
 
 def config(
@@ -74,6 +80,10 @@ def config(
     if dropout:
         cfg = cfg.model_copy(update={"method": cfg.method.model_copy(update={"dropout": dropout})})
     return cells.dump(cells.whole_run(cfg, folder))
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def final_bytes(folder: Path) -> dict[str, bytes]:
@@ -174,8 +184,59 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(world: Worlds, ti
     before = final_bytes(tmp_path / "a")
     (again,) = world(1).run(run_part, text, checkpoint(tmp_path / "a", STEPS))
     assert (again.ids, again.metrics) == ([], whole.metrics)
+    shutil.rmtree(tmp_path / "a/final")
+    (again,) = world(1).run(run_part, text, checkpoint(tmp_path / "a", STEPS))
+    assert (again.ids, final_bytes(tmp_path / "a")) == ([], before), "ended between its last checkpoint and its artefact"
     longer = yaml.safe_load(text)
     longer["train"]["max_steps"] = STEPS + 1
     (more,) = world(1).run(run_part, yaml.safe_dump(longer), checkpoint(tmp_path / "a", STEPS))
     assert [step for step, _, _ in more.metrics] == list(range(1, STEPS + 2))
     assert final_bytes(tmp_path / "a") != before
+
+
+def refusal(cfg_yaml: str, start: str) -> tuple[str, str]:
+    """Kind and text of what a run says that does not go on."""
+    with pytest.raises(SftError) as caught:
+        run_part(cfg_yaml, start)
+    return type(caught.value).__name__, caught.value.what
+
+
+def test_what_a_run_does_not_go_on_from(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    text = config(tiny_base, tmp_path / "a", "full", "ddp")
+    world(1).run(run_part, text, None)
+    other = yaml.safe_load(text)
+    other["train"]["seed"] = 4
+    ((kind, what),) = world(1).run(refusal, yaml.safe_dump(other), checkpoint(tmp_path / "a", STEPS))
+    assert kind == "ConfigError"
+    assert "train.seed is 4 here and 3 in the checkpoint" in what, "although the run is finished"
+    manifest = Path(checkpoint(tmp_path / "a")) / "manifest.json"
+    changed = json.loads(manifest.read_text())
+    changed["next_sequences"].reverse()
+    manifest.write_text(json.dumps(changed))
+    ((kind, what),) = world(1).run(refusal, config(tiny_base, tmp_path / "b", "full", "ddp"), str(manifest.parent))
+    assert kind == "CheckpointError"
+    assert "step 3 would train other sequences" in what
+
+
+def test_an_evaluation_is_not_repeated(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    sections = {"eval": {"every_steps": STOP}}
+    world(1).run(run_part, config(tiny_base, tmp_path / "a", "full", "ddp", **sections), None)
+    world(1).run(run_part, config(tiny_base, tmp_path / "b", "full", "ddp", **sections), checkpoint(tmp_path / "a"))
+    whole, resumed = ([line for line in metrics(tmp_path / name) if "eval_loss" in line] for name in "ab")
+    assert [line["step"] for line in whole] == [0, STOP, 2 * STOP, STEPS]
+    assert resumed == whole[2:]
+
+
+def movement_is_checked(cfg_yaml: str, start: str | None, lr: float) -> bool:
+    with patch.object(loop, "learning_rate", lambda *_: lr), patch.object(loop.MovementCheck, "verify") as verify:
+        run_part(cfg_yaml, start)
+    return verify.called
+
+
+def test_a_resumed_run_must_move_what_it_can(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """At the end of a schedule an update may be too small to show; at the beginning that is no excuse."""
+    peak, start = 3e-3, None
+    for folder, lr, expected in (("a", 0.0, True), ("b", 0.009 * peak, False), ("c", 0.011 * peak, True)):
+        text = config(tiny_base, tmp_path / folder, "full", "ddp")
+        assert world(1).run(movement_is_checked, text, start, lr) == [expected]
+        start = checkpoint(tmp_path / "a")

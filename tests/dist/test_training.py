@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.numpy import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from sft_dist.config.schema import Config, EvalConfig
 from sft_dist.data.chat_template import load_renderer
-from sft_dist.errors import ShardingMismatch, TrainingDiverged
+from sft_dist.errors import CheckpointError, ShardingMismatch, TrainingDiverged
 from sft_dist.resolve import resolve
+from sft_dist.runtime.seeding import step_seed
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
@@ -32,7 +34,7 @@ from tests.helpers.pool import WorldPool
 Worlds = Callable[[int], WorldPool]
 
 
-def train(cfg_yaml: str) -> None:
+def train(cfg_yaml: str, sample: Any = None) -> None:
     """What ``run_training`` does once the data are prepared, over synthetic ones."""
     cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
     rank = dist.get_rank()
@@ -40,7 +42,7 @@ def train(cfg_yaml: str) -> None:
     run = resolve(cfg, world.shape)
     renderer = load_renderer(run.model.path, None, None)
     held_out = cells.synthetic_data(rows=5, seed=99) if cfg.eval.every_steps is not None else None
-    inputs = train_run.Inputs(cells.synthetic_data(), held_out, renderer, None)
+    inputs = train_run.Inputs(cells.synthetic_data(), held_out, renderer, sample)
     train_run.train(run, cfg, train_run.Process(world, cells.CPU, cells.store()), inputs)
 
 
@@ -79,7 +81,18 @@ def message_of_broken_run(cfg_yaml: str, breakage: str) -> str:
     """What a run says in which one thing is wrong on rank 1 alone: what it should hold, or its learning rate."""
     rank = dist.get_rank()
     describe = registry.describe
-    if breakage == "other description":
+    step = loop.train_step
+
+    def left_gathered(*args: Any, **kwargs: Any) -> StepOutcome:
+        outcome = step(*args, **kwargs)
+        for module in args[0].model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        return outcome
+
+    if breakage == "left gathered":
+        shards = patch.multiple(loop, train_step=left_gathered, MovementCheck=Mock())
+    elif breakage == "other description":
         shards = patch.object(registry, "describe", lambda run, _: replace(describe(run, 0), rank=rank))
     else:
         shards = patch.object(loop, "learning_rate", lambda *_: 0.0 if rank == 1 else 1e-3)
@@ -92,6 +105,7 @@ def message_of_broken_run(cfg_yaml: str, breakage: str) -> str:
     ("breakage", "message"),
     [
         ("other description", "fsdp2 did not shard as described: rank 1: hf.model.embed_tokens.weight"),
+        ("left gathered", "fsdp2 did not shard as described: rank 0: hf.model.embed_tokens.weight"),
         ("no movement", "no parameter moved in the first optimizer step on rank 1"),
     ],
 )
@@ -120,3 +134,56 @@ def test_an_infinite_gradient_is_a_divergence(world: Worlds, tiny_base: Path, tm
     assert set(world(2).run(message_of_divergence, cells.dump(cfg))) == {"step 1: loss 1.5, gradient norm inf"}
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["non_finite"] == ["grad_norm"]
     assert not (tmp_path / "run/final").exists()
+
+
+def seeds(cfg_yaml: str) -> list[int]:
+    """What torch's generators were set to in every step of a run."""
+    seen, step = [], loop.train_step
+
+    def watched(*args: Any, **kwargs: Any) -> StepOutcome:
+        seen.append(torch.initial_seed())
+        return step(*args, **kwargs)
+
+    with patch.object(loop, "train_step", watched):
+        train(cfg_yaml)
+    return seen
+
+
+def test_every_rank_draws_its_own_in_every_step(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    drawn = world(2).run(seeds, cells.dump(config(tiny_base, tmp_path / "run", "lora", "ddp")))
+    assert drawn == [[step_seed(3, step, rank) for step in range(6)] for rank in range(2)]
+
+
+def interrupted_evaluation(cfg_yaml: str) -> None:
+    with patch.object(loop, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        train(cfg_yaml)
+
+
+def test_no_checkpoint_is_ahead_of_its_evaluation(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint does not evaluate it."""
+    cfg = config(tiny_base, tmp_path / "run", "full", "ddp", checkpoint={"every_steps": 1})
+    cfg = cfg.model_copy(update={"eval": EvalConfig(every_steps=2, before_training=False)})
+    world(1).run(interrupted_evaluation, cells.dump(cfg))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+
+
+def refused_artefact(cfg_yaml: str) -> str:
+    """What a run says whose artefact fails its proof."""
+    cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
+    cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"prove_final": True})})
+
+    def refuse(folder: Path, *_: object) -> None:
+        assert (folder / "adapter_model.safetensors").exists()
+        raise CheckpointError(f"{folder.name} is not it", fix="none")
+
+    with patch.object(train_run, "prove_artefact", refuse), pytest.raises(CheckpointError) as caught:
+        train(cells.dump(cfg), sample=object())
+    return caught.value.what
+
+
+def test_final_has_its_name_only_when_it_is_proven(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    text = cells.dump(config(tiny_base, tmp_path / "run", "lora", "fsdp2"))
+    assert world(2).run(refused_artefact, text) == ["final.unfinished is not it"] * 2
+    assert not (tmp_path / "run/final").exists()
+    assert (tmp_path / "run/final.unfinished").exists()
+    assert (tmp_path / "run/checkpoints/step-00000006").exists()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sft_dist.checkpoint import fresh_process
-from sft_dist.checkpoint.artefact import Probe, prove_artefact, take_probes, write_expected
+from sft_dist.checkpoint.artefact import Probe, _environment, prove_artefact, take_probes, write_expected
 from sft_dist.config.schema import SourceConfig
 from sft_dist.data.batch import MicroBatch
 from sft_dist.data.chat_template import TemplateSample, load_renderer
@@ -116,6 +117,10 @@ def config(**changes: object) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "config.json", **changes)
 
 
+def targets(*names: str) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "adapter_config.json", target_modules=names)
+
+
 def template(change: Callable[[str], str]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         file = folder / "chat_template.jinja"
@@ -140,6 +145,8 @@ def test_a_good_artefact_passes(tiny_base: Path, tied_base: Path, tmp_path: Path
         ("lora", adapter(lambda t: t.pop(first(t, "lora_B"))), "weights are not those of the trained model"),
         ("lora", adapter(lambda t: t[first(t, "lora_A")].add_(1e-6)), "1 weights are not those of the trained model"),
         ("lora", lambda f: edit_json(f / "adapter_config.json", lora_alpha=8), "the logits of probe 0 differ"),
+        ("lora", targets("q_proj"), "trained weights are not in the loaded model, such as base_model.model.model.layers.0."),
+        ("lora", targets("lm_head", "q_proj"), "weights of the loaded model were not trained, such as base_model.model.lm_"),
         ("qlora", adapter(lambda t: t[first(t, "lora_B")].zero_()), "is all zeros: the adapter does nothing there"),
         ("full", model(lambda t: t.pop("model.norm.weight")), "the weights lack model.norm.weight"),
         ("full", model(lambda t: t.update(stranger=torch.ones(1))), "the weights have an unknown stranger"),
@@ -168,6 +175,31 @@ def test_a_tokenizer_that_splits_otherwise_is_found(tiny_base: Path, tmp_path: P
     settings["normalizer"] = {"type": "Replace", "pattern": {"String": "東"}, "content": "西"}
     file.write_text(json.dumps(settings))
     assert artefact.findings(tmp_path) == ["the tokenizer gives the first row other ids"]
+
+
+def test_a_template_with_the_date_may_render_otherwise(tiny_base: Path, tmp_path: Path) -> None:
+    artefact = trained(tiny_base, tmp_path, "lora")
+    for changes_with_time, found in ((True, 0), (False, 1)):
+        messages = [{**message, "content": "of another day"} for message in artefact.sample.messages]
+        sample = replace(artefact.sample, messages=messages, changes_with_time=changes_with_time)
+        folder = tmp_path / str(found)
+        folder.mkdir()
+        findings = replace(artefact, sample=sample).findings(folder)
+        assert len(findings) == found
+        assert all(line.startswith("the chat template renders the first row differently: ") for line in findings)
+
+
+def test_the_fresh_process_is_nobodys_and_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"HF_HOME": "/models", "PATH": "/bin"}
+    launchers = {
+        "RANK": "0",
+        "MASTER_PORT": "1",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "TORCHELASTIC_RUN_ID": "x",
+    }
+    monkeypatch.setattr(os, "environ", mine | launchers | {"CUDA_VISIBLE_DEVICES": "3"})
+    assert _environment() == mine | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_fresh_process_says_so(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sft_dist.launch import accelerate, deepspeed, torchrun
-from sft_dist.launch.command import split_debug, split_resume, start
+from sft_dist.launch.command import _share_cores, split_debug, split_resume, start
 from tests.launch.conftest import REPOSITORY, SMALLEST
 
 
@@ -64,6 +66,35 @@ def test_what_is_checked_and_what_the_processes_get(
         ["train", "--resume=auto", "run.yaml"],
         ["train", "run.yaml", "--resume", "runs/x/checkpoints/step-1", "train.seed=7", "--debug"],
     ]
+
+
+def test_torchrun_hands_on_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("run.yaml").write_text(SMALLEST, encoding="utf-8")
+    Path("a.jsonl").touch()
+    ran = []
+
+    def run_elastic(work: Callable[[str], None]) -> int:
+        work(str(tmp_path))
+        return 0
+
+    monkeypatch.setattr(torchrun, "run_elastic", run_elastic)
+    monkeypatch.setattr(torchrun.torch_run, "run", ran.append)
+    command = ["train", "run.yaml", "--resume", "auto", "train.seed=7"]
+    assert torchrun.main(["--nproc-per-node", "2", *command]) == 0
+    assert [ran[0].module, ran[0].training_script, *ran[0].training_script_args] == [True, "sft_dist", *command]
+
+
+def test_the_cores_are_shared_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    for said, num_processes, expected in ((None, 4, "3"), (None, 5, "2"), (None, 16, "1"), ("7", 4, "7")):
+        if said is None:
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        else:
+            monkeypatch.setenv("OMP_NUM_THREADS", said)
+        _share_cores(num_processes)
+        assert os.environ["OMP_NUM_THREADS"] == expected
 
 
 def test_the_commands_of_the_page_are_understood() -> None:

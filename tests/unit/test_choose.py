@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,20 @@ def test_what_does_not_fit_says_what_would(llama: dict[str, Path]) -> None:
 def test_one_process_that_does_not_fit(llama: dict[str, Path]) -> None:
     with pytest.raises(PlanError, match=r"shards them over 1, and a process has 79\.1 GiB"):
         chosen(auto(llama["8b"]), 1)
+
+
+@pytest.mark.parametrize(("method", "others"), [("lora", "method.type qlora, or "), ("qlora", "")])
+def test_another_method_is_named_only_where_it_takes_less(llama: dict[str, Path], method: str, others: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        chosen(auto(llama["8b"], method), 2, 2**30)
+    assert re.fullmatch(rf"use \d+ processes of this memory, or {others}sharding\.strategy zero3 .*", caught.value.fix)
+
+
+def test_the_share_under_fsdp2_may_fill_a_device(llama: dict[str, Path]) -> None:
+    needed = state_bytes(run_of(llama["8b"], "full", "fsdp2", 2)).total
+    assert decided(chosen(auto(llama["8b"]), 2, needed))[0] == "fsdp2"
+    with pytest.raises(PlanError):
+        chosen(auto(llama["8b"]), 2, needed - 1)
 
 
 def test_an_explicit_strategy_is_nobodys_business(llama: dict[str, Path]) -> None:

@@ -107,6 +107,7 @@ def test_wandb_that_does_not_start_is_a_mistake_in_the_config(
         RunLogger(tmp_path, WandbConfig(mode="online"), {}, num_steps=1)
     assert caught.value.what == "logging.wandb.mode=online: W&B did not start (no API key)"
     assert "offline" in caught.value.fix
+    assert not list(tmp_path.iterdir()), "the folder is not taken"
 
 
 @pytest.mark.parametrize(("mode", "resume"), [("offline", None), ("online", "allow")])

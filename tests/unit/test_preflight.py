@@ -63,6 +63,17 @@ def test_a_deepspeed_file_that_is_not_there_or_wrong(tmp_path: Path) -> None:
         preflight(there.model_copy(update=wanted))
 
 
+def test_whatever_a_run_leaves_takes_the_folder(tmp_path: Path) -> None:
+    there = config(tmp_path)
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints", "final"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        with pytest.raises(ConfigError, match=rf"already holds a run \(it has {name}\)"):
+            preflight(there)
+        preflight(there, resume="auto")
+        (tmp_path / "run" / name).rmdir()
+    preflight(there)
+
+
 @pytest.mark.parametrize("which", ["train", "eval"])
 def test_a_source_that_is_not_there(tmp_path: Path, which: str) -> None:
     with pytest.raises(DataError, match=r"absent\.jsonl"):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sft_dist.checkpoint import store
+from sft_dist.checkpoint.identity import identity_of
 from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
 from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.resolve import resolve
+from sft_dist.runtime.world import WorldShape
 from sft_dist.train.resume import changed_settings, check_position, find_checkpoint
 from tests.helpers import cells
 
@@ -85,6 +90,13 @@ def test_an_older_one_of_the_same_run_would_contradict_the_newer(tmp_path: Path)
         find_checkpoint(str(older), str(tmp_path))
 
 
+def test_a_run_knows_its_own_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = make(tmp_path, 3)
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    for resume in (own.name, f"../checkpoints/{own.name}"):
+        assert find_checkpoint(resume, str(tmp_path)) == Path(resume)
+
+
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no manifest\.json"):
         find_checkpoint(str(tmp_path), str(tmp_path / "run"))
@@ -130,3 +142,44 @@ def test_a_step_is_never_saved_twice(tmp_path: Path) -> None:
     make(tmp_path, 1)
     with pytest.raises(FileExistsError):
         store.begin(tmp_path / "checkpoints", 1)
+
+
+def test_half_a_deleted_checkpoint_does_not_look_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, 2)
+    newest = make(tmp_path, 3)
+
+    def end(path: Path, **_: object) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", end)
+    with pytest.raises(KeyboardInterrupt):
+        store.prune(tmp_path / "checkpoints", keep_last=1)
+    assert store.complete_checkpoints(tmp_path / "checkpoints") == [newest]
+
+
+@pytest.mark.parametrize("changed", ["input_ids", "supervised", "row_bounds", "packs"])
+def test_other_data_are_another_run(tiny_base: Path, tmp_path: Path, changed: str) -> None:
+    run, data, other = (
+        resolve(cells.config(str(tiny_base)), WorldShape()),
+        cells.synthetic_data(),
+        cells.synthetic_data(),
+    )
+    before = identity_of(run, data)
+    before.require_same(identity_of(run, other), checkpoint=tmp_path)
+    array: Any = other.packs[0] if changed == "packs" else getattr(other, changed)
+    array[0] += 1
+    with pytest.raises(ConfigError, match=r"belongs to another run: the training data is 40 rows in [^;]*$"):
+        before.require_same(identity_of(run, other), checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_other_weights_are_another_run(tiny_base: Path, tmp_path: Path, place: int) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    run, data = resolve(cells.config(str(base)), WorldShape()), cells.synthetic_data()
+    before = identity_of(run, data)
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[place] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match=r"belongs to another run: the base model's weights is [^;]*$"):
+        before.require_same(identity_of(run, data), checkpoint=tmp_path)
