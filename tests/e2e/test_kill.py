@@ -95,6 +95,9 @@ def torture(base: Path, folder: Path, strategy: str, method: str, kills: int, se
             f"{strategy} {method} kill {number + 1:2}: in {kinds[number % len(kinds)]:5} at step "
             f"{max(steps_of(output), default=0):2}, {lost} to repeat; left {', '.join(leftovers) or 'nothing'}"
         )
+    # Of steps that the run will not come by again.
+    for name in ("step-00000099.unfinished", "step-00000098.deleted"):
+        (output / "checkpoints" / name).mkdir()
     whole = run_to_the_end(config, folder / "whole")
     assert run_to_the_end(config, output, "--resume", "auto") == whole
     names = {path.name for path in (output / "final").glob("*.safetensors")}
