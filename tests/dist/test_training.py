@@ -128,12 +128,14 @@ def message_of_divergence(cfg_yaml: str) -> str:
     return caught.value.what
 
 
-def test_an_infinite_gradient_is_a_divergence(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_infinite_gradient_is_a_divergence(world: Worlds, tiny_base: Path, tmp_path: Path, method: str) -> None:
     """Also in the last step, after which no loss would show it."""
-    cfg = config(tiny_base, tmp_path / "run", "lora", "ddp", train={"max_steps": 1})
+    cfg = config(tiny_base, tmp_path / "run", method, "ddp", train={"max_steps": 1})
     assert set(world(2).run(message_of_divergence, cells.dump(cfg))) == {"step 1: loss 1.5, gradient norm inf"}
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["non_finite"] == ["grad_norm"]
     assert not (tmp_path / "run/final").exists()
+    assert not (tmp_path / "run/checkpoints").exists(), "a state that diverged is not worth keeping"
 
 
 def seeds(cfg_yaml: str) -> list[int]:
