@@ -6,6 +6,8 @@ Anything that is not an ``SftError`` is a defect of this project and exits 1 wit
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class SftError(Exception):
     """A failure that the user can act on.
@@ -17,10 +19,18 @@ class SftError(Exception):
 
     exit_code = 1
 
+    # Whether every process of a launch meets it, so that it is enough if one of them tells.
+    on_all_ranks = False
+
     def __init__(self, what: str, *, fix: str) -> None:
         super().__init__(what)
         self.what = what
         self.fix = fix
+
+    def everywhere(self) -> Self:
+        """This error, marked as one that is raised on every rank."""
+        self.on_all_ranks = True
+        return self
 
     def __str__(self) -> str:
         return f"{self.what}\n  fix: {self.fix}"
@@ -38,18 +48,21 @@ class ConfigError(SftError):
     """The configuration, its overrides or the launch environment are wrong or contradict each other."""
 
     exit_code = 2
+    on_all_ranks = True
 
 
 class PlanError(SftError):
     """The run does not fit the memory of its devices."""
 
     exit_code = 3
+    on_all_ranks = True
 
 
 class DataError(SftError):
     """A data file, a row of it or the chat template cannot be trained on."""
 
     exit_code = 4
+    on_all_ranks = True
 
 
 class CheckpointError(SftError):

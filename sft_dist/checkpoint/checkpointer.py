@@ -6,6 +6,7 @@ and any other number of ranks reads the parts that it needs. Nothing is pickled.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from sft_dist.checkpoint import store
-from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
+from sft_dist.checkpoint.manifest import MANIFEST, MOVE_AWAY, Identity, Manifest
 from sft_dist.checkpoint.proof import FileProof, problems_of, prove_file, tensor_record, verify_files
 from sft_dist.errors import CheckpointError
 from sft_dist.sharding.strategy import Strategy
@@ -54,6 +55,9 @@ class Checkpointer:
         try:
             dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
         except CheckpointException as error:
+            if dist.get_rank() == 0:
+                # What there is of it may be what fills the disk.
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise _cannot(f"write {complete}", next(iter(error.failures.values()))[0]) from error
         proofs = _prove(unfinished, state)
         expected = {name: tensor_record(tensor) for name, tensor in state.items()}
@@ -64,7 +68,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"the checkpoint of step {completed_steps} failed its proof: " + _listed(problems),
                 fix=f"it is kept as {rejected}; resume from the one before it, and please report this",
-            )
+            ).everywhere()
         manifest = Manifest(
             completed_steps=completed_steps,
             next_sequences=next_sequences,
@@ -102,8 +106,8 @@ class Checkpointer:
         if problems:
             raise CheckpointError(
                 f"{checkpoint} cannot be resumed from: " + _listed(list(dict.fromkeys(problems))),
-                fix="resume from another checkpoint with --resume PATH",
-            )
+                fix=MOVE_AWAY,
+            ).everywhere()
         try:
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
         except CheckpointException as error:
@@ -134,7 +138,7 @@ def _on_main(work: Callable[[], object], *, doing: str) -> None:
 def _cannot(what: str, cause: object) -> CheckpointError:
     return CheckpointError(
         f"cannot {what}: {str(cause).splitlines()[0]}", fix="make room on the disk, or see who may write there"
-    )
+    ).everywhere()
 
 
 def _gathered(value: T) -> list[T]:

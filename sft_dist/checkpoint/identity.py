@@ -18,13 +18,18 @@ FINGERPRINT_BYTES = 1 << 16
 
 
 def identity_of(run: Run, data: PreparedData) -> Identity:
-    """The identity of a run over its prepared training data; the same on every rank."""
+    """The identity of a run over its prepared training data; the same on every rank.
+
+    A model in a folder is known by its weights, which may be moved; one of the hub by its name and revision.
+    """
+    weights = _weights_fingerprint(Path(run.model.path))
+    method = run.model.method.model_dump(mode="json")
     return Identity(
         values={
-            "model.path": run.model.path,
+            "model.path": run.model.path if weights is None else "a folder",
             "model.revision": run.model.revision,
-            "the base model's weights": _weights_fingerprint(Path(run.model.path)),
-            "method": run.model.method.model_dump(mode="json"),
+            "the fingerprint of the base weights": weights,
+            **{f"method.{key}": value for key, value in method.items()},
             "optim.type": run.optim.type,
             "train.seed": run.seed,
             "train.global_batch_size": run.batch.global_batch_size,

@@ -11,6 +11,9 @@ from sft_dist.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 
+# Of a checkpoint that cannot be resumed from.
+MOVE_AWAY = "move it away: --resume auto then goes on from the checkpoint before it"
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,7 +55,7 @@ class Identity(_Record):
         ]
         if differences:
             raise ConfigError(
-                f"{checkpoint} belongs to another run: " + "; ".join(differences),
+                "\n".join([f"{checkpoint} belongs to another run:", *differences]),
                 fix="put the old values back, or start a new run in another output_dir",
             )
 
@@ -86,11 +89,14 @@ class Manifest(_Record):
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder} is no checkpoint: it has no {MANIFEST}",
-                fix="give a folder such as runs/x/checkpoints/step-00000100",
-            ) from None
-        except (OSError, ValidationError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {str(error).splitlines()[0]}", fix="resume from another checkpoint"
-            ) from error
+            raise _unusable(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+        except OSError as error:
+            raise _unusable(f"{path} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise _unusable(f"{path} cannot be read: {where}: {first['msg']}") from error
+
+
+def _unusable(what: str) -> CheckpointError:
+    return CheckpointError(what, fix=MOVE_AWAY).everywhere()

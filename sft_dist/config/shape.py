@@ -120,6 +120,8 @@ def _fix_unknown(name: str, *, model: type[BaseModel], key: str) -> str:
     near = difflib.get_close_matches(name, list(model.model_fields), n=3)
     if name in OTHER_NAMES:
         return f"it is called {OTHER_NAMES[name]} here"
+    if name.startswith("resume"):
+        return "it is an option of the command: train CONFIG --resume auto"
     hints = []
     if elsewhere:
         hints.append(f"{name} is a key elsewhere: write {join_or(list(dict.fromkeys(elsewhere)))}")

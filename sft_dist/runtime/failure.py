@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from sft_dist.errors import ConfigError, DataError, SftError
+from sft_dist.errors import SftError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what shells report for Ctrl-C
 
@@ -26,13 +26,13 @@ SIBLING_GRACE_S = 3.0
 def report(error: SftError, *, debug: bool) -> None:
     """Prints what went wrong and how to fix it, with the stack trace before it if ``debug``.
 
-    The processes of a launch mostly meet the same mistake in a configuration or in data, so it is printed once on each
-    node. Other errors differ between processes: each is printed, with the rank that met it.
+    What all processes of a launch meet, such as a mistake in the configuration, is printed once on each node. Other
+    errors differ between processes: each is printed, with the rank that met it.
     """
     rank = os.environ.get("RANK", "0")
     if "RANK" in os.environ and LAUNCH_FOLDER in os.environ:
         (Path(os.environ[LAUNCH_FOLDER]) / f"failed-{rank}").write_text(str(error.exit_code), encoding="utf-8")
-    shared = isinstance(error, ConfigError | DataError)
+    shared = error.on_all_ranks
     if shared and "RANK" in os.environ and not _is_first_to_say(str(error)):
         return
     prefix = f"[rank {rank}] " if rank != "0" and not shared else ""

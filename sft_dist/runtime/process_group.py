@@ -71,7 +71,7 @@ def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[
         except SftError as e:
             store.set(key, json.dumps([type(e).__name__, e.what, e.fix]))
             _wait_until_heard(world, store, key)
-            raise
+            raise e.everywhere() from None
         except BaseException as e:
             # No wait here: this may be the user's Ctrl-C, which has ended the others too.
             store.set(key, json.dumps(["SftError", f"rank 0 failed: {e!r}", "see its trace"]))
@@ -84,7 +84,7 @@ def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[
         return None if answer[0] is None else str(answer[0])
     store.set(f"{key}/heard by {world.rank}", "")
     kind, what, fix = answer
-    raise _error_class(kind)(what, fix=fix)
+    raise _error_class(kind)(what, fix=fix).everywhere()
 
 
 def _wait_until_heard(world: World, store: dist.Store, key: str) -> None:

@@ -18,6 +18,8 @@ def quiet_libraries() -> None:
     # bitsandbytes looks for an optional kernel package at its first 4-bit product.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    # c10d warns, with its C++ stack, that a peer has gone: after Ctrl-C all of them do.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     name_accelerator()
     from transformers.utils import logging as transformers_logging

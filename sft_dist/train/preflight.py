@@ -9,12 +9,7 @@ from sft_dist.config.deepspeed import load_knobs
 from sft_dist.config.schema import Config, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.data.sources import find_files
 from sft_dist.errors import ConfigError
-
-# Any of these means that a run has trained here.
-MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
-
-
-NEVER, AUTO = "never", "auto"
+from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoint, holds_a_run
 
 
 def preflight(config: Config, *, resume: str = NEVER) -> None:
@@ -29,11 +24,7 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         DataError: a source is not there.
     """
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
-    if resume not in (NEVER, AUTO) and not Path(resume).is_dir():
-        raise ConfigError(
-            f"--resume {resume}: no such folder",
-            fix=f"give a folder such as {config.output_dir}/checkpoints/step-00000100, or say {AUTO} or {NEVER}",
-        )
+    find_checkpoint(resume, config.output_dir)
     model = config.model.path
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise ConfigError(f"model.path: the folder {model} does not exist", fix="give an existing folder or a hub id")
@@ -52,11 +43,6 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         )
     for source in (*config.data.train, *config.data.eval):
         find_files(source.path)
-
-
-def holds_a_run(folder: Path) -> bool:
-    """Whether a run has trained here, to the end or not."""
-    return any((folder / name).exists() for name in MARKS_OF_A_RUN)
 
 
 def check_run_directory(folder: Path, *, may_hold_a_run: bool) -> None:

@@ -1,21 +1,32 @@
-"""Which checkpoint a run goes on from, as ``--resume`` says."""
+"""Which checkpoint a run goes on from, as ``--resume`` says. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft_dist.checkpoint import store
-from sft_dist.checkpoint.manifest import Identity, Manifest
+from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
 from sft_dist.config.schema import Config
 from sft_dist.config.text import read_yaml
-from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.train.preflight import AUTO, NEVER, holds_a_run
+
+if TYPE_CHECKING:
+    from sft_dist.data.loader import TrainingOrder
+
+NEVER, AUTO = "never", "auto"
+
+# Any of these means that a run has trained here.
+MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 
 # Where a run is and what watches it changes nothing about the run.
 PLACES = ("output_dir", "logging.")
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a run has trained here, to the end or not."""
+    return any((folder / mark).exists() for mark in MARKS_OF_A_RUN)
 
 
 def checkpoints_folder(output_dir: str) -> Path:
@@ -29,8 +40,9 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
         resume: ``never``; ``auto``: the newest complete one of the run directory, if there is any; or a path.
 
     Raises:
-        ConfigError: the path is behind the run in ``output_dir``, or that run is another one, or is finished.
-        CheckpointError: the path is no checkpoint.
+        ConfigError: the path is no checkpoint, or behind the run in ``output_dir``, or that run is another one, or is
+            finished.
+        CheckpointError: the checkpoint is damaged.
     """
     folder = checkpoints_folder(output_dir)
     own = store.complete_checkpoints(folder)
@@ -44,6 +56,12 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
             )
         return own[-1] if own else None
     wanted = Path(resume)
+    if not (resume and (wanted / MANIFEST).is_file()):
+        there = ", ".join(path.name for path in own) or "none"
+        raise ConfigError(
+            f"--resume {resume or '(empty)'}: no such checkpoint",
+            fix=f"say {AUTO} or {NEVER}, or give the folder of a checkpoint; in {folder} there are: {there}",
+        )
     completed = Manifest.read(wanted).completed_steps
     is_own = wanted.resolve().parent == folder.resolve()
     if not is_own and holds_a_run(Path(output_dir)):
@@ -99,7 +117,8 @@ def check_position(checkpoint: Path, identity: Identity, order: TrainingOrder, *
     if completed > num_steps:
         raise ConfigError(
             f"{checkpoint} has {completed} steps behind it, but the run is {num_steps} steps long",
-            fix="raise train.max_steps or train.num_epochs, or resume from an earlier checkpoint",
+            fix="raise train.max_steps or train.num_epochs, or branch off: --resume PATH of an earlier checkpoint and "
+            "another output_dir",
         )
     # Empty: the run ended there, and is now longer.
     if completed < num_steps and manifest.next_sequences:

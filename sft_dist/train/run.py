@@ -138,6 +138,8 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
             logger.say(summary(run, spec, inputs.train_data, inputs.eval_data, num_steps=num_steps))
             if start is not None:
                 logger.say(f"resumed   {start}: {completed:,} steps are behind it")
+                if final.exists():
+                    logger.say(f"{final} is of the shorter run, until this one ends")
                 for line in changed_settings(start, config):
                     logger.say(f"[yellow]changed   {escape(line)}")
         Training(

@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(
     [
         ({"train": {"seed": 4}}, "train.seed is 4 here and 3 in the checkpoint"),
         ({"train": {"global_batch_size": 6}}, "train.global_batch_size is 6 here and 7 in the checkpoint"),
-        ({"method": {"type": "lora", "r": 8, "alpha": 16}}, "'r': 8"),
+        ({"method": {"type": "lora", "r": 8, "alpha": 16}}, "method.r is 8 here and 4 in the checkpoint"),
         ({"optim": {"type": "sgd", "lr": 1.0}}, "optim.type is sgd here and adamw in the checkpoint"),
     ],
 )

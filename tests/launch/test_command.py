@@ -12,6 +12,7 @@ import pytest
 
 from sft_dist.launch import accelerate, deepspeed, torchrun
 from sft_dist.launch.command import _share_cores, split_debug, split_resume, start
+from tests.helpers.checkpoints import make_checkpoint
 from tests.launch.conftest import REPOSITORY, SMALLEST
 
 
@@ -43,7 +44,7 @@ def test_what_is_checked_and_what_the_processes_get(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     Path("run.yaml").write_text(SMALLEST, encoding="utf-8")
     Path("a.jsonl").touch()
-    Path("runs/x/checkpoints/step-1").mkdir(parents=True)
+    make_checkpoint(Path("runs/x"), 1)
     started = []
 
     def go(*command: str) -> int:
@@ -57,14 +58,14 @@ def test_what_is_checked_and_what_the_processes_get(
     assert go("train", "run.yaml") == 2
     assert "already holds a run" in capfd.readouterr().err
     assert go("train", "--resume", "runs/x/checkpoints/step-9", "run.yaml") == 2
-    assert "runs/x/checkpoints/step-9: no such folder" in capfd.readouterr().err
+    assert "runs/x/checkpoints/step-9: no such checkpoint" in capfd.readouterr().err
     assert started == []
     assert go("train", "--resume=auto", "run.yaml") == 6
-    assert go("train", "run.yaml", "--resume", "runs/x/checkpoints/step-1", "train.seed=7") == 6
+    assert go("train", "run.yaml", "--resume", "runs/x/checkpoints/step-00000001", "train.seed=7") == 6
     assert capfd.readouterr().out == "starting 2 processes on this machine\n" * 2
     assert started == [
         ["train", "--resume=auto", "run.yaml"],
-        ["train", "run.yaml", "--resume", "runs/x/checkpoints/step-1", "train.seed=7", "--debug"],
+        ["train", "run.yaml", "--resume", "runs/x/checkpoints/step-00000001", "train.seed=7", "--debug"],
     ]
 
 

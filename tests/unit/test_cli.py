@@ -153,7 +153,7 @@ def test_resume_may_stand_anywhere(exit_code: Run, training: Training, place: in
 def test_a_checkpoint_that_is_not_there(exit_code: Run, training: Training) -> None:
     calls = training(None)
     code, _, err = exit_code("train", "run.yaml", "--resume", "absent")
-    assert (code, err.splitlines()[0]) == (2, "error: --resume absent: no such folder")
+    assert (code, err.splitlines()[0]) == (2, "error: --resume absent: no such checkpoint")
     assert calls == []
 
 

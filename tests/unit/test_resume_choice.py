@@ -11,7 +11,7 @@ import pytest
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.identity import identity_of
-from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
+from sft_dist.checkpoint.manifest import Identity
 from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
 from sft_dist.data.batch import BatchPlan
@@ -21,23 +21,13 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from sft_dist.train.resume import changed_settings, check_position, find_checkpoint
 from tests.helpers import cells
-
-
-def make(output: Path, step: int, next_sequences: tuple[int, ...] = ()) -> Path:
-    """A checkpoint without tensors."""
-    folder = store.begin(output / "checkpoints", step)
-    manifest = Manifest(
-        completed_steps=step, next_sequences=next_sequences, strategy="ddp", world_size=1,
-        identity=Identity(values={}), tensors={}, files={},
-    )  # fmt: skip
-    store.write_synced(folder / MANIFEST, manifest.model_dump_json())
-    return store.commit(folder)
+from tests.helpers.checkpoints import make_checkpoint
 
 
 def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
     assert find_checkpoint("auto", str(tmp_path)) is None
     for step in (90, 100, 9):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     store.begin(tmp_path / "checkpoints", 110)
     store.reject(store.begin(tmp_path / "checkpoints", 105))
     assert find_checkpoint("auto", str(tmp_path)) == tmp_path / "checkpoints/step-00000100"
@@ -48,7 +38,7 @@ def test_auto_does_not_overwrite_what_is_finished(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     with pytest.raises(ConfigError, match="has final/ of a finished run and no checkpoint"):
         find_checkpoint("auto", str(tmp_path))
-    assert find_checkpoint("auto", str(make(tmp_path, 3).parents[1])) is not None
+    assert find_checkpoint("auto", str(make_checkpoint(tmp_path, 3).parents[1])) is not None
 
 
 def test_what_was_changed_is_told(tmp_path: Path) -> None:
@@ -68,38 +58,40 @@ def test_what_was_changed_is_told(tmp_path: Path) -> None:
 
 
 def test_more_than_eight_digits_are_newer(tmp_path: Path) -> None:
-    make(tmp_path, 99_999_999)
-    assert find_checkpoint("auto", str(make(tmp_path, 100_000_000).parents[1])) == (
+    make_checkpoint(tmp_path, 99_999_999)
+    assert find_checkpoint("auto", str(make_checkpoint(tmp_path, 100_000_000).parents[1])) == (
         tmp_path / "checkpoints/step-100000000"
     )
 
 
 def test_a_path_of_another_run_goes_on_in_an_empty_folder(tmp_path: Path) -> None:
-    wanted = make(tmp_path / "old", 3)
+    wanted = make_checkpoint(tmp_path / "old", 3)
     assert find_checkpoint(str(wanted), str(tmp_path / "new")) == wanted
-    make(tmp_path / "new", 1)
+    make_checkpoint(tmp_path / "new", 1)
     with pytest.raises(ConfigError, match="is of another run than the one that output_dir"):
         find_checkpoint(str(wanted), str(tmp_path / "new"))
 
 
 def test_an_older_one_of_the_same_run_would_contradict_the_newer(tmp_path: Path) -> None:
-    older = make(tmp_path, 3)
+    older = make_checkpoint(tmp_path, 3)
     assert find_checkpoint(str(older), str(tmp_path)) == older
-    make(tmp_path, 5)
+    make_checkpoint(tmp_path, 5)
     with pytest.raises(ConfigError, match="has a newer checkpoint, step-00000005"):
         find_checkpoint(str(older), str(tmp_path))
 
 
 def test_a_run_knows_its_own_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = make(tmp_path, 3)
+    own = make_checkpoint(tmp_path, 3)
     monkeypatch.chdir(tmp_path / "checkpoints")
     for resume in (own.name, f"../checkpoints/{own.name}"):
         assert find_checkpoint(resume, str(tmp_path)) == Path(resume)
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no manifest\.json"):
-        find_checkpoint(str(tmp_path), str(tmp_path / "run"))
+    make_checkpoint(tmp_path, 7)
+    for given in (str(tmp_path), str(tmp_path / "checkpoints"), "absent", ""):
+        with pytest.raises(ConfigError, match=r"no such checkpoint\n.*there are: step-00000007$"):
+            find_checkpoint(given, str(tmp_path))
 
 
 def test_the_next_samples_must_be_those_that_were_next(tmp_path: Path) -> None:
@@ -107,21 +99,21 @@ def test_the_next_samples_must_be_those_that_were_next(tmp_path: Path) -> None:
     order = TrainingOrder(cells.synthetic_data(), plan, seed=3)
     following = tuple(order.step(2).sequences.tolist())
     none = Identity(values={})
-    good = make(tmp_path / "a", 2, following)
+    good = make_checkpoint(tmp_path / "a", 2, following)
     assert check_position(good, none, order, num_steps=10) == 2
-    assert check_position(make(tmp_path / "b", 2), none, order, num_steps=10) == 2
+    assert check_position(make_checkpoint(tmp_path / "b", 2), none, order, num_steps=10) == 2
     with pytest.raises(ConfigError, match="has 2 steps behind it, but the run is 1 steps long"):
         check_position(good, none, order, num_steps=1)
-    with pytest.raises(ConfigError, match=r"belongs to another run: train\.seed is 4 here and None in the checkpoint"):
+    with pytest.raises(ConfigError, match=r"belongs to another run:\ntrain\.seed is 4 here and None in the checkpoint"):
         check_position(good, Identity(values={"train.seed": 4}), order, num_steps=10)
-    bad = make(tmp_path / "c", 2, tuple(np.roll(following, 1).tolist()))
+    bad = make_checkpoint(tmp_path / "c", 2, tuple(np.roll(following, 1).tolist()))
     with pytest.raises(CheckpointError, match="step 3 would train other sequences"):
         check_position(bad, none, order, num_steps=10)
 
 
 def test_the_last_are_kept_and_the_rest_is_gone(tmp_path: Path) -> None:
     for step in (1, 2, 10, 11):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     folder = tmp_path / "checkpoints"
     store.prune(folder, keep_last=2)
     assert [path.name for path in store.complete_checkpoints(folder)] == ["step-00000010", "step-00000011"]
@@ -131,22 +123,22 @@ def test_the_last_are_kept_and_the_rest_is_gone(tmp_path: Path) -> None:
 def test_what_was_left_half_done_is_swept_up(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     store.sweep(folder)
-    kept = [make(tmp_path, 1), store.reject(store.begin(folder, 2))]
+    kept = [make_checkpoint(tmp_path, 1), store.reject(store.begin(folder, 2))]
     store.begin(folder, 3)
-    make(tmp_path, 4).rename(folder / "step-00000004.deleted")
+    make_checkpoint(tmp_path, 4).rename(folder / "step-00000004.deleted")
     store.sweep(folder)
     assert sorted(folder.iterdir()) == sorted(kept)
 
 
 def test_a_step_is_never_saved_twice(tmp_path: Path) -> None:
-    make(tmp_path, 1)
+    make_checkpoint(tmp_path, 1)
     with pytest.raises(FileExistsError):
         store.begin(tmp_path / "checkpoints", 1)
 
 
 def test_half_a_deleted_checkpoint_does_not_look_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, 2)
-    newest = make(tmp_path, 3)
+    make_checkpoint(tmp_path, 2)
+    newest = make_checkpoint(tmp_path, 3)
 
     def end(path: Path, **_: object) -> None:
         if path.exists():
@@ -169,7 +161,7 @@ def test_other_data_are_another_run(tiny_base: Path, tmp_path: Path, changed: st
     before.require_same(identity_of(run, other), checkpoint=tmp_path)
     array: Any = other.packs[0] if changed == "packs" else getattr(other, changed)
     array[0] += 1
-    with pytest.raises(ConfigError, match=r"belongs to another run: the training data is 40 rows in [^;]*$"):
+    with pytest.raises(ConfigError, match=r"belongs to another run:\nthe training data is 40 rows in [^\n]*\n  fix"):
         before.require_same(identity_of(run, other), checkpoint=tmp_path)
 
 
@@ -181,5 +173,7 @@ def test_other_weights_are_another_run(tiny_base: Path, tmp_path: Path, place: i
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[place] ^= 1
     (base / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ConfigError, match=r"belongs to another run: the base model's weights is [^;]*$"):
+    with pytest.raises(
+        ConfigError, match=r"belongs to another run:\nthe fingerprint of the base weights is [^\n]*\n  fix"
+    ):
         before.require_same(identity_of(run, data), checkpoint=tmp_path)
