@@ -12,6 +12,14 @@ SCRIPT = str(REPOSITORY / "launch" / "train.py")
 BIN = Path(sys.executable).parent
 SHOWN = "print(*map(os.environ.get, ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')), config.train.seed)"
 
+# The launcher ends the others as soon as one has failed: none may fail before all have printed.
+MEET = """
+import pathlib, time
+pathlib.Path(f"met{rank}").touch()
+while len(list(pathlib.Path().glob("met*"))) < 2:
+    time.sleep(0.01)
+"""
+
 
 def test_alone(launch: Launch) -> None:
     ended = launch(sys.executable, SCRIPT, "run.yaml", "train.seed=7", in_each_process="print(rank, config.train.seed)")
@@ -46,7 +54,7 @@ def test_deepspeed_which_inserts_the_local_rank(launch: Launch) -> None:
             "run.yaml",
             "train.seed=7",
         ),
-        in_each_process=SHOWN + "; from sft_dist.errors import DataError; raise DataError('row 3', fix='mend it')",
+        in_each_process=f"{SHOWN}\n{MEET}\nfrom sft_dist.errors import DataError\nraise DataError('row 3', fix='mend it')",
     )
     assert ended.returncode == 4
     printed = [line for line in ended.stdout.splitlines() if line[:1].isdigit()]
