@@ -18,13 +18,14 @@ from tests.helpers.pool import WorldPool
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """One of several processes that run tests: hands its figures to the one that prints."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["figures"] = (figures.cell_seconds, figures.lines)
+        session.config.workeroutput["figures"] = (figures.cell_seconds, figures.differences, figures.lines)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    cell_seconds, lines = getattr(node, "workeroutput", {}).get("figures", ([], []))
+    cell_seconds, differences, lines = getattr(node, "workeroutput", {}).get("figures", ([], [], []))
     figures.cell_seconds.extend((duration, function) for duration, function in cell_seconds)
+    figures.differences.extend((kind, value) for kind, value in differences)
     figures.lines.extend(lines)
 
 

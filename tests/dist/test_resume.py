@@ -25,7 +25,7 @@ from sft_dist.train import loop
 from sft_dist.train import run as train_run
 from sft_dist.train import step as train_step
 from tests.dist.test_offload import OFFLOADS
-from tests.helpers import cells
+from tests.helpers import cells, figures
 from tests.helpers.pool import WorldPool
 
 Worlds = Callable[[int], WorldPool]
@@ -155,7 +155,10 @@ def test_another_strategy_or_world_goes_on_with_it(
         strategy, size = place.split("x")
         folder = tmp_path / str(number)
         part = world(int(size)).run(run_part, config(tiny_base, folder, method, strategy), start)[0]
-        np.testing.assert_allclose(part.metrics, uninterrupted[method].metrics[STOP * number :], rtol=1e-5)
+        rest = uninterrupted[method].metrics[STOP * number :]
+        if number:
+            figures.difference("resumed on another strategy or world", part.metrics, rest)
+        np.testing.assert_allclose(part.metrics, rest, rtol=1e-5)
         start = checkpoint(folder, STOP * (number + 1))
 
 

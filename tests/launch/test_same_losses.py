@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import cells
+from tests.helpers import cells, figures
 from tests.helpers.pool import free_port
 from tests.launch.conftest import NAMES, PREFIXES, REPOSITORY
 
@@ -110,4 +110,6 @@ def test_the_same_losses(
     with_port = [
         [word.replace("PORT", port).replace("127.0.0.1:0", f"127.0.0.1:{port}") for word in c] for c in commands
     ]
-    np.testing.assert_allclose(train(*with_port, strategy=strategy, expected=expected), alone, rtol=1e-5)
+    trained = train(*with_port, strategy=strategy, expected=expected)
+    figures.difference("launchers against one process", trained, alone)
+    np.testing.assert_allclose(trained, alone, rtol=1e-5)
