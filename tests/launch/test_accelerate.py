@@ -40,26 +40,6 @@ def test_processes_and_their_arguments(launch: Launch, options: list[str], chose
     assert sorted(printed) == [" ".join(words) for words in expected]
 
 
-def test_a_configuration_mistake_starts_no_process(launch: Launch) -> None:
-    finished = launch(*TWO, "train", "run.yaml", "train.num_epochs=1", in_each_process="print('started')")
-    assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr == (
-        "error: run.yaml: train.num_epochs is 1 and train.max_steps is 3: both set the length of the run\n"
-        "  fix: remove one of them (as an override: train.num_epochs=null or train.max_steps=null)\n"
-    )
-
-
-def test_a_failure_that_all_processes_share_is_told_once(launch: Launch) -> None:
-    finished = launch(
-        *(*TWO, "train", "run.yaml"),
-        in_each_process="assert os.environ['WORLD_SIZE'] == '2'\n"
-        "from sft_dist.errors import DataError; raise DataError('a.jsonl: row 3', fix='mend it')",
-    )
-    assert finished.returncode == 4
-    assert finished.stdout == "starting 2 processes on this machine\n"  # --multi_gpu need not be said
-    assert finished.stderr == "error: a.jsonl: row 3\n  fix: mend it\n"
-
-
 def test_one_process_alone(launch: Launch) -> None:
     """Accelerate does not start it by torchrun: what ended it arrives another way."""
     killed = launch("accelerate.sh", "train", "run.yaml", in_each_process="os.kill(os.getpid(), 9)")

@@ -44,25 +44,6 @@ def test_a_machine_of_a_host_file(launch: Launch, tmp_path: Path) -> None:
     ]
 
 
-def test_a_configuration_mistake_starts_no_process(launch: Launch) -> None:
-    finished = launch(*TWO, "train", "run.yaml", "train.num_epochs=1", in_each_process="print('started')")
-    assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr == (
-        "error: run.yaml: train.num_epochs is 1 and train.max_steps is 3: both set the length of the run\n"
-        "  fix: remove one of them (as an override: train.num_epochs=null or train.max_steps=null)\n"
-    )
-
-
-def test_a_failure_that_all_processes_share_is_told_once(launch: Launch) -> None:
-    finished = launch(
-        *(*TWO, "train", "run.yaml"),
-        in_each_process="from sft_dist.errors import DataError; raise DataError('a.jsonl: row 3', fix='mend it')",
-    )
-    assert finished.returncode == 4
-    assert finished.stdout == "starting 2 processes on this machine\n"
-    assert finished.stderr == "error: a.jsonl: row 3\n  fix: mend it\n"
-
-
 def test_the_cause_counts_and_not_the_process_that_lost_its_peer(launch: Launch) -> None:
     """DeepSpeed returns the code of the process that it sees first: here that of rank 0, which ends first."""
     finished = launch(

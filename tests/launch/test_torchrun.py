@@ -31,28 +31,6 @@ def test_processes_share_the_cores_and_meet_on_a_free_port(launch: Launch) -> No
     assert first[4] == second[4] != "29500"
 
 
-def test_a_configuration_mistake_starts_no_process(launch: Launch) -> None:
-    finished = launch(
-        *("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml", "train.num_epochs=1"),
-        in_each_process="print('started')",
-    )
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert finished.stderr == (
-        "error: run.yaml: train.num_epochs is 1 and train.max_steps is 3: both set the length of the run\n"
-        "  fix: remove one of them (as an override: train.num_epochs=null or train.max_steps=null)\n"
-    )
-
-
-def test_a_failure_that_all_processes_share_is_told_once(launch: Launch) -> None:
-    finished = launch(
-        *("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml"),
-        in_each_process="from sft_dist.errors import DataError; raise DataError('a.jsonl: row 3', fix='mend it')",
-    )
-    assert finished.returncode == 4
-    assert finished.stderr == "error: a.jsonl: row 3\n  fix: mend it\n"
-
-
 def test_a_mistake_that_one_process_alone_meets_is_told(launch: Launch) -> None:
     finished = launch(
         *("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml"),
