@@ -16,6 +16,7 @@ class Ranks:
     """``size`` processes that run ``sft-dist ARGUMENTS`` as one launch; all of them are gone when the context ends."""
 
     def __init__(self, size: int, arguments: list[str], log: Path) -> None:
+        log.touch()  # a process may be killed before it writes anything
         server, port = pool.context(), pool.free_port()
         self.processes: list[ForkServerProcess] = [
             server.Process(target=_run, args=(rank, size, port, arguments, str(log)), daemon=True)
