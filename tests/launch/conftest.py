@@ -28,8 +28,13 @@ output_dir: runs/x
 
 # Python imports sitecustomize when it starts. The statement given as $IN_EACH_PROCESS runs in place of training; the one
 # in $IN_PLACE_OF_THE_COMMAND runs in every process that has a rank, before it looks at its arguments.
-SITECUSTOMIZE = """\
+SITECUSTOMIZE = r"""
 import os, sys, types
+
+def print(*values):
+    # In one piece: launchers start Python unbuffered, and then the built-in's words mingle with another process's.
+    sys.stdout.write(" ".join(map(str, values)) + "\n")
+    sys.stdout.flush()
 
 def run_training(config, resume="never"):
     rank = int(os.environ.get("RANK", "0"))
