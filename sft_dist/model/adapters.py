@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
+import xxhash
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_dist.config.schema import LoraMethod
@@ -34,7 +37,7 @@ def add_lora(model: PreTrainedModel, method: LoraMethod, dtype: torch.dtype) -> 
         ConfigError: a name in ``target_modules`` matches no linear layer.
     """
     if not isinstance(method.target_modules, str):
-        leaves = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        leaves = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         unknown = [t for t in method.target_modules if t.rsplit(".", 1)[-1] not in leaves]
         if unknown:
             raise ConfigError(
@@ -55,3 +58,15 @@ def add_lora(model: PreTrainedModel, method: LoraMethod, dtype: torch.dtype) -> 
             parameter.data = parameter.data.to(dtype)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """The first value of an adapter's parameter: what PEFT draws for LoRA's A, and 0 for B.
+
+    A function of the seed and the name, so that every rank draws the same whatever else it draws.
+    """
+    value = torch.zeros(shape)
+    if ".lora_A." in name:
+        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed} {name}".encode()) >> 1)
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    return value

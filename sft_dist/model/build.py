@@ -1,33 +1,50 @@
-"""Builds the model a run trains: base -> NF4 -> adapters -> loss head, in that order, on real or meta tensors.
+"""Builds the model a run trains, without its weights: base -> NF4 -> adapters -> loss head, in that order.
 
-The same function builds the meta model that describes a run and the real one that is trained, so that the description
-cannot drift from the thing.
+The same function builds the model that describes a run and the one that is sharded, filled (``model/weights.py``) and
+trained, so that the description cannot drift from the thing.
 """
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+import contextlib
+import math
+from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod
 from sft_dist.data.batch import MicroBatch
-from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.errors import ConfigError
 from sft_dist.model.adapters import add_lora
 from sft_dist.model.attention import ATTENTION_NAME
 from sft_dist.model.loss import LossHead
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
 from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
-from sft_dist.model.support import first_line, load_model_config
+from sft_dist.model.support import load_model_config
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-WEIGHTS_FIX = "the folder needs model.safetensors, or its shards and model.safetensors.index.json"
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """A parameter or buffer that is in the base model's files.
+
+    Args:
+        names: that Transformers knows it by; several where it is tied.
+        shape: in the files; an NF4 weight has another one in the model.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    is_buffer: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 class SftModel(nn.Module):
@@ -37,11 +54,13 @@ class SftModel(nn.Module):
 
     Args:
         hf: the Transformers model, wrapped by PEFT when there are adapters; its ``lm_head`` is a ``LossHead``.
+        base: the tensors that come from the base model's files, by their names here.
     """
 
-    def __init__(self, hf: nn.Module) -> None:
+    def __init__(self, hf: nn.Module, base: dict[str, BaseTensor]) -> None:
         super().__init__()
         self.hf = hf
+        self.base = base
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -86,28 +105,11 @@ class SftModel(nn.Module):
         return hidden
 
 
-def build_model(spec: ModelSpec, *, seed: int) -> SftModel:
-    """The real model on the CPU, with trainable parameters in fp32 or bf16 as ``compute`` says.
-
-    Args:
-        seed: of the adapters' first values: every rank and every strategy starts from the same ones.
+def describe_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
+    """The description of the model that ``build_meta_model`` builds, from its configuration alone.
 
     Raises:
         ConfigError: the path is no model, or one with settings that are not supported.
-        CheckpointError: the weights are missing, damaged or of another architecture.
-    """
-    config = load_model_config(spec.path, spec.revision)
-    dtype = TORCH_DTYPES[spec.compute]
-    model = _load_weights(spec.path, spec.revision, config, dtype)
-    torch.manual_seed(seed)
-    return _assemble(model, spec.method, dtype)
-
-
-def describe_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
-    """The description of the model that ``build_model`` builds, from its configuration alone.
-
-    Raises:
-        ConfigError: as ``build_model``.
     """
     config = load_model_config(path, revision)
     meta = build_meta_model(path, revision, method, compute)
@@ -129,51 +131,32 @@ def describe_model(path: str, revision: str | None, method: MethodConfig, comput
 
 
 def build_meta_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> SftModel:
-    """The model without its weights: every parameter and buffer on the meta device."""
+    """The model without its weights: every parameter on the meta device.
+
+    Buffers that the model computes when it is made (rotary frequencies) are real; those of NF4 layers come with the
+    weights.
+
+    Raises:
+        ConfigError: as ``describe_model``.
+    """
     config = load_model_config(path, revision)
     dtype = TORCH_DTYPES[compute]
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
-        model.tie_weights()
+    model.tie_weights()
+    _load_generation_config(model, path, revision)
+    with torch.device("meta"):
         return _assemble(model, method, dtype)
 
 
-def check_weights(spec: ModelSpec) -> None:
-    """Answers at once whether a model folder has weights; a hub id is looked up when it is loaded.
-
-    Raises:
-        CheckpointError: the folder has none.
-    """
-    folder = Path(spec.path)
-    if folder.is_dir() and not (list(folder.glob("*.safetensors"))):
-        raise CheckpointError(f"model.path: {folder} has no .safetensors weights", fix=WEIGHTS_FIX)
+def build_model(spec: ModelSpec) -> SftModel:
+    """The model that ``spec`` describes, without its weights."""
+    return build_meta_model(spec.path, spec.revision, spec.method, spec.compute)
 
 
-def _load_weights(path: str, revision: str | None, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    # Transformers logs a table of missing keys and goes on with random weights; here each of them is an error.
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME,
-            use_safetensors=True, output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
-        raise CheckpointError(
-            f"model.path: no readable weights in {path} ({first_line(e)})",
-            fix=WEIGHTS_FIX,
-        ) from e
-    finally:
-        logger.setLevel(level)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            first = sorted(str(key) for key in report[kind])[0]
-            raise CheckpointError(
-                f"model.path: the weights in {path} have {len(report[kind])} {kind.replace('_', ' ')}, such as {first}",
-                fix="config.json and the weights must come from the same model",
-            )
-    return model.train()
+def _load_generation_config(model: PreTrainedModel, path: str, revision: str | None) -> None:
+    with contextlib.suppress(OSError):  # a model need not have one
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
 
 
 def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) -> SftModel:
@@ -185,12 +168,34 @@ def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) 
         )
     model.set_output_embeddings(LossHead.from_linear(head))
     model.config.use_cache = False
-    if not isinstance(method, LoraMethod):
-        return SftModel(model)
-    model.requires_grad_(False)
+    base = _base_tensors(model)
     if isinstance(method, QloraMethod):
         _quantize_linears(model, dtype)
-    return SftModel(add_lora(model, method, dtype))
+    hf_names = {id(tensor): name for name, tensor in _stored_tensors(model)}
+    hf = model
+    if isinstance(method, LoraMethod):
+        model.requires_grad_(False)
+        hf = add_lora(model, method, dtype)
+    return SftModel(hf, {f"hf.{n}": base[hf_names[id(t)]] for n, t in _stored_tensors(hf) if id(t) in hf_names})
+
+
+def _base_tensors(model: PreTrainedModel) -> dict[str, BaseTensor]:
+    """Every tensor that the model's files hold, by the first of its names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {
+        name: BaseTensor(tuple(names[id(tensor)]), tuple(tensor.shape), not isinstance(tensor, nn.Parameter))
+        for name, tensor in _stored_tensors(model)
+    }
+
+
+def _stored_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and the buffers that a state dict holds, each once, by its first name."""
+    seen: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        seen.setdefault(id(tensor), (name, tensor))
+    return list(seen.values())
 
 
 def _quantize_linears(model: PreTrainedModel, storage: torch.dtype) -> None:
@@ -204,4 +209,4 @@ def _quantize_linears(model: PreTrainedModel, storage: torch.dtype) -> None:
                 fix="use method.type=lora for this model",
             )
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, NF4Linear.quantize(module, storage))
+        setattr(model.get_submodule(parent), child, NF4Linear.in_place_of(module, storage))

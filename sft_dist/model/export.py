@@ -86,7 +86,8 @@ def _save_model(folder: Path, model: SftModel, state: dict[str, Tensor], tokeniz
     causal_lm.config.use_cache = True
     if causal_lm.generation_config is not None:
         _stop_at_end_of_turn(causal_lm.generation_config, tokenizer)
-    causal_lm.save_pretrained(folder, state_dict=state)
+    # A dict of its own: transformers empties it while it writes.
+    causal_lm.save_pretrained(folder, state_dict=dict(state))
 
 
 def _stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:

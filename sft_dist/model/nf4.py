@@ -52,23 +52,27 @@ class NF4Linear(nn.Linear):
             self.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"), persistent=False)
 
     @classmethod
+    def in_place_of(cls, linear: nn.Linear, storage: torch.dtype) -> NF4Linear:
+        """The layer that a quantised ``linear`` becomes, still without values but for its bias."""
+        return cls(linear.in_features, linear.out_features, bias=linear.bias, storage=storage)
+
+    @classmethod
     def quantize(cls, linear: nn.Linear, storage: torch.dtype) -> NF4Linear:
-        """Quantises a layer; on the meta device only the shapes are made."""
-        module = cls(linear.in_features, linear.out_features, bias=linear.bias, storage=storage)
-        if linear.weight.device.type == "meta":
-            return module
-        packed, state = bnb.quantize_4bit(
-            linear.weight.detach(),
-            blocksize=BLOCK_SIZE,
-            compress_statistics=True,
-            quant_type="nf4",
-            quant_storage=storage,
-        )
+        """Quantises a whole layer."""
+        module = cls.in_place_of(linear, storage)
+        packed, absmax = quantize_blocks(linear.weight.detach(), storage)
         module.weight = nn.Parameter(packed, requires_grad=False)
-        module.absmax = state.absmax
-        module.nested_absmax = state.state2.absmax.view(torch.int32)
-        module.offset = state.offset.reshape(1).view(torch.int32)
+        module.set_scales(absmax)
         return module
+
+    def set_scales(self, absmax: Tensor) -> None:
+        """Takes [blocks] fp32 scales of the whole weight, and quantises them in turn.
+
+        That needs all of them at once: their mean is subtracted first, and 256 of them share a scale.
+        """
+        self.offset = absmax.mean().reshape(1)
+        self.absmax, nested = bnb.quantize_blockwise(absmax - self.offset, blocksize=NESTED_BLOCK_SIZE)
+        self.nested_absmax, self.offset = nested.absmax.view(torch.int32), self.offset.view(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (self.out_features, self.in_features)
@@ -77,6 +81,22 @@ class NF4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nf4, double_quantization=True"
+
+
+def quantize_blocks(weights: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Packs weights into NF4.
+
+    Args:
+        weights: any shape, a multiple of 64 elements; each 64 in a row are quantised without a look at the others.
+        storage: dtype that holds the packed bytes.
+
+    Returns:
+        [elements / (2 * itemsize), 1] packed weights and [elements / 64] fp32, the largest magnitude of each block.
+    """
+    packed, state = bnb.quantize_4bit(
+        weights, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4", quant_storage=storage
+    )
+    return packed, state.absmax
 
 
 class NF4Matmul(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.weights import Weights, fill
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.spec import ParameterShard, ShardingSpec
-from sft_dist.sharding.strategy import NativeStrategy, eval_mode, store_master
+from sft_dist.sharding.strategy import NativeStrategy, eval_mode, store_master, whole_parameter
 
 
 def describe(run: Run, rank: int) -> ShardingSpec:
@@ -25,9 +28,10 @@ def describe(run: Run, rank: int) -> ShardingSpec:
 
 
 class Ddp(NativeStrategy):
-    def __init__(self, run: Run, model: SftModel, device: torch.device) -> None:
-        super().__init__(run, model.to(device))
+    def __init__(self, run: Run, model: SftModel, device: torch.device, weights: Weights) -> None:
+        super().__init__(run, model)
         store_master(model, run)
+        fill(model, weights, partial(whole_parameter, device=device), device, group=None)
         if run.precision.master != run.precision.compute:
             cast_while_running(model, TORCH_DTYPES[run.precision.compute])
         # Buffers are constants here, the same on every rank.

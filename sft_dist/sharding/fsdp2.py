@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.spec import ParameterShard, ShardingSpec, chunk_numel
@@ -32,7 +40,7 @@ def describe(run: Run, rank: int) -> ShardingSpec:
 
 
 class Fsdp2(NativeStrategy):
-    def __init__(self, run: Run, model: SftModel, device: torch.device) -> None:
+    def __init__(self, run: Run, model: SftModel, device: torch.device, weights: Weights) -> None:
         super().__init__(run, model)
         assert isinstance(run.sharding, Fsdp2Sharding)
         store_master(model, run)
@@ -46,9 +54,7 @@ class Fsdp2(NativeStrategy):
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=run.sharding.reshard_after_forward)
         # The root holds embedding, last norm and output layer: needed first in forward and first again in backward.
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        for buffer_owner in model.modules():
-            for name, buffer in buffer_owner.named_buffers(recurse=False):
-                buffer_owner._buffers[name] = buffer.to(device)
+        fill(model, weights, partial(_shard, device=device), device, group=mesh.get_group())
         self.optimizer = build_optimizer(run.optim, model.named_parameters(), device)
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
@@ -67,3 +73,15 @@ class Fsdp2(NativeStrategy):
     @property
     def gradients_are_sharded(self) -> bool:
         return True
+
+
+@contextmanager
+def _shard(meta: nn.Parameter, device: torch.device) -> Iterator[Part]:
+    """The place of this rank's rows of a parameter, which FSDP2 knows as a ``DTensor`` on the meta device."""
+    assert isinstance(meta, DTensor)
+    shape, offset = compute_local_shape_and_global_offset(meta.shape, meta.device_mesh, meta.placements)
+    local = torch.empty(shape, dtype=meta.dtype, device=device)
+    sharded = DTensor.from_local(
+        local, meta.device_mesh, meta.placements, run_check=False, shape=meta.shape, stride=meta.stride()
+    )
+    yield Part(nn.Parameter(sharded, meta.requires_grad), local.view(-1), offset[0] * math.prod(meta.shape[1:]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from sft_dist.model.build import SftModel
+from sft_dist.model.build import SftModel, build_model
+from sft_dist.model.weights import Weights
 from sft_dist.run import Run
 from sft_dist.sharding import ddp, fsdp2, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
@@ -23,13 +26,28 @@ def describe(run: Run, rank: int) -> ShardingSpec:
             return zero.describe(run, rank)
 
 
-def apply(run: Run, model: SftModel, device: torch.device) -> Strategy:
-    """Checkpointing, then sharding, then the optimizer over what sharding left; needs the process group."""
+def apply(run: Run, device: torch.device, *, on_bytes: Callable[[int], None] = lambda _: None) -> Strategy:
+    """Meta model -> checkpointing -> sharding -> weights into what sharding left -> optimizer over it.
+
+    Needs the process group.
+
+    Args:
+        on_bytes: is told how many bytes of weights were read.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged or of another model.
+    """
+    model = build_model(run.model)
+    return shard(run, model, device, Weights(model, run.model, seed=run.seed, on_bytes=on_bytes))
+
+
+def shard(run: Run, model: SftModel, device: torch.device, weights: Weights) -> Strategy:
+    """The strategy over a model on the meta device."""
     apply_activation_checkpointing(model, run.activation_checkpointing)
     match run.strategy:
         case "ddp":
-            return ddp.Ddp(run, model, device)
+            return ddp.Ddp(run, model, device, weights)
         case "fsdp2":
-            return fsdp2.Fsdp2(run, model, device)
+            return fsdp2.Fsdp2(run, model, device, weights)
         case _:
-            return zero.Zero(run, model, device)
+            return zero.Zero(run, model, device, weights)

@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.weights import Part
 from sft_dist.run import Run
 from sft_dist.sharding.spec import HostPart
 
@@ -185,6 +186,13 @@ def store_master(model: SftModel, run: Run) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(TORCH_DTYPES[run.precision.master])
+
+
+@contextmanager
+def whole_parameter(meta: nn.Parameter, device: torch.device) -> Iterator[Part]:
+    """The place of a parameter of which every rank holds all elements."""
+    parameter = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device), meta.requires_grad)
+    yield Part(parameter, parameter.detach().view(-1), 0)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from torch.optim import Optimizer
 from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import SftModel
+from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec
-from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, restored, state_kinds
+from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, restored, state_kinds, whole_parameter
 
 # DeepSpeed pads a flattened group so that each rank's partition starts at a multiple of this many elements.
 PARTITION_ALIGNMENT = 2
@@ -58,13 +61,18 @@ def _on_host(run: Run) -> frozenset[HostPart]:
 
 
 class Zero(Strategy):
-    def __init__(self, run: Run, model: SftModel, device: torch.device) -> None:
+    def __init__(self, run: Run, model: SftModel, device: torch.device, weights: Weights) -> None:
         deepspeed = _import_deepspeed()
         self.model = model
         self.device = device
         self.world_size = run.world.size
         self.stage = ZERO_STAGES[run.strategy]
         deepspeed.init_distributed(dist_init_required=False)
+        if self.stage == 3:
+            partitioning = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(run))
+            fill(model, weights, partial(_partition, partitioning), device, group=dist.group.WORLD)
+        else:
+            fill(model, weights, partial(whole_parameter, device=device), device, group=None)
         optimizer = build_optimizer(run.optim, model.named_parameters(), device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(run), dist_init_required=False
@@ -192,6 +200,25 @@ class Zero(Strategy):
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+@contextmanager
+def _partition(partitioning: Any, meta: nn.Parameter) -> Iterator[Part]:
+    """The place of this rank's partition of a parameter under stage 3.
+
+    DeepSpeed copies the partition out of a whole tensor, which is never written to but there: no memory stands behind
+    the rest of it. Its own function would broadcast rank 0's whole tensor first.
+
+    Args:
+        partitioning: a ``deepspeed.zero.Init``.
+    """
+    whole = torch.empty(meta.shape, dtype=meta.dtype, device=partitioning.local_device)
+    size = -(-meta.numel() // dist.get_world_size())
+    start = min(meta.numel(), size * dist.get_rank())
+    parameter = nn.Parameter(whole, meta.requires_grad)
+    yield Part(parameter, whole.view(-1)[start : start + size], start)
+    partitioning._convert_to_deepspeed_param(parameter)
+    parameter.partition()  # type: ignore[attr-defined]
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from sft_dist.data.prepared import PreparedData, open_prepared, prepare
 from sft_dist.data.sources import read_source
 from sft_dist.errors import ConfigError
 from sft_dist.metrics.logger import RunLogger
-from sft_dist.model.build import build_model, check_weights
 from sft_dist.model.export import UNFINISHED, export, publish
+from sft_dist.model.weights import check_weights
 from sft_dist.plan.accelerate import check_accelerate
 from sft_dist.plan.choose import choose
 from sft_dist.resolve import resolve
@@ -121,7 +121,7 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
         if world.is_main:
             print(f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there")
         return
-    strategy = registry.apply(run, build_model(run.model, seed=run.seed), process.device)
+    strategy = registry.apply(run, process.device)
     spec = registry.describe(run, world.rank)
     verify_sharding(strategy, spec)
     checkpointer = Checkpointer(

@@ -13,12 +13,14 @@ import yaml
 from sft_dist.config.schema import Config
 from sft_dist.errors import ShardingMismatch
 from sft_dist.model.build import build_model
+from sft_dist.model.weights import Weights
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from tests.helpers import cells
+from tests.helpers.loaded import load_model
 from tests.helpers.pool import WorldPool
 
 World = Callable[[int], WorldPool]
@@ -29,10 +31,10 @@ def message_of_mismatch(text: str, applied: str, breakage: str) -> str:
     run = resolve(Config.model_validate(yaml.safe_load(text)), WorldShape(1, dist.get_world_size()))
     other = cells.config(run.model.path, run.model.method.type, applied)
     applied_run = resolve(other, run.world)
-    model = build_model(run.model, seed=0)
+    model = build_model(run.model)
     if breakage == "thawed":
         next(p for p in model.parameters() if not p.requires_grad).requires_grad_(True)
-    strategy = registry.apply(applied_run, model, cells.CPU)
+    strategy = registry.shard(applied_run, model, cells.CPU, Weights(model, run.model, seed=0))
     if breakage == "dtype on rank 1" and dist.get_rank() == 1:
         parameter = next(iter(model.parameters()))
         parameter.data = parameter.data.to(torch.float64)
@@ -88,7 +90,7 @@ def test_other_names_are_found(world: World, tiny_base: Path) -> None:
 def stale_optimizer_message(text: str) -> str:
     """An optimizer made before ``fully_shard`` trains parameters that are gone, and nothing raises by itself."""
     run = resolve(Config.model_validate(yaml.safe_load(text)), WorldShape(1, dist.get_world_size()))
-    stale = build_model(run.model, seed=0)
+    stale = load_model(run.model, seed=0)
     _, strategy = cells.start(Config.model_validate(yaml.safe_load(text)))
     live = strategy.optimizer
     strategy.optimizer = build_optimizer(run.optim, stale.named_parameters(), cells.CPU)

@@ -22,12 +22,13 @@ from sft_dist.data.chat_template import TemplateSample, load_renderer
 from sft_dist.data.messages import Conversation
 from sft_dist.data.sources import read_source
 from sft_dist.errors import CheckpointError
-from sft_dist.model.build import SftModel, build_model
+from sft_dist.model.build import SftModel
 from sft_dist.model.export import export, publish
 from sft_dist.model.spec import ModelSpec
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from tests.helpers import cells
+from tests.helpers.loaded import load_model
 
 
 class OneProcess:
@@ -64,7 +65,7 @@ def trained(base: Path, tmp_path: Path, method: str, compute: str = "fp32") -> A
     """An artefact of a model whose trained weights have moved."""
     precision = {"compute": compute}
     run = resolve(cells.config(str(base), method, precision=precision), WorldShape())
-    model = build_model(run.model, seed=0)
+    model = load_model(run.model, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -17,7 +17,6 @@ if not torch.cuda.is_available():
 
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.model.attention import packed_attention_forward, per_segment_sdpa
-from sft_dist.model.build import build_model
 from sft_dist.resolve import resolve
 from sft_dist.runtime.process_group import process_group
 from sft_dist.runtime.world import World, WorldShape
@@ -42,7 +41,7 @@ def losses(model: Path, method: str, strategy: str, compute: str, **sections: An
     """Five steps and an evaluation in the middle, on the GPU."""
     cfg = cells.config(str(model), method, strategy, precision={"compute": compute}, **sections)
     run = resolve(cfg, WorldShape())
-    built = registry.apply(run, build_model(run.model, seed=run.seed), CUDA)
+    built = registry.apply(run, CUDA)
     verify_sharding(built, registry.describe(run, 0))
     assert all(t.device.type == "cuda" for _, t, _ in built.local_parameters())
     data = cells.synthetic_data()
@@ -103,7 +102,7 @@ def test_the_host_does_not_wait_in_a_step(tiny_base: Path, strategy: str) -> Non
     """CUDA's own synchronisation detector, from the first micro-batch to the update."""
     cfg = cells.config(str(tiny_base), "full", strategy, precision={"compute": "bf16"})
     run = resolve(cfg, WorldShape())
-    built = registry.apply(run, build_model(run.model, seed=0), CUDA)
+    built = registry.apply(run, CUDA)
     data = cells.synthetic_data()
     order = TrainingOrder(data, run.batch, run.seed)
     train_step(built, data, run.batch, order.step(0), rank=0, device=CUDA, lr=1e-3)

@@ -18,7 +18,6 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.data.loader import TrainingOrder, collate
 from sft_dist.data.packing import pack_best_fit
 from sft_dist.data.prepared import PreparedData
-from sft_dist.model.build import build_model
 from sft_dist.model.export import export, publish
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
@@ -87,7 +86,7 @@ def synthetic_data(
 
 def start(cfg: Config) -> tuple[Run, Strategy]:
     run = resolve(cfg, WorldShape(1, dist.get_world_size()))
-    strategy = registry.apply(run, build_model(run.model, seed=run.seed), CPU)
+    strategy = registry.apply(run, CPU)
     verify_sharding(strategy, registry.describe(run, dist.get_rank()))
     return run, strategy
 

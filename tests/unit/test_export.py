@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft_dist.errors import CheckpointError
-from sft_dist.model.build import SftModel, build_model
+from sft_dist.model.build import SftModel
 from sft_dist.model.export import export, publish
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from tests.helpers.cells import config
+from tests.helpers.loaded import load_model
 
 BF16 = {"precision": {"compute": "bf16", "master": "fp32"}}
 
@@ -36,7 +37,7 @@ def masters(model: SftModel, *, trainable_only: bool) -> Iterator[tuple[str, Ten
 
 def exported(base: Path, folder: Path, method: str, **sections: Any) -> tuple[Path, SftModel]:
     run = resolve(config(str(base), method, **sections), WorldShape())
-    model = build_model(run.model, seed=0)
+    model = load_model(run.model, seed=0)
     parameters = masters(model, trainable_only=method != "full")
     export(folder, run.model, model, parameters, AutoTokenizer.from_pretrained(base), is_main=True)
     publish(folder)
@@ -106,7 +107,7 @@ def test_a_longer_run_replaces_the_artefact(tiny_base: Path, tmp_path: Path) -> 
 
 def test_an_adapter_names_the_revision_of_its_base(tiny_base: Path, tmp_path: Path) -> None:
     run = resolve(config(str(tiny_base), "lora"), WorldShape())
-    model, spec = build_model(run.model, seed=0), replace(run.model, revision="v2")
+    model, spec = load_model(run.model, seed=0), replace(run.model, revision="v2")
     parameters = masters(model, trainable_only=True)
     export(tmp_path / "final", spec, model, parameters, AutoTokenizer.from_pretrained(tiny_base), is_main=True)
     written = json.loads((tmp_path / "final.unfinished/adapter_config.json").read_text())
@@ -115,7 +116,7 @@ def test_an_adapter_names_the_revision_of_its_base(tiny_base: Path, tmp_path: Pa
 
 def test_other_ranks_write_nothing(tiny_base: Path, tmp_path: Path) -> None:
     run = resolve(config(str(tiny_base)), WorldShape())
-    model = build_model(run.model, seed=0)
+    model = load_model(run.model, seed=0)
     asked = 0
 
     def count() -> Iterator[tuple[str, Tensor]]:

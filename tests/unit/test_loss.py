@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from sft_dist.config.schema import FullMethod
 from sft_dist.data.loader import collate, empty_micro_batch
 from sft_dist.model import loss as loss_module
-from sft_dist.model.build import build_model, describe_model
+from sft_dist.model.build import describe_model
 from sft_dist.model.loss import LossHead, linear_cross_entropy_sum
 from tests.helpers.cells import synthetic_data
+from tests.helpers.loaded import load_model
 
 ROWS, HIDDEN, VOCAB = 37, 16, 53
 
@@ -216,7 +217,7 @@ def test_a_packed_model_equals_transformers_on_separate_rows(base: str, request:
     """Loss and every gradient: a tied embedding gets those of both its uses."""
     folder: Path = request.getfixturevalue(base)
     data = synthetic_data(rows=6)
-    model = build_model(describe_model(str(folder), None, FullMethod(), "fp32"), seed=0)
+    model = load_model(describe_model(str(folder), None, FullMethod(), "fp32"), seed=0)
     loss = model(collate(data, list(range(6))))
     loss.backward()
 
@@ -240,7 +241,7 @@ def test_a_packed_model_equals_transformers_on_separate_rows(base: str, request:
 def test_rows_of_a_pack_do_not_see_each_other(tiny_base: Path) -> None:
     """Position by position: changing one row leaves the losses of the others bit-equal."""
     data = synthetic_data(rows=3)
-    model = build_model(describe_model(str(tiny_base), None, FullMethod(), "fp32"), seed=0).eval()
+    model = load_model(describe_model(str(tiny_base), None, FullMethod(), "fp32"), seed=0).eval()
     with torch.no_grad():
         together = float(model(collate(data, [0, 1, 2])))
         alone = sum(float(model(collate(data, [row]))) for row in range(3))
@@ -248,7 +249,7 @@ def test_rows_of_a_pack_do_not_see_each_other(tiny_base: Path) -> None:
 
 
 def test_an_empty_micro_batch_reaches_every_parameter_with_zeros(tiny_base: Path) -> None:
-    model = build_model(describe_model(str(tiny_base), None, FullMethod(), "fp32"), seed=0)
+    model = load_model(describe_model(str(tiny_base), None, FullMethod(), "fp32"), seed=0)
     loss = model(empty_micro_batch())
     loss.backward()
     assert float(loss) == 0

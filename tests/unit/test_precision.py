@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_dist.config.schema import FullMethod
 from sft_dist.data.loader import TrainingOrder, collate
-from sft_dist.model.build import build_model, describe_model
+from sft_dist.model.build import describe_model
 from sft_dist.run import Precision, StrategyName
 from sft_dist.sharding.ddp import Ddp, cast_while_running
 from sft_dist.sharding.strategy import NativeStrategy, _local
 from sft_dist.train.step import train_step
 from tests.helpers.cells import CPU, config, start, synthetic_data
+from tests.helpers.loaded import load_model
 
 METHODS = pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "packed_attention", "packed_attention_backward"}
@@ -155,7 +156,7 @@ def test_the_cast_model_is_the_bf16_model(base: str, checkpointing: str, request
     """Loss and gradients are those of a model stored in bf16, with the gradients of two uses of a weight added in fp32."""
     path = request.getfixturevalue(base)
     _, strategy = native("full", checkpointing=checkpointing)(path)
-    stored = build_model(describe_model(str(path), None, FullMethod(), "bf16"), seed=0)
+    stored = load_model(describe_model(str(path), None, FullMethod(), "bf16"), seed=0)
     batch = collate(synthetic_data(rows=3), [0, 1, 2])
     loss = strategy.forward_backward(batch, supervised_in_step=1, is_last_micro_batch=True)
     expected = stored(batch)

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
-from sft_dist.model.build import build_meta_model, build_model
+from sft_dist.model.build import build_meta_model
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.model.support import load_model_config
 from sft_dist.resolve import resolve
@@ -27,6 +27,7 @@ from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
 from tests.helpers.cells import config
+from tests.helpers.loaded import load_model
 
 METHODS = pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -114,7 +115,7 @@ def test_the_number_of_steps(train: dict[str, Any], sequences: int, steps: int, 
 @pytest.mark.parametrize("base", ["tiny_base", "tied_base"])
 def test_the_description_is_the_model(method: str, compute: str, base: str, request: pytest.FixtureRequest) -> None:
     run = run_of(request.getfixturevalue(base), method, precision={"compute": compute})
-    model = build_model(run.model, seed=0)
+    model = load_model(run.model, seed=0)
     described = [(p.name, p.shape, p.trainable) for p in run.model.parameters]
     assert described == [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
     stored = {name: p.dtype for name, p in model.named_parameters()}
@@ -145,7 +146,7 @@ def test_counts_by_hand(tiny_base: Path, tied_base: Path) -> None:
 def test_adapters_start_the_same_for_the_same_seed_and_change_nothing(tiny_base: Path) -> None:
     run = run_of(tiny_base, "lora")
     first, second, other = (
-        {n: p.detach() for n, p in build_model(run.model, seed=s).named_parameters() if p.requires_grad}
+        {n: p.detach() for n, p in load_model(run.model, seed=s).named_parameters() if p.requires_grad}
         for s in (1, 1, 2)
     )
     assert all(torch.equal(first[n], second[n]) for n in first)
@@ -154,15 +155,18 @@ def test_adapters_start_the_same_for_the_same_seed_and_change_nothing(tiny_base:
 
 
 @METHODS
-def test_the_meta_model_holds_no_memory(method: str, tiny_base: Path) -> None:
+def test_the_meta_model_holds_no_weights(method: str, tiny_base: Path) -> None:
+    """What it holds is the rotary frequencies, which are in no file: half a head's size, twice."""
     run = run_of(tiny_base, method)
     meta = build_meta_model(run.model.path, None, run.model.method, "bf16")
-    assert all(t.is_meta for t in [*meta.parameters(), *meta.buffers()])
+    assert all(p.is_meta for p in meta.parameters())
+    real = {name.rpartition(".")[2]: b.numel() for name, b in meta.named_buffers() if not b.is_meta}
+    assert real == {"inv_freq": 8, "original_inv_freq": 8}
 
 
 def test_a_tied_output_layer_stays_tied(tied_base: Path) -> None:
     run = run_of(tied_base)
-    for model in (build_model(run.model, seed=0), build_meta_model(run.model.path, None, run.model.method, "fp32")):
+    for model in (load_model(run.model, seed=0), build_meta_model(run.model.path, None, run.model.method, "fp32")):
         embedding, head = model.causal_lm.get_input_embeddings(), model.causal_lm.get_output_embeddings()
         assert embedding.weight is head.weight
 

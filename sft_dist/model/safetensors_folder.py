@@ -1,0 +1,104 @@
+"""The weights of a model folder, one file or many, read in parts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sft_dist.errors import CheckpointError
+
+WEIGHTS_FIX = "the folder needs model.safetensors, or its shards and model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, its shape, and its dtype as the file names it ("BF16")."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class SafetensorsFolder:
+    """Every tensor of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` lists.
+
+    Files are mapped, not read: what is not asked for costs nothing, and pages of a file are not memory of a process.
+
+    Raises:
+        CheckpointError: there are no weights, or a file is damaged or missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[Path, Any] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self._weight_files():
+            header = self._open(file)
+            for key in header.keys():  # noqa: SIM118  it is no dict
+                part = header.get_slice(key)
+                self.tensors[key] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        """[stop - start] the flat elements of a tensor from ``start`` on, in the file's dtype, on the CPU."""
+        stored = self.tensors[key]
+        try:
+            header = self._open(stored.file)
+            if not stored.shape:
+                whole: Tensor = header.get_tensor(key).reshape(1)
+                return whole[start:stop]
+            row = math.prod(stored.shape[1:])
+            if row == 0 or start == stop:
+                return header.get_slice(key)[0:0].flatten()
+            first = start // row
+            rows: Tensor = header.get_slice(key)[first : -(-stop // row)]
+            return rows.flatten()[start - first * row : stop - first * row]
+        except (OSError, SafetensorError) as e:
+            raise _unreadable(stored.file, e) from e
+
+    def num_bytes(self, key: str) -> int:
+        """Of one tensor."""
+        stored = self.tensors[key]
+        dtype = torch_dtype(stored.dtype)
+        return math.prod(stored.shape) * (dtype.itemsize if dtype is not None else 1)
+
+    def _weight_files(self) -> list[Path]:
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if not index.is_file():
+            if not single.is_file():
+                raise CheckpointError(f"model.path: {self.folder} has no .safetensors weights", fix=WEIGHTS_FIX)
+            return [single]
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+            raise _unreadable(index, e) from e
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise CheckpointError(
+                    f"model.path: {self.folder} lacks {name}, which {index.name} lists", fix=WEIGHTS_FIX
+                )
+        return [self.folder / name for name in names]
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as e:
+                raise _unreadable(file, e) from e
+        return self._files[file]
+
+
+def torch_dtype(stored: str) -> torch.dtype | None:
+    """The dtype of a weight that can be trained from; None for one that is quantised or no number."""
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(stored)
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().split("\n", 1)[0]
+    return CheckpointError(f"model.path: no readable weights in {file} ({reason})", fix=WEIGHTS_FIX)

@@ -1,0 +1,232 @@
+"""The first values of a model's parameters, read in parts, so that no rank reads or holds more than it keeps.
+
+A model is built on the meta device, sharded there, and filled by :func:`fill`, one parameter after the other: base
+weights from safetensors, each rank its own elements; NF4 weights quantised on the way in, block by block; adapters from
+a generator of their own, so that they are the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from sft_dist.errors import CheckpointError
+from sft_dist.model.adapters import initial_value
+from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
+from sft_dist.model.hub import model_folder
+from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear, quantize_blocks
+from sft_dist.model.safetensors_folder import SafetensorsFolder, torch_dtype
+from sft_dist.model.spec import ModelSpec
+
+SAME_MODEL_FIX = "config.json and the weights must come from the same model"
+
+# Elements of a tied pair that are compared at a time.
+COMPARED_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank keeps of a parameter.
+
+    Args:
+        parameter: takes the place of the meta parameter in the model.
+        local: [n] flat, a view of the rank's own elements.
+        start: of those elements in the flattened whole.
+    """
+
+    parameter: nn.Parameter
+    local: Tensor
+    start: int
+
+
+Place = Callable[[nn.Parameter], AbstractContextManager[Part]]
+
+
+class Weights:
+    """Reads any part of any parameter of a model.
+
+    Args:
+        model: on the meta device.
+        seed: of the adapters' first values.
+        on_bytes: is told how many bytes were read.
+
+    Raises:
+        CheckpointError: weights are missing, too many, of another shape, or damaged; before any of them is read.
+    """
+
+    def __init__(
+        self, model: SftModel, spec: ModelSpec, *, seed: int, on_bytes: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self._folder = SafetensorsFolder(model_folder(spec.path, spec.revision))
+        self._base = model.base
+        self._keys = _matched(self._folder, model)
+        self._compute, self._seed, self._on_bytes = TORCH_DTYPES[spec.compute], seed, on_bytes
+        self._quantized = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights in the files."""
+        return sum(self._folder.num_bytes(key) for key in self._keys.values())
+
+    def read_into(self, name: str, part: Part) -> _Scales | None:
+        """Fills a rank's part of a parameter.
+
+        Returns:
+            for an NF4 weight the scales of the blocks that begin in the part; the layer needs those of all parts.
+        """
+        start, stop = part.start, part.start + part.local.numel()
+        if name in self._quantized:
+            return self._quantize_into(name, part)
+        if name in self._base:
+            values = self._read(name, start, stop)
+        else:
+            values = initial_value(name, tuple(self._shapes[name]), self._seed).flatten()[start:stop]
+        # Through the compute dtype also where the master weight is finer: all strategies start from the same values.
+        part.local.copy_(values.to(self._compute))
+        return None
+
+    def set_scales(self, name: str, scales: _Scales, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        """Gives an NF4 layer the scales of all its blocks.
+
+        Args:
+            group: the ranks whose parts make up the whole; None where each rank has all of it. Each of them must call.
+        """
+        layer = self._quantized[name]
+        absmax = torch.zeros(layer.absmax.numel(), dtype=torch.float32, device=device)
+        absmax[scales.first : scales.first + scales.absmax.numel()] = scales.absmax
+        if group is not None:
+            # Every block begins in one part, so this sum only adds zeros to it.
+            dist.all_reduce(absmax, group=group)
+        layer.set_scales(absmax)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that are in the files, by their names in the model."""
+        return {n: self._read(n, 0, t.numel).view(t.shape) for n, t in self._base.items() if t.is_buffer}
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        values = self._folder.read(self._keys[name], start, stop)
+        self._on_bytes(values.numel() * values.element_size())
+        return values
+
+    def _quantize_into(self, name: str, part: Part) -> _Scales:
+        """Quantises whole blocks: those at the part's ends also where they reach over them."""
+        per_element = 2 * part.local.element_size()
+        block = BLOCK_SIZE // per_element
+        start, stop = part.start, part.start + part.local.numel()
+        first, last = start // block, -(-stop // block)
+        values = self._read(name, first * BLOCK_SIZE, last * BLOCK_SIZE if stop > start else first * BLOCK_SIZE)
+        begin = -(-start // block)
+        if stop == start:
+            return _Scales(begin, torch.empty(0, device=part.local.device))
+        packed, absmax = quantize_blocks(values.to(part.local.device, self._compute), part.local.dtype)
+        offset = start - first * block
+        part.local.copy_(packed.flatten()[offset : offset + part.local.numel()])
+        return _Scales(begin, absmax[begin - first :])
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """[n] fp32 scales of blocks ``first``, ``first`` + 1, ..."""
+
+    first: int
+    absmax: Tensor
+
+
+def fill(
+    model: SftModel, weights: Weights, place: Place, device: torch.device, *, group: dist.ProcessGroup | None
+) -> None:
+    """Gives every parameter its storage and first values, one at a time; a tied one once.
+
+    Args:
+        place: makes a rank's part of a meta parameter; what it does when its context ends comes after the values.
+        device: of the buffers, which every rank holds whole.
+        group: the ranks whose parts make up a whole parameter; None where each rank has all of it.
+    """
+    owners = defaultdict(list)
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append((module, attribute))
+    for name, meta in list(model.named_parameters()):
+        with place(meta) as part:
+            scales = weights.read_into(name, part)
+        for module, attribute in owners[id(meta)]:
+            module._parameters[attribute] = part.parameter
+        if scales is not None:
+            weights.set_scales(name, scales, device, group)
+    stored = weights.buffers()
+    for prefix, module in model.named_modules():
+        for attribute, buffer in module.named_buffers(recurse=False):
+            name = f"{prefix}.{attribute}"
+            module._buffers[attribute] = (
+                stored[name].to(buffer.dtype).to(device) if name in stored else buffer.to(device)
+            )
+
+
+def check_weights(spec: ModelSpec) -> None:
+    """What ``Weights`` refuses, and the values of tied weights that are stored twice.
+
+    Raises:
+        CheckpointError: the weights are not those of the model.
+    """
+    model = build_model(spec)
+    folder = SafetensorsFolder(model_folder(spec.path, spec.revision))
+    _matched(folder, model)
+    for tensor in model.base.values():
+        stored = [name for name in tensor.names if name in folder.tensors]
+        for other in stored[1:]:
+            for start in range(0, tensor.numel, COMPARED_AT_ONCE):
+                stop = min(tensor.numel, start + COMPARED_AT_ONCE)
+                if not torch.equal(folder.read(stored[0], start, stop), folder.read(other, start, stop)):
+                    raise CheckpointError(
+                        f"model.path: config.json of {spec.path} ties {other} to {stored[0]}, and the weights differ",
+                        fix="set tie_word_embeddings to false there",
+                    )
+
+
+def _matched(folder: SafetensorsFolder, model: SftModel) -> dict[str, str]:
+    """Name in ``model`` -> key in the files, for every tensor of the base model.
+
+    Raises:
+        CheckpointError: they are not the same model's.
+    """
+    tensors = model.base
+    by_hf_name = {name: sft_name for sft_name, tensor in tensors.items() for name in tensor.names}
+    transforms = get_model_conversion_mapping(model.causal_lm)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    ignored = [re.compile(pattern) for pattern in model.causal_lm._keys_to_ignore_on_load_unexpected or ()]
+    keys: dict[str, str] = {}
+    unexpected, mismatched = [], []
+    for key, stored in folder.tensors.items():
+        hf_name, converter = rename_source_key(
+            key, renamings, converters, model.causal_lm.base_model_prefix, dict.fromkeys(by_hf_name)
+        )
+        if converter is not None or hf_name not in by_hf_name:
+            if not any(pattern.search(key) for pattern in ignored):
+                unexpected.append(key)
+            continue
+        name = by_hf_name[hf_name]
+        keys.setdefault(name, key)
+        if stored.shape != tensors[name].shape:
+            mismatched.append(f"{key} {list(stored.shape)} instead of {list(tensors[name].shape)}")
+        elif torch_dtype(stored.dtype) is None:
+            mismatched.append(f"{key} in {stored.dtype}")
+    missing = [tensors[name].names[0] for name in tensors if name not in keys]
+    for what, found in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched)):
+        if found:
+            raise CheckpointError(
+                f"model.path: the weights in {folder.folder} have {len(found)} {what} keys, such as {sorted(found)[0]}",
+                fix=SAME_MODEL_FIX,
+            )
+    return keys
