@@ -26,8 +26,15 @@ from sft_dist.model.hub import model_folder
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear, quantize_blocks
 from sft_dist.model.safetensors_folder import SafetensorsFolder, torch_dtype
 from sft_dist.model.spec import ModelSpec
+from sft_dist.runtime.memory import release_freed_memory
 
 SAME_MODEL_FIX = "config.json and the weights must come from the same model"
+
+# A rank's own, after which the host memory that filling it took on the way is handed back.
+RELEASE_EVERY_BYTES = 1 << 26
+
+# Blocks; bitsandbytes on a CPU needs 4 KiB for each of them while it quantises.
+QUANTIZED_AT_ONCE = 1 << 13
 
 # Elements of a tied pair that are compared at a time.
 COMPARED_AT_ONCE = 1 << 24
@@ -91,8 +98,10 @@ class Weights:
             values = self._read(name, start, stop)
         else:
             values = initial_value(name, tuple(self._shapes[name]), self._seed).flatten()[start:stop]
-        # Through the compute dtype also where the master weight is finer: all strategies start from the same values.
-        part.local.copy_(values.to(self._compute))
+        if self._compute not in (values.dtype, part.local.dtype):
+            # All strategies start from the same values, those that keep the master weight in a finer dtype too.
+            values = values.to(self._compute)
+        part.local.copy_(values)
         return None
 
     def set_scales(self, name: str, scales: _Scales, device: torch.device, group: dist.ProcessGroup | None) -> None:
@@ -120,18 +129,21 @@ class Weights:
 
     def _quantize_into(self, name: str, part: Part) -> _Scales:
         """Quantises whole blocks: those at the part's ends also where they reach over them."""
-        per_element = 2 * part.local.element_size()
-        block = BLOCK_SIZE // per_element
+        block = BLOCK_SIZE // (2 * part.local.element_size())  # in packed elements
         start, stop = part.start, part.start + part.local.numel()
-        first, last = start // block, -(-stop // block)
-        values = self._read(name, first * BLOCK_SIZE, last * BLOCK_SIZE if stop > start else first * BLOCK_SIZE)
         begin = -(-start // block)
-        if stop == start:
+        if start == stop:
             return _Scales(begin, torch.empty(0, device=part.local.device))
-        packed, absmax = quantize_blocks(values.to(part.local.device, self._compute), part.local.dtype)
-        offset = start - first * block
-        part.local.copy_(packed.flatten()[offset : offset + part.local.numel()])
-        return _Scales(begin, absmax[begin - first :])
+        first, last = start // block, -(-stop // block)
+        absmax = []
+        for chunk in range(first, last, QUANTIZED_AT_ONCE):
+            end = min(last, chunk + QUANTIZED_AT_ONCE)
+            values = self._read(name, chunk * BLOCK_SIZE, end * BLOCK_SIZE)
+            packed, scales = quantize_blocks(values.to(part.local.device, self._compute), part.local.dtype)
+            low, high = max(start, chunk * block), min(stop, end * block)
+            part.local[low - start : high - start] = packed.flatten()[low - chunk * block : high - chunk * block]
+            absmax.append(scales)
+        return _Scales(begin, torch.cat(absmax)[begin - first :])
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,7 @@ def fill(
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 owners[id(parameter)].append((module, attribute))
+    since_release = 0
     for name, meta in list(model.named_parameters()):
         with place(meta) as part:
             scales = weights.read_into(name, part)
@@ -164,6 +177,11 @@ def fill(
             module._parameters[attribute] = part.parameter
         if scales is not None:
             weights.set_scales(name, scales, device, group)
+        since_release += part.local.nbytes
+        if since_release > RELEASE_EVERY_BYTES:
+            release_freed_memory()
+            since_release = 0
+    release_freed_memory()
     stored = weights.buffers()
     for prefix, module in model.named_modules():
         for attribute, buffer in module.named_buffers(recurse=False):

@@ -40,11 +40,13 @@ def describe(run: Run, rank: int) -> ShardingSpec:
 
 
 class Fsdp2(NativeStrategy):
-    def __init__(self, run: Run, model: SftModel, device: torch.device, weights: Weights) -> None:
+    def __init__(self, run: Run, model: SftModel, device: torch.device, weights: Weights | None) -> None:
         super().__init__(run, model)
         assert isinstance(run.sharding, Fsdp2Sharding)
         store_master(model, run)
-        mesh = init_device_mesh(device.type, (run.world.size,), mesh_dim_names=("dp_shard",))
+        mesh = init_device_mesh(
+            "cpu" if weights is None else device.type, (run.world.size,), mesh_dim_names=("dp_shard",)
+        )
         policy = MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPES[run.precision.compute],
             reduce_dtype=TORCH_DTYPES[run.precision.reduce],
@@ -54,7 +56,8 @@ class Fsdp2(NativeStrategy):
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=run.sharding.reshard_after_forward)
         # The root holds embedding, last norm and output layer: needed first in forward and first again in backward.
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        fill(model, weights, partial(_shard, device=device), device, group=mesh.get_group())
+        if weights is not None:
+            fill(model, weights, partial(_shard, device=device), device, group=mesh.get_group())
         self.optimizer = build_optimizer(run.optim, model.named_parameters(), device)
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:

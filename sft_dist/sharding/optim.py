@@ -30,7 +30,9 @@ def build_optimizer(
     groups.append({"params": vectors, "weight_decay": 0.0})
     groups = [g for g in groups if g["params"]]
     if isinstance(config, AdamWConfig):
-        return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        return AdamW(
+            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=device.type != "meta"
+        )
     return SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
 
 

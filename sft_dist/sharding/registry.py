@@ -42,7 +42,7 @@ def apply(run: Run, device: torch.device, *, on_bytes: Callable[[int], None] = l
 
 
 def shard(run: Run, model: SftModel, device: torch.device, weights: Weights) -> Strategy:
-    """The strategy over a model on the meta device."""
+    """The strategy over a model on the meta device, which it fills."""
     apply_activation_checkpointing(model, run.activation_checkpointing)
     match run.strategy:
         case "ddp":
@@ -51,3 +51,18 @@ def shard(run: Run, model: SftModel, device: torch.device, weights: Weights) -> 
             return fsdp2.Fsdp2(run, model, device, weights)
         case _:
             return zero.Zero(run, model, device, weights)
+
+
+def shard_without_weights(run: Run) -> Strategy:
+    """What one rank would hold, as shards on the meta device: of a size, and without memory.
+
+    Needs a process group, and torch's "fake" one will do: a single process then stands for a rank of any world.
+
+    Raises:
+        ValueError: the strategy is not fsdp2; DDP and DeepSpeed need real tensors.
+    """
+    if run.strategy != "fsdp2":
+        raise ValueError(f"{run.strategy} cannot shard a model that has no weights")
+    model = build_model(run.model)
+    apply_activation_checkpointing(model, run.activation_checkpointing)
+    return fsdp2.Fsdp2(run, model, torch.device("meta"), None)
