@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import SftModel
+from sft_dist.model.lora import readers
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec
@@ -69,6 +70,8 @@ class Zero(Strategy):
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(run), dist_init_required=False
         )
+        if self.stage == 3:
+            gather_for_readers(model)
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last_micro_batch)
@@ -192,6 +195,21 @@ class Zero(Strategy):
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def gather_for_readers(model: nn.Module) -> None:
+    """Lets stage 3 gather what a module reads of the modules inside it while that module runs, in both passes.
+
+    Not DeepSpeed's leaf modules: it reduces their gradients when the gradient of their input is there, and the first
+    block's inputs have none under frozen embeddings.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for reader, owners in readers(model):
+        for owner in owners:
+            if owner is not reader:
+                for parameter in owner.parameters(recurse=False):
+                    register_external_parameter(reader, parameter)
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:
