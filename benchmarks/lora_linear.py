@@ -5,7 +5,8 @@
 The block has the seven linear layers of a Llama: q, k and v share an input, gate and up share another. Both sides have
 the same weights and the same input and differ in nothing but the class of the seven layers. For every case one line:
 
-    time      ours / PEFT's, forward and backward of the block; the fastest of alternating rounds each
+    time      ours / PEFT's, CPU seconds of all threads for forward and backward of the block; the least of
+              alternating rounds each, because other processes' use of caches adds to it
     recomp.   the same with the block recomputed in backward, as activation checkpointing does
     kept      what forward keeps for backward, each storage counted once, parameters not counted
     dequant.  dequantisations in forward and backward; and with the block recomputed
@@ -87,13 +88,13 @@ def step(model: nn.Module, x: Tensor, *, recompute: bool) -> None:
 
 
 def time_ratio(theirs: Callable[[], None], ours: Callable[[], None], rounds: int) -> float:
-    """The two alternate, so that what else the machine does meets both; the fastest run was disturbed least."""
+    """The two alternate, so that what else the machine does meets both; the least was disturbed least."""
     best = [float("inf")] * 2
     for _ in range(rounds + 1):  # the first round warms up
         for side, run in enumerate((theirs, ours)):
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            best[side] = min(best[side], time.perf_counter() - start)
+            best[side] = min(best[side], time.process_time() - start)
     return best[1] / best[0]
 
 
