@@ -145,15 +145,16 @@ class LoraMatmul(torch.autograd.Function):
         if needs_b:
             grad_b = (g.T @ h.reshape(-1, h.shape[-1])).mul_(ctx.scaling)
         if needs_a:
-            dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.keep_scale)
-            grad_a = g_h.T @ dropped.reshape(-1, x.shape[-1])
-            del dropped
+            # What was not dropped is scaled where it is small: in the product.
+            read = x if mask is None else x * mask
+            grad_a = (g_h.T @ read.reshape(-1, x.shape[-1])).mul_(ctx.keep_scale)
+            del read
         if needs_x:
             grad_x = g @ _weight(stored, ctx.shape, grad.dtype)
             if mask is None:
                 grad_x.addmm_(g_h, a)
             else:
-                grad_x += torch.ops.aten.native_dropout_backward(g_h @ a, mask.reshape_as(grad_x), ctx.keep_scale)
+                grad_x.add_((g_h @ a).mul_(mask.reshape_as(grad_x)), alpha=ctx.keep_scale)
             grad_x = grad_x.view(x.shape)
         grad_bias = g.sum(0) if needs_bias else None
         return grad_x, None, None, grad_a, grad_b, grad_bias, *(None for _ in range(3 + len(stored)))
