@@ -1,4 +1,4 @@
-"""Low-rank adapters, PEFT's, computing in the run's own precision."""
+"""Low-rank adapters: PEFT's layers and formats, computing in the run's own precision."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sft_dist.config.schema import LoraMethod
 from sft_dist.errors import ConfigError
+from sft_dist.model.lora import fuse_lora
 
 
 def lora_config(method: LoraMethod, base_model: str | None = None, revision: str | None = None) -> LoraConfig:
@@ -56,6 +57,7 @@ def add_lora(model: PreTrainedModel, method: LoraMethod, dtype: torch.dtype) -> 
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
+    fuse_lora(adapted)
     assert isinstance(adapted, PeftModel)
     return adapted
 

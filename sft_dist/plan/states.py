@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sft_dist.config.deepspeed import Zero3Knobs
-from sft_dist.config.schema import AdamWConfig, FullMethod, OptimConfig
+from sft_dist.config.schema import AdamWConfig, FullMethod, LoraMethod, OptimConfig
 from sft_dist.model.build import describe_model
 from sft_dist.model.loss import CHUNK_BYTES
-from sft_dist.model.spec import DTYPE_BYTES, ModelSpec
+from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
 
@@ -87,23 +87,22 @@ def gather_bytes(run: Run) -> int:
 def activation_bytes(run: Run) -> int:
     """An upper estimate of what forward keeps for backward when no block is recomputed, for the longest micro-batch.
 
-    For each token and layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers, adapters
-    among them, in ``compute``; and the logits of one chunk of the loss with their gradient.
+    For each token and layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers and what
+    adapters keep beside them: their r numbers in ``compute`` and, with dropout, a mask of one byte an input. And the
+    logits of one chunk of the loss with their gradient.
     """
     model = run.model
-    width = sum(sum(shape) for shape in _linear_layers(model))
+    # NF4 weights have lost their shape: the base is described anew.
+    base = describe_model(model.path, model.revision, FullMethod(), model.compute)
+    width = sum(sum(p.shape) for p in base.parameters if p.block is not None and len(p.shape) == 2)
+    masked = 0
+    if isinstance(model.method, LoraMethod):
+        inputs = [p.shape for p in model.trainable if ".lora_A." in p.name]  # (r, in)
+        width += sum(r for r, _ in inputs)
+        masked = sum(size for _, size in inputs) if model.method.dropout else 0
     tokens = run.batch.micro_batch_size * run.batch.max_seq_len
     logits = 2 * min(CHUNK_BYTES, tokens * model.vocab_size * DTYPE_BYTES["fp32"])
-    return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + logits
-
-
-def _linear_layers(model: ModelSpec) -> list[tuple[int, ...]]:
-    """(out, in) of every linear layer inside a block. NF4 weights have lost their shape: the base is described anew."""
-    base = describe_model(model.path, model.revision, FullMethod(), model.compute)
-    layers: list[tuple[int, ...]] = [p.shape for p in base.parameters if p.block is not None and len(p.shape) == 2]
-    if not isinstance(model.method, FullMethod):
-        layers += [p.shape for p in model.trainable if p.block is not None and len(p.shape) == 2]
-    return layers
+    return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + tokens * masked + logits
 
 
 def with_world_size(run: Run, size: int) -> Run:

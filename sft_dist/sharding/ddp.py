@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.lora import readers
 from sft_dist.model.weights import Weights, fill
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
@@ -61,25 +62,27 @@ def cast_while_running(model: nn.Module, dtype: torch.dtype) -> None:
     While a module runs, the cast shadows the parameter as a plain attribute. Hooks rather than autocast, so that the
     same tensors are in the same dtype under every strategy; and they run again when a block is recomputed.
     """
-    for module in model.modules():
-        names = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if names:
-            module.register_forward_pre_hook(_shadow(names, dtype))
-            module.register_forward_hook(_unshadow(names), always_call=True)
+    for reader, owners in readers(model):
+        cast = [
+            (owner, name) for owner in owners for name, p in owner.named_parameters(recurse=False) if p.requires_grad
+        ]
+        if cast:
+            reader.register_forward_pre_hook(_shadow(cast, dtype))
+            reader.register_forward_hook(_unshadow(cast), always_call=True)
 
 
-def _shadow(names: list[str], dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    def hook(module: nn.Module, _inputs: object) -> None:
-        for name in names:
-            module.__dict__[name] = module._parameters[name].to(dtype)  # type: ignore[union-attr]
+def _shadow(cast: list[tuple[nn.Module, str]], dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    def hook(_reader: nn.Module, _inputs: object) -> None:
+        for owner, name in cast:
+            owner.__dict__[name] = owner._parameters[name].to(dtype)  # type: ignore[union-attr]
 
     return hook
 
 
-def _unshadow(names: list[str]):  # type: ignore[no-untyped-def]
-    def hook(module: nn.Module, _inputs: object, _output: object) -> None:
-        for name in names:
-            module.__dict__.pop(name, None)
+def _unshadow(cast: list[tuple[nn.Module, str]]):  # type: ignore[no-untyped-def]
+    def hook(_reader: nn.Module, _inputs: object, _output: object) -> None:
+        for owner, name in cast:
+            owner.__dict__.pop(name, None)
 
     return hook
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import SftModel
+from sft_dist.model.lora import readers
 from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.optim import build_optimizer
@@ -77,6 +78,8 @@ class Zero(Strategy):
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(run), dist_init_required=False
         )
+        if self.stage == 3:
+            gather_for_readers(model)
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last_micro_batch)
@@ -219,6 +222,21 @@ def _partition(partitioning: Any, meta: nn.Parameter) -> Iterator[Part]:
     yield Part(parameter, whole.view(-1)[start : start + size], start)
     partitioning._convert_to_deepspeed_param(parameter)
     parameter.partition()  # type: ignore[attr-defined]
+
+
+def gather_for_readers(model: nn.Module) -> None:
+    """Lets stage 3 gather what a module reads of the modules inside it while that module runs, in both passes.
+
+    Not DeepSpeed's leaf modules: it reduces their gradients when the gradient of their input is there, and the first
+    block's inputs have none under frozen embeddings.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for reader, owners in readers(model):
+        for owner in owners:
+            if owner is not reader:
+                for parameter in owner.parameters(recurse=False):
+                    register_external_parameter(reader, parameter)
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:

@@ -17,12 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
 
+from sft_dist.config.schema import Config
 from sft_dist.data.loader import TrainingOrder, collate, empty_micro_batch
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_meta_model
 from sft_dist.model.loss import LossHead
+from sft_dist.plan.states import activation_bytes
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -103,6 +107,37 @@ def test_an_empty_micro_batch_runs_on_fake_tensors(tiny_base: Path) -> None:
         model = fake_model(run)
         model(empty_micro_batch()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("method", "dropout"), [("full", 0.0), ("lora", 0.0), ("qlora", 0.1)])
+def test_what_a_step_keeps_is_just_under_its_estimate(method: str, dropout: float, tmp_path: Path) -> None:
+    """Two blocks of Llama-3 8B on 256 tokens in bf16: every storage that forward keeps, parameters left out."""
+    LlamaConfig(
+        vocab_size=64, hidden_size=4096, intermediate_size=14336, num_hidden_layers=2, num_attention_heads=32,
+        num_key_value_heads=8,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    adapter = {} if method == "full" else {"r": 16, "dropout": dropout}
+    cfg = config(
+        str(tmp_path), method="full", precision={"compute": "bf16"}, activation_checkpointing={"mode": "none"},
+        data={"max_seq_len": 256}, train={"micro_batch_size": 1},
+    ).model_dump(mode="json")  # fmt: skip
+    run = resolve(Config.model_validate({**cfg, "method": {"type": method, **adapter}}), WorldShape())
+    data = synthetic_data(rows=16, max_len=60, capacity=256, vocab=64)
+    pack = data.packs[int(np.argmax(data.num_tokens))].tolist()
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode():
+        model = fake_model(run)
+        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            batch = collate(data, pack)
+            model(batch)
+    size = sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in own)
+    assert 1 < activation_bytes(run) * batch.num_tokens / 256 / size < 1.35
 
 
 def test_a_trace_leaves_nothing_fake_behind(tiny_base: Path, group_of_one: None) -> None:

@@ -1,0 +1,180 @@
+"""Plain LoRA on a frozen linear layer as one node of the graph (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    y = x W' + bias + scaling * dropout(x) A' B'        x [..., in], W [out, in], A [r, in], B [out, r]; ' transposes
+
+The layers, their parameters' names and what is saved stay PEFT's; forward and backward are ours. PEFT's composition of
+operators makes four tensors of y's size where one is enough, keeps a dropped copy of the input for every layer that
+reads it, and runs the product with W once more when a checkpointed block is recomputed only for what it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sft_dist.model.nf4 import NF4Linear, dequantize
+
+ADAPTER = "default"
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's LoRA layer with our forward and backward.
+
+    Its forward reads the parameters of the modules inside it without calling them: see :func:`readers`.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != [ADAPTER]:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        dropout = self.lora_dropout[ADAPTER]
+        return lora_linear(
+            x,
+            self.get_base_layer(),
+            self.lora_A[ADAPTER].weight,
+            self.lora_B[ADAPTER].weight,
+            scaling=self.scaling[ADAPTER],
+            dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        )
+
+
+def fuse_lora(model: nn.Module) -> None:
+    """Gives every plain LoRA layer on a dense or NF4 linear layer our forward; all other PEFT layers stay as they are.
+
+    The object keeps its identity, parameters and hooks and changes its class, as ``fully_shard`` does it.
+    """
+    for module in model.modules():
+        if type(module) is PeftLinear and _is_plain(module):
+            module.__class__ = LoraLinear
+
+
+def _is_plain(layer: Any) -> bool:
+    """A variant (DoRA and others) computes something else; ``lora_bias`` adds a parameter that we do not read."""
+    return (
+        type(layer.get_base_layer()) in (nn.Linear, NF4Linear)
+        and list(layer.lora_A) == [ADAPTER]
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+    )
+
+
+def readers(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Every module that runs on its own, with the modules whose parameters its forward reads: mostly itself alone.
+
+    What a strategy does with parameters while their module runs (cast, gather), it must do while the reader runs.
+    """
+    inside = {id(m) for reader in model.modules() if isinstance(reader, LoraLinear) for m in reader.modules()}
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            yield module, list(module.modules())
+        elif id(module) not in inside:
+            yield module, [module]
+
+
+def lora_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
+    """[..., out] in ``x``'s dtype, that of A and B too.
+
+    Args:
+        base: an ``nn.Linear`` or ``NF4Linear`` with a frozen weight; it is read, not called.
+        dropout: probability that an element of the adapter's input is zeroed. Draws the same numbers as ``F.dropout``.
+    """
+    assert not base.weight.requires_grad, "the weight under an adapter is frozen: it would get no gradient here"
+    stored: tuple[Tensor, ...] = (base.weight,)
+    if isinstance(base, NF4Linear):
+        stored = (base.weight, base.absmax, base.nested_absmax, base.offset)
+    shape = (base.out_features, base.in_features)
+    with torch.no_grad():
+        dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        h = F.linear(dropped, a)
+        del dropped
+
+    def value() -> Tensor:
+        y = F.linear(x.contiguous(), _weight(stored, shape, x.dtype), base.bias)
+        # A product that is added where it is made: no tensor of y's size for the adapter.
+        y.view(-1, shape[0]).addmm_(h.reshape(-1, h.shape[-1]), b.T, alpha=scaling)
+        return y
+
+    place = LoraMatmul.apply(x, h, mask, a, b, base.bias, scaling, dropout, shape, *stored)
+    result: Tensor = _FillIn.apply(place, value)
+    return result
+
+
+class LoraMatmul(torch.autograd.Function):
+    """Keeps what backward needs and computes the gradients. Its output has y's shape and no memory.
+
+    The value comes after it, because the recomputation of a checkpointed block ends when the last tensor has been kept
+    again: the block's last linear layer, the largest of a Llama block, then need not run once more.
+
+    Kept: x itself, which the layers that share it keep together; h = dropout(x) A' [..., r]; the dropout mask, one byte
+    an element; and the parameters themselves, no views of them: a sharded strategy frees and refills their storage
+    between the passes. A dequantised weight is not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h: Tensor,
+        mask: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dropout: float,
+        shape: tuple[int, int],
+        *stored: Tensor,
+    ) -> Tensor:
+        ctx.scaling, ctx.keep_scale, ctx.shape = scaling, 1 / (1 - dropout), shape
+        ctx.save_for_backward(x, h, mask, a, b, *stored)
+        return x.new_empty(()).expand(*x.shape[:-1], shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, h, mask, a, b, *stored = ctx.saved_tensors
+        needs_x, _, _, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:6]
+        g = grad.reshape(-1, grad.shape[-1])
+        g_h = (g @ b).mul_(ctx.scaling)
+        grad_x = grad_a = grad_b = None
+        if needs_b:
+            grad_b = (g.T @ h.reshape(-1, h.shape[-1])).mul_(ctx.scaling)
+        if needs_a:
+            # What was not dropped is scaled where it is small: in the product.
+            read = x if mask is None else x * mask
+            grad_a = (g_h.T @ read.reshape(-1, x.shape[-1])).mul_(ctx.keep_scale)
+            del read
+        if needs_x:
+            grad_x = g @ _weight(stored, ctx.shape, grad.dtype)
+            if mask is None:
+                grad_x.addmm_(g_h, a)
+            else:
+                grad_x.add_((g_h @ a).mul_(mask.reshape_as(grad_x)), alpha=ctx.keep_scale)
+            grad_x = grad_x.view(x.shape)
+        grad_bias = g.sum(0) if needs_bias else None
+        return grad_x, None, None, grad_a, grad_b, grad_bias, *(None for _ in range(3 + len(stored)))
+
+
+class _FillIn(torch.autograd.Function):
+    """The value of a tensor that has its place in the graph already."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, value: Callable[[], Tensor]) -> Tensor:
+        return value()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def _weight(stored: tuple[Tensor, ...] | list[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """[out, in] from a dense weight, or from the parts of an NF4 one."""
+    if len(stored) == 1:
+        return stored[0]
+    packed, absmax, nested_absmax, offset = stored
+    return dequantize(packed, absmax, nested_absmax, offset, shape, dtype)
