@@ -99,7 +99,8 @@ def load(artefact: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, li
 
 def weight_findings(model: nn.Module, expected: dict[str, str], *, is_adapter: bool) -> Iterator[str]:
     """Every trained weight must be there, bit for bit, and no other; adapters must have moved."""
-    actual = {name: p.detach() for name, p in model.named_parameters() if not is_adapter or ".lora_" in name}
+    own = (".lora_", ".modules_to_save.")
+    actual = {n: p.detach() for n, p in model.named_parameters() if not is_adapter or any(part in n for part in own)}
     lost, strange = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     if lost:
         yield f"{len(lost)} trained weights are not in the loaded model, such as {lost[0]}"

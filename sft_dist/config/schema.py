@@ -27,8 +27,17 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit when `path` is a hub id.")
 
 
+NAMES = (
+    "A name covers every part of the model whose dotted path has it, e.g. q_proj, self_attn or layers.0; with re: in "
+    "front it is a regular expression for the whole path."
+)
+
+
 class FullMethod(Section):
     type: Literal["full"] = "full"
+    freeze: list[str] = Field(
+        default_factory=list, description=f"Parts that stay as they are, e.g. [embed_tokens, layers.0]. {NAMES}"
+    )
 
 
 class LoraMethod(Section):
@@ -37,9 +46,32 @@ class LoraMethod(Section):
     type: Literal["lora"]
     r: int = Field(16, ge=1, description="Rank of the adapter.")
     alpha: float = Field(32, gt=0, description="Scale: the adapter's output is multiplied by alpha / r.")
+    rslora: bool = Field(False, description="Multiply by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).")
+    dora: bool = Field(
+        False,
+        description="Train the length of each row of the adapted weight apart from its direction (DoRA, arXiv "
+        "2402.09353).",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapter's input.")
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Names of the linear layers that get an adapter, or all of them but the output layer."
+    init: Literal["default", "pissa", "loftq"] = Field(
+        "default",
+        description="First values. default: A random, B zero. pissa: the largest singular directions of the weight, "
+        "whose rest is frozen (arXiv 2404.02948); saved as an adapter of twice the rank on the base as it was. loftq: "
+        "those of the error that quantising makes, for qlora (arXiv 2310.08659, one iteration).",
+    )
+    init_from: str | None = Field(
+        None,
+        description="Folder of an adapter in PEFT's format to go on from; its shape must be the one asked for here.",
+    )
+    target_modules: Literal["all-linear", "attention", "mlp"] | list[str] = Field(
+        "all-linear",
+        description="Linear layers that get an adapter: all but the output layer, those of the attention or of the "
+        f"feed-forward part, or a list of names. {NAMES}",
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="Parts of the base that are trained whole and saved with the adapter, e.g. [embed_tokens, "
+        f"lm_head]. {NAMES}",
     )
 
 

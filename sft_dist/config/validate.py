@@ -6,10 +6,13 @@ Checks that need the world (does the batch divide, is there a GPU) belong to ``r
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 
-from sft_dist.config.schema import Config, LoraMethod
+from sft_dist.config.schema import Config, FullMethod, LoraMethod
 from sft_dist.errors import ConfigError
+
+REGULAR_EXPRESSION = "re:"  # in front of a name that is one
 
 Finding = tuple[str, str]  # (what is wrong, how to fix it), each one line
 
@@ -90,14 +93,48 @@ def _activation_checkpointing(config: Config) -> Iterator[Finding]:
         )
 
 
+def _names(config: Config) -> Iterator[Finding]:
+    method = config.method
+    lists = {"freeze": method.freeze} if isinstance(method, FullMethod) else {"modules_to_save": method.modules_to_save}
+    if isinstance(method, LoraMethod) and isinstance(method.target_modules, list):
+        lists["target_modules"] = method.target_modules
+        if not method.target_modules:
+            yield (
+                "method.target_modules is []: an adapter on nothing",
+                "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
+            )
+    for key, names in lists.items():
+        if not all(name.strip() for name in names):
+            yield f"method.{key} is {names}: one name is empty", f"remove the empty name from method.{key}"
+        for name in names:
+            if name.startswith(REGULAR_EXPRESSION):
+                try:
+                    re.compile(name.removeprefix(REGULAR_EXPRESSION))
+                except re.error as e:
+                    yield f"method.{key}: {name} is no regular expression ({e})", f"correct it in method.{key}"
+
+
 def _adapter(config: Config) -> Iterator[Finding]:
-    if not isinstance(config.method, LoraMethod) or config.method.target_modules == "all-linear":
+    method = config.method
+    if not isinstance(method, LoraMethod) or method.init == "default":
         return
-    names = config.method.target_modules
-    if not names or not all(name.strip() for name in names):
+    if method.init_from is not None:
         yield (
-            f"method.target_modules is {names}: " + ("an adapter on nothing" if not names else "one name is empty"),
-            "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
+            f"method.init is {method.init} and method.init_from is {method.init_from}: both say how the adapter starts",
+            "remove one of them",
+        )
+    wanted = {"pissa": "lora", "loftq": "qlora"}[method.init]
+    reason = {
+        "pissa": "freezes what is left of the weight, and a quantised rest is no longer the base",
+        "loftq": "starts from the error of quantisation, and nothing is quantised",
+    }[method.init]
+    if method.type != wanted:
+        fix = f"set method.type to {wanted}, or method.init to " + ("loftq" if wanted == "lora" else "default or pissa")
+        yield f"method.init {method.init} {reason} with method.type {method.type}", fix
+    if method.init == "pissa" and method.dora:
+        yield (
+            "method.init pissa is saved as an adapter of twice the rank, which method.dora does not allow",
+            "set method.dora to false, or method.init to default",
         )
 
 
@@ -126,6 +163,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _warmup,
     _precision,
     _activation_checkpointing,
+    _names,
     _adapter,
     _evaluation,
 )

@@ -22,6 +22,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.model.adapters import add_lora
 from sft_dist.model.attention import ATTENTION_NAME
 from sft_dist.model.loss import LossHead
+from sft_dist.model.names import covered
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
 from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
 from sft_dist.model.support import load_model_config
@@ -172,11 +173,22 @@ def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) 
     if isinstance(method, QloraMethod):
         _quantize_linears(model, dtype)
     hf_names = {id(tensor): name for name, tensor in _stored_tensors(model)}
-    hf = model
+    hf: nn.Module = model
     if isinstance(method, LoraMethod):
-        model.requires_grad_(False)
         hf = add_lora(model, method, dtype)
+    elif method.freeze:
+        _freeze(model, method.freeze)
     return SftModel(hf, {f"hf.{n}": base[hf_names[id(t)]] for n, t in _stored_tensors(hf) if id(t) in hf_names})
+
+
+def _freeze(model: PreTrainedModel, patterns: list[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    parts = ", ".join(sorted({part for name in names for part in name.split(".") if not part.isdigit()}))
+    frozen = set(covered(patterns, names, key="method.freeze", kind="parameter", fix=f"use parts of names: {parts}"))
+    if len(frozen) == len(names):
+        raise ConfigError("method.freeze covers the whole model: nothing is left to train", fix="freeze less of it")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
 
 
 def _base_tensors(model: PreTrainedModel) -> dict[str, BaseTensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,9 +19,13 @@ from sft_dist.errors import CheckpointError
 from sft_dist.model.adapters import lora_config
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.spec import ModelSpec
+from sft_dist.model.weights import Weights
 
 # SftModel's own attribute, in front of every name that Transformers and PEFT know.
 PREFIX = "hf."
+
+# PEFT's wrapper, in front of the names of Transformers.
+ADAPTED = "base_model.model."
 
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
@@ -33,6 +39,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     *,
     is_main: bool,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Writes an artefact as ``folder`` with ``.unfinished`` behind its name. Every rank must call it; rank 0 writes.
 
@@ -40,6 +47,7 @@ def export(
 
     Args:
         parameters: (name, full tensor) of every trainable parameter, of the others too when the method is full.
+        seed: that the adapter started from.
 
     Returns:
         on rank 0 what was saved, by the names of transformers and peft; nothing on the others.
@@ -59,7 +67,7 @@ def export(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         if isinstance(spec.method, LoraMethod):
-            _save_adapter(unfinished, spec, model, gathered)
+            _save_adapter(unfinished, spec, model, gathered, seed)
         else:
             gathered = {name: tensor.to(TORCH_DTYPES[spec.compute]) for name, tensor in gathered.items()}
             _save_model(unfinished, model, gathered, tokenizer)
@@ -98,13 +106,41 @@ def _stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenize
         config.eos_token_id = [*known, tokenizer.eos_token_id]
 
 
-def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor]) -> None:
+def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor], seed: int) -> None:
+    """Writes an adapter, and adds to ``state`` nothing that is not in its files."""
     assert isinstance(spec.method, LoraMethod)
     assert isinstance(model.hf, PeftModel)
-    adapter = get_peft_model_state_dict(model.hf, state_dict=state, save_embedding_layers=False)
-    save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config = lora_config(spec.method, base_model=spec.path, revision=spec.revision)
     # The names that `all-linear` stood for: the adapter must load on its base without guessing.
     config.target_modules = model.hf.peft_config["default"].target_modules
+    config.use_dora = spec.method.dora
     config.inference_mode = True
+    whole = sorted(name for name in state if ".lora_" not in name)
+    # PEFT says which modules it replaces, and each of them has one parameter or two.
+    modules = sorted({name.removeprefix(ADAPTED).rpartition(".")[0] for name in whole})
+    config.modules_to_save = modules or None
+    if spec.method.init == "pissa":
+        _from_the_base_as_it_was(state, config, Weights(model, spec, seed=seed))
+    adapter = get_peft_model_state_dict(model.hf, state_dict=state, save_embedding_layers=False)
+    adapter |= {name: state[name] for name in whole}
+    save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
+    for name in whole:
+        module, _, parameter = name.rpartition(".")
+        state[f"{module}.modules_to_save.default.{parameter}"] = state.pop(name)
+
+
+def _from_the_base_as_it_was(state: dict[str, Tensor], config: LoraConfig, weights: Weights) -> None:
+    """Makes of a PiSSA adapter one that counts from the base model's own weights.
+
+    W - s B0 A0 + s B A = W + s [B B0] [A; -A0]: twice the rank (Meng et al. 2024, arXiv 2404.02948, appendix C), with
+    the scaling kept by a greater alpha.
+    """
+    for name in [name for name in state if ".lora_A." in name]:
+        layer, _, _ = name.partition(".lora_A.")
+        a, b = weights.factors(PREFIX + layer)
+        other = name.replace(".lora_A.", ".lora_B.")
+        state[name] = torch.cat([state[name], -a.to(state[name])])
+        state[other] = torch.cat([state[other], b.to(state[other])], dim=1)
+    config.r *= 2
+    config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # type: ignore[assignment]

@@ -18,7 +18,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sft_dist.model.nf4 import NF4Linear, dequantize
+from sft_dist.model.nf4 import NF4Linear, NF4Matmul, dequantize
 
 ADAPTER = "default"
 
@@ -42,6 +42,66 @@ class LoraLinear(PeftLinear):
             scaling=self.scaling[ADAPTER],
             dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
         )
+
+
+class Magnitude(nn.Module):
+    """DoRA's length of each row of a weight, where PEFT keeps it. It is read, not called."""
+
+    def __init__(self, out_features: int, like: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, dtype=like.dtype, device=like.device))
+
+
+class DoraLinear(LoraLinear):
+    """A weight's rows are turned by the adapter and have a trained length (Liu et al. 2024, arXiv 2402.09353).
+
+        y = m / |V| * x V' + bias,  V = W + scaling * B A  [out, in],  |V| [out] the lengths of its rows
+
+    |V| counts as constant in backward (section 4.3 there). As in PEFT, dropout is on the input of what the adapter
+    changes: (m / |V| - 1) * x W' and the adapter's own part.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, scaling = self.get_base_layer(), self.scaling[ADAPTER]
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        factor = self.lora_magnitude_vector[ADAPTER].weight / row_lengths(base, a, b, scaling)
+        dropped = self.lora_dropout[ADAPTER](x)
+        straight = base_product(base, x)
+        turned = straight if dropped is x else base_product(base, dropped)
+        adapter = F.linear(F.linear(dropped, a), b) * scaling
+        y = straight + (factor - 1) * turned + factor * adapter
+        return y if base.bias is None else y + base.bias
+
+
+def row_lengths(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """[out] Euclidean length of each row of W + scaling * B A, without a graph."""
+    with torch.no_grad():
+        return torch.linalg.vector_norm(dense_weight(base, a.dtype) + scaling * (b @ a), dim=1)
+
+
+def base_product(base: nn.Linear, x: Tensor) -> Tensor:
+    """x W' without bias."""
+    if isinstance(base, NF4Linear):
+        shape = (base.out_features, base.in_features)
+        result: Tensor = NF4Matmul.apply(x, base.weight, base.absmax, base.nested_absmax, base.offset, shape)
+        return result
+    return F.linear(x, base.weight)
+
+
+def dense_weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """[out, in] of a dense or an NF4 layer."""
+    stored: tuple[Tensor, ...] = (base.weight,)
+    if isinstance(base, NF4Linear):
+        stored = (base.weight, base.absmax, base.nested_absmax, base.offset)
+    return _weight(stored, (base.out_features, base.in_features), dtype)
+
+
+def add_magnitudes(model: nn.Module) -> None:
+    """Makes DoRA layers of all layers that ``fuse_lora`` has taken."""
+    for module in list(model.modules()):
+        if type(module) is LoraLinear:
+            module.lora_magnitude_vector[ADAPTER] = Magnitude(module.out_features, module.lora_A[ADAPTER].weight)
+            module.__class__ = DoraLinear
 
 
 def fuse_lora(model: nn.Module) -> None:

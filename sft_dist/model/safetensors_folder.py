@@ -14,8 +14,6 @@ from torch import Tensor
 
 from sft_dist.errors import CheckpointError
 
-WEIGHTS_FIX = "the folder needs model.safetensors, or its shards and model.safetensors.index.json"
-
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -27,16 +25,19 @@ class StoredTensor:
 
 
 class SafetensorsFolder:
-    """Every tensor of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` lists.
+    """Every tensor of ``NAME.safetensors``, or of the shards that ``NAME.safetensors.index.json`` lists.
 
     Files are mapped, not read: what is not asked for costs nothing, and pages of a file are not memory of a process.
+
+    Args:
+        key: of the configuration, for messages.
 
     Raises:
         CheckpointError: there are no weights, or a file is damaged or missing.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str = "model", *, key: str = "model.path") -> None:
+        self.folder, self._name, self._key = folder, name, key
         self._files: dict[Path, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
         for file in self._weight_files():
@@ -60,7 +61,7 @@ class SafetensorsFolder:
             rows: Tensor = header.get_slice(key)[first : -(-stop // row)]
             return rows.flatten()[start - first * row : stop - first * row]
         except (OSError, SafetensorError) as e:
-            raise _unreadable(stored.file, e) from e
+            raise self._unreadable(stored.file, e) from e
 
     def num_bytes(self, key: str) -> int:
         """Of one tensor."""
@@ -69,20 +70,19 @@ class SafetensorsFolder:
         return math.prod(stored.shape) * (dtype.itemsize if dtype is not None else 1)
 
     def _weight_files(self) -> list[Path]:
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        single = self.folder / f"{self._name}.safetensors"
+        index = single.with_name(f"{single.name}.index.json")
         if not index.is_file():
             if not single.is_file():
-                raise CheckpointError(f"model.path: {self.folder} has no .safetensors weights", fix=WEIGHTS_FIX)
+                raise self._error(f"{self.folder} has no {single.name}")
             return [single]
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-            raise _unreadable(index, e) from e
+            raise self._unreadable(index, e) from e
         for name in names:
             if not (self.folder / name).is_file():
-                raise CheckpointError(
-                    f"model.path: {self.folder} lacks {name}, which {index.name} lists", fix=WEIGHTS_FIX
-                )
+                raise self._error(f"{self.folder} lacks {name}, which {index.name} lists")
         return [self.folder / name for name in names]
 
     def _open(self, file: Path) -> Any:
@@ -90,15 +90,17 @@ class SafetensorsFolder:
             try:
                 self._files[file] = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as e:
-                raise _unreadable(file, e) from e
+                raise self._unreadable(file, e) from e
         return self._files[file]
+
+    def _unreadable(self, file: Path, error: Exception) -> CheckpointError:
+        return self._error(f"no readable weights in {file} ({str(error).strip().partition(chr(10))[0]})")
+
+    def _error(self, what: str) -> CheckpointError:
+        files = f"{self._name}.safetensors, or its shards and {self._name}.safetensors.index.json"
+        return CheckpointError(f"{self._key}: {what}", fix=f"the folder needs {files}")
 
 
 def torch_dtype(stored: str) -> torch.dtype | None:
     """The dtype of a weight that can be trained from; None for one that is quantised or no number."""
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(stored)
-
-
-def _unreadable(file: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().split("\n", 1)[0]
-    return CheckpointError(f"model.path: no readable weights in {file} ({reason})", fix=WEIGHTS_FIX)

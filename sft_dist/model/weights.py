@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from sft_dist.config.schema import LoraMethod
 from sft_dist.errors import CheckpointError
-from sft_dist.model.adapters import initial_value
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
 from sft_dist.model.hub import model_folder
-from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear, quantize_blocks
+from sft_dist.model.initial import InitialAdapters
+from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear, dequantize, quantize_blocks
 from sft_dist.model.safetensors_folder import SafetensorsFolder, torch_dtype
 from sft_dist.model.spec import ModelSpec
 from sft_dist.runtime.memory import release_freed_memory
@@ -32,6 +33,9 @@ SAME_MODEL_FIX = "config.json and the weights must come from the same model"
 
 # A rank's own, after which the host memory that filling it took on the way is handed back.
 RELEASE_EVERY_BYTES = 1 << 26
+
+# What PEFT calls the layer that an adapter is on.
+UNDER_ADAPTER = ".base_layer"
 
 # Blocks; bitsandbytes on a CPU needs 4 KiB for each of them while it quantises.
 QUANTIZED_AT_ONCE = 1 << 13
@@ -76,9 +80,14 @@ class Weights:
         self._folder = SafetensorsFolder(model_folder(spec.path, spec.revision))
         self._base = model.base
         self._keys = _matched(self._folder, model)
-        self._compute, self._seed, self._on_bytes = TORCH_DTYPES[spec.compute], seed, on_bytes
+        self._compute, self._on_bytes = TORCH_DTYPES[spec.compute], on_bytes
         self._quantized = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._adapters: InitialAdapters | None = None
+        if isinstance(spec.method, LoraMethod):
+            self._adapters = InitialAdapters(spec.method, seed=seed, dense=self._dense, stored=self._stored)
+            self._adapters.check({p.name: p.shape for p in spec.trainable})
+        self._splits_weights = isinstance(spec.method, LoraMethod) and spec.method.init == "pissa"
 
     @property
     def num_bytes(self) -> int:
@@ -91,13 +100,9 @@ class Weights:
         Returns:
             for an NF4 weight the scales of the blocks that begin in the part; the layer needs those of all parts.
         """
-        start, stop = part.start, part.start + part.local.numel()
         if name in self._quantized:
             return self._quantize_into(name, part)
-        if name in self._base:
-            values = self._read(name, start, stop)
-        else:
-            values = initial_value(name, tuple(self._shapes[name]), self._seed).flatten()[start:stop]
+        values = self._values(name, part.start, part.start + part.local.numel())
         if self._compute not in (values.dtype, part.local.dtype):
             # All strategies start from the same values, those that keep the master weight in a finer dtype too.
             values = values.to(self._compute)
@@ -118,9 +123,47 @@ class Weights:
             dist.all_reduce(absmax, group=group)
         layer.set_scales(absmax)
 
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """A and B that an adapter of PiSSA or LoftQ started from, rounded as the model's were."""
+        assert self._adapters is not None
+        a, b = self._adapters.factors(layer)
+        return a.to(self._compute), b.to(self._compute)
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that are in the files, by their names in the model."""
         return {n: self._read(n, 0, t.numel).view(t.shape) for n, t in self._base.items() if t.is_buffer}
+
+    def _values(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start] what a parameter starts from."""
+        if self._adapters is None:
+            return self._read(name, start, stop)
+        if self._adapters.has(name):
+            return self._adapters.saved(name, start, stop)
+        if name not in self._base:
+            return self._adapters.value(name, self._shapes[name]).flatten()[start:stop]
+        layer = name.removesuffix(f"{UNDER_ADAPTER}.weight")
+        if self._splits_weights and layer != name:
+            return self._adapters.frozen_rest(layer).flatten()[start:stop]
+        return self._read(name, start, stop)
+
+    def _dense(self, layer: str) -> Tensor:
+        """[out, in] fp32 the weight under an adapter as the files have it, rounded to the compute dtype."""
+        tensor = self._base[f"{layer}{UNDER_ADAPTER}.weight"]
+        whole = self._folder.read(self._keys[f"{layer}{UNDER_ADAPTER}.weight"], 0, tensor.numel)
+        return whole.to(self._compute).float().view(tensor.shape)
+
+    def _stored(self, layer: str) -> Tensor:
+        """[out, in] fp32 the weight under an adapter as the model holds it."""
+        name = f"{layer}{UNDER_ADAPTER}.weight"
+        if name not in self._quantized:
+            return self._dense(layer)
+        place = self._quantized[name]
+        packed = nn.Parameter(torch.empty(self._shapes[name], dtype=place.weight.dtype), requires_grad=False)
+        scales = self._quantize_into(name, Part(packed, packed.view(-1), 0))
+        whole = NF4Linear(place.in_features, place.out_features, bias=None, storage=packed.dtype)
+        whole.set_scales(scales.absmax)
+        shape = (place.out_features, place.in_features)
+        return dequantize(packed, whole.absmax, whole.nested_absmax, whole.offset, shape, self._compute).float()
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         values = self._folder.read(self._keys[name], start, stop)
@@ -198,8 +241,7 @@ def check_weights(spec: ModelSpec) -> None:
         CheckpointError: the weights are not those of the model.
     """
     model = build_model(spec)
-    folder = SafetensorsFolder(model_folder(spec.path, spec.revision))
-    _matched(folder, model)
+    folder = Weights(model, spec, seed=0)._folder
     for tensor in model.base.values():
         stored = [name for name in tensor.names if name in folder.tensors]
         for other in stored[1:]:

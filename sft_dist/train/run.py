@@ -165,7 +165,7 @@ def _write_artefact(final: Path, run: Run, process: Process, inputs: Inputs, str
     probes = take_probes(strategy, inputs.train_data, process.device) if run.checkpoint.prove_final else []
     parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
     tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
-    saved = export(final, run.model, strategy.model, parameters, tokenizer, is_main=is_main)
+    saved = export(final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed)
     weights = {name: digest(tensor) for name, tensor in saved.items()}
     saved.clear()  # the fresh process needs the room
 

@@ -18,9 +18,22 @@ from tests.helpers.pool import WorldPool
 World = Callable[[int], WorldPool]
 Logits = list[np.ndarray[Any, Any]]
 
+# What comes after the method's type, by name.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": "attention", "rslora": True},
+    "layers": {"target_modules": ["layers.0", "re:.*down_proj"], "init": "default"},
+    "dora": {"dora": True},
+    "pissa": {"init": "pissa"},
+    "pissa rslora": {"init": "pissa", "rslora": True, "target_modules": ["q_proj"]},
+    "loftq": {"init": "loftq", "dora": True},
+    "whole": {"modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]},
+    "frozen": {"freeze": ["embed_tokens", "layers.0"]},
+}
 CELLS = [
     "full-fsdp2", "lora-fsdp2", "qlora-fsdp2", "full-zero3", "qlora-zero3", "lora-ddp", "full-zero1", "lora-zero2",
-    "full-fsdp2-tied",
+    "full-fsdp2-tied", "full-zero3-frozen", "lora-zero3-attention", "lora-fsdp2-layers", "lora-fsdp2-dora",
+    "qlora-zero3-dora", "lora-ddp-pissa", "lora-zero3-pissa rslora", "qlora-fsdp2-loftq", "lora-fsdp2-whole",
+    "qlora-zero3-whole",
 ]  # fmt: skip
 
 
@@ -34,8 +47,9 @@ def in_memory(world: World, tiny_base: Path, tied_base: Path, folder: Path) -> d
     """Trains and exports every cell on two processes; their logits, by cell and rank."""
     results = {}
     for cell in CELLS:
-        method, strategy, *tied = cell.split("-")
-        cfg = cells.config(str(tied_base if tied else tiny_base), method, strategy)
+        method, strategy, *options = cell.split("-")
+        base = tied_base if options == ["tied"] else tiny_base
+        cfg = cells.config(str(base), {"type": method} | OPTIONS.get("".join(options), {}), strategy)
         results[cell] = world(2).run(cells.train_and_export, cells.dump(cfg), str(folder / cell / "final"))
     return results
 

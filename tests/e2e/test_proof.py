@@ -78,7 +78,7 @@ def trained(base: Path, tmp_path: Path, method: str, compute: str = "fp32") -> A
                 yield name, parameter.detach()
 
     folder = tmp_path / "final"
-    saved = export(folder, run.model, model, masters(), AutoTokenizer.from_pretrained(base), is_main=True)
+    saved = export(folder, run.model, model, masters(), AutoTokenizer.from_pretrained(base), is_main=True, seed=0)
     publish(folder)
     weights = {name: fresh_process.digest(tensor) for name, tensor in saved.items()}
     model.to(torch.bfloat16 if compute == "bf16" else torch.float32)

@@ -45,11 +45,18 @@ class Trained:
     """trainable parameters, gathered, after the last step; on rank 0 only"""
 
 
-def config(model: str, method: str = "full", strategy: str = "ddp", **sections: dict[str, Any]) -> Config:
-    """A config for tests in fp32; ``sections`` are merged over it."""
+def config(
+    model: str, method: str | dict[str, Any] = "full", strategy: str = "ddp", **sections: dict[str, Any]
+) -> Config:
+    """A config for tests in fp32; ``sections`` are merged over it.
+
+    Args:
+        method: its type, or the section without the rank of an adapter.
+    """
+    method = {"type": method} if isinstance(method, str) else method
     base: dict[str, Any] = {
         "model": {"path": model},
-        "method": {"type": method} if method == "full" else {"type": method, "r": 4, "alpha": 16},
+        "method": method if method["type"] == "full" else {"r": 4, "alpha": 16, **method},
         "data": {"train": [{"path": "unused"}], "max_seq_len": 48},
         "sharding": {"strategy": strategy},
         "precision": {"compute": "fp32"},
@@ -136,11 +143,11 @@ def train_and_export(cfg_yaml: str, folder: str) -> list[np.ndarray[Any, Any]]:
     try:
         for number in range(3):
             train_step(strategy, data, run.batch, order.step(number), rank=rank, device=CPU, lr=3e-3)
-        logits = _logits(strategy, collate(data, list(PROBE_ROWS)))
+        logits = all_logits(strategy, collate(data, list(PROBE_ROWS)))
         everything = run.model.method.type == "full"
         export(
             Path(folder), run.model, strategy.model, strategy.full_parameters(trainable_only=not everything),
-            AutoTokenizer.from_pretrained(run.model.path), is_main=rank == 0,
+            AutoTokenizer.from_pretrained(run.model.path), is_main=rank == 0, seed=run.seed,
         )  # fmt: skip
         if rank == 0:
             publish(Path(folder))
@@ -158,7 +165,7 @@ def probe_ids() -> list[list[int]]:
     return [data.row(row)[0].tolist() for row in PROBE_ROWS]
 
 
-def _logits(strategy: Strategy, batch: MicroBatch) -> torch.Tensor:
+def all_logits(strategy: Strategy, batch: MicroBatch) -> torch.Tensor:
     """All logits [T, V] of a batch."""
     everywhere = torch.arange(batch.num_tokens)
     return strategy.infer(replace(batch, supervised_index=everywhere), logits=True)

@@ -39,7 +39,7 @@ def exported(base: Path, folder: Path, method: str, **sections: Any) -> tuple[Pa
     run = resolve(config(str(base), method, **sections), WorldShape())
     model = load_model(run.model, seed=0)
     parameters = masters(model, trainable_only=method != "full")
-    export(folder, run.model, model, parameters, AutoTokenizer.from_pretrained(base), is_main=True)
+    export(folder, run.model, model, parameters, AutoTokenizer.from_pretrained(base), is_main=True, seed=0)
     publish(folder)
     return folder, model
 
@@ -109,7 +109,7 @@ def test_an_adapter_names_the_revision_of_its_base(tiny_base: Path, tmp_path: Pa
     run = resolve(config(str(tiny_base), "lora"), WorldShape())
     model, spec = load_model(run.model, seed=0), replace(run.model, revision="v2")
     parameters = masters(model, trainable_only=True)
-    export(tmp_path / "final", spec, model, parameters, AutoTokenizer.from_pretrained(tiny_base), is_main=True)
+    export(tmp_path / "final", spec, model, parameters, AutoTokenizer.from_pretrained(tiny_base), is_main=True, seed=0)
     written = json.loads((tmp_path / "final.unfinished/adapter_config.json").read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == (str(tiny_base), "v2")
 
@@ -125,6 +125,8 @@ def test_other_ranks_write_nothing(tiny_base: Path, tmp_path: Path) -> None:
             asked += 1
             yield pair
 
-    export(tmp_path / "final", run.model, model, count(), AutoTokenizer.from_pretrained(tiny_base), is_main=False)
+    export(
+        tmp_path / "final", run.model, model, count(), AutoTokenizer.from_pretrained(tiny_base), is_main=False, seed=0
+    )
     assert asked == len(list(model.parameters())), "they take part in gathering every parameter"
     assert not list(tmp_path.iterdir())

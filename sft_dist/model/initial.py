@@ -1,0 +1,156 @@
+"""First values of adapters, the same on every rank: functions of the seed, the name and the weights under them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from sft_dist.config.schema import LoraMethod
+from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.model.safetensors_folder import SafetensorsFolder
+
+# Power iterations of the randomised decomposition (Halko et al. 2011, arXiv 0909.4061), and how many directions more
+# than those wanted it looks for.
+ITERATIONS, OVERSAMPLING = 8, 8
+
+
+def scaling_of(method: LoraMethod) -> float:
+    """The factor of the adapter's product."""
+    return method.alpha / (math.sqrt(method.r) if method.rslora else method.r)
+
+
+class InitialAdapters:
+    """What each parameter of a LoRA adapter starts from.
+
+    Args:
+        dense: path of a layer -> its weight [out, in] in fp32 as the base's files have it, rounded to ``compute``.
+        stored: the same as the model holds it, which differs where it is quantised.
+    """
+
+    def __init__(
+        self, method: LoraMethod, *, seed: int, dense: Callable[[str], Tensor], stored: Callable[[str], Tensor]
+    ) -> None:
+        self._method, self._seed, self._dense, self._stored = method, seed, dense, stored
+        self._scaling = scaling_of(method)
+        self._saved = None if method.init_from is None else _open(Path(method.init_from), method)
+        self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Whether ``method.init_from`` has every parameter of ``shapes``, and no other.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        if self._saved is None:
+            return
+        wanted = {_saved_name(name): shape for name, shape in shapes.items()}
+        have = {key: stored.shape for key, stored in self._saved.tensors.items()}
+        different = sorted(key for key in wanted.keys() | have.keys() if wanted.get(key) != have.get(key))
+        if different:
+            key = different[0]
+            raise CheckpointError(
+                f"method.init_from: {self._saved.folder} differs in {len(different)} tensors from the adapter that "
+                f"method describes, such as {key}: {have.get(key, 'absent')} there, {wanted.get(key, 'absent')} here",
+                fix="give method.target_modules, modules_to_save and r as the adapter was trained with",
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether a part of the base model comes from ``method.init_from``."""
+        return self._saved is not None and _saved_name(name) in self._saved.tensors
+
+    def saved(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start] flat elements of a parameter that is in ``method.init_from``."""
+        assert self._saved is not None
+        return self._saved.read(_saved_name(name), start, stop)
+
+    def value(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The first value of an adapter's parameter, fp32.
+
+        ``default``: A as PEFT draws it, B zero; ``pissa``, ``loftq``: see ``factors``; DoRA's lengths: those of the
+        rows as they start.
+        """
+        layer, _, kind = name.partition(".lora_")
+        if kind.startswith("magnitude"):
+            a, b = self._pair(layer, shape)
+            return torch.linalg.vector_norm(self._stored(layer) + self._scaling * (b @ a), dim=1)
+        if self._method.init != "default":
+            a, b = self.factors(layer)
+            return a if kind.startswith("A") else b
+        value = torch.zeros(shape)
+        if kind.startswith("A"):
+            generator = torch.Generator().manual_seed(_seed_of(self._seed, name))
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        return value
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], fp32, whose product with the scaling comes closest to a matrix.
+
+        ``pissa`` (Meng et al. 2024, arXiv 2404.02948): the weight. ``loftq`` (Li et al. 2023, arXiv 2310.08659, one
+        iteration): what quantising took from it. Unlike PEFT's, the factors of LoftQ allow for the scaling.
+        """
+        if self._last is None or self._last[0] != layer:
+            weight = self._dense(layer)
+            matrix = weight if self._method.init == "pissa" else weight - self._stored(layer)
+            rank = min(self._method.r, *matrix.shape)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed_of(self._seed, layer))
+                q = min(rank + OVERSAMPLING, *matrix.shape)
+                u, s, v = torch.svd_lowrank(matrix, q=q, niter=ITERATIONS)
+            roots = (s[:rank] / self._scaling).sqrt()
+            a, b = torch.zeros(self._method.r, matrix.shape[1]), torch.zeros(matrix.shape[0], self._method.r)
+            a[:rank], b[:, :rank] = (v[:, :rank] * roots).T, u[:, :rank] * roots
+            self._last = layer, (a, b)
+        return self._last[1]
+
+    def frozen_rest(self, layer: str) -> Tensor:
+        """[out, in] fp32, what PiSSA freezes: the weight without its largest directions."""
+        a, b = self.factors(layer)
+        return self._dense(layer) - self._scaling * (b @ a)
+
+    def _pair(self, layer: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if self._method.init != "default":
+            return self.factors(layer)
+        return torch.zeros(1, 1), torch.zeros(shape[0], 1)
+
+
+def _open(folder: Path, method: LoraMethod) -> SafetensorsFolder:
+    """The saved adapter, refused where it would compute something else than ``method`` says.
+
+    Raises:
+        ConfigError, CheckpointError: another kind of adapter; no adapter there.
+    """
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        there = {
+            "type": saved["peft_type"].lower(), "r": saved["r"], "alpha": saved["lora_alpha"],
+            "rslora": saved.get("use_rslora", False), "dora": saved.get("use_dora", False),
+        }  # fmt: skip
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise CheckpointError(
+            f"method.init_from: {folder} holds no adapter in PEFT's format ({type(e).__name__}: {e})",
+            fix="give the folder of adapter_config.json, e.g. the final/ of an earlier run",
+        ) from e
+    here = {"type": "lora", "r": method.r, "alpha": method.alpha, "rslora": method.rslora, "dora": method.dora}
+    for key, value in there.items():
+        if value != here[key]:
+            raise ConfigError(
+                f"method.{key} is {here[key]}, and the adapter in method.init_from ({folder}) has {value}",
+                fix=f"set method.{key} to {value}, or start another adapter without method.init_from",
+            )
+    return SafetensorsFolder(folder, "adapter_model", key="method.init_from")
+
+
+def _saved_name(name: str) -> str:
+    """PEFT's key for a parameter of ours."""
+    name = name.removeprefix("hf.").replace(".default.weight", ".weight")
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return xxhash.xxh3_64_intdigest(f"{seed} {name}".encode()) >> 1
