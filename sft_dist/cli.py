@@ -51,6 +51,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration without running it.")
 app.add_typer(config_app, name="config")
+model_app = typer.Typer(no_args_is_help=True, help="Models of the Hugging Face hub.")
+app.add_typer(model_app, name="model")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
 Overrides = Annotated[
@@ -142,6 +144,34 @@ def show(config: ConfigPath, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of a configuration, for editors; every key is described in it."""
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@model_app.command("fetch")
+def fetch(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights/--no-weights", help="Without weights it is enough to check a run and prepare its data."
+        ),
+    ] = True,
+) -> None:
+    """Bring the hub model of a configuration into the local hub cache; training itself never asks the hub.
+
+    Goes on where an interrupted fetch stopped. For a model that is not public, set HF_TOKEN or run: hf auth login.
+    """
+    model = _load(config, overrides).model
+    from sft_dist.model.hub import fetch as fetch_model
+    from sft_dist.model.hub import is_folder_path, model_folder
+
+    if is_folder_path(model.path) or Path(model.path).is_dir():
+        folder = model_folder(model.path, model.revision)
+        typer.echo(f"{folder} is a folder on this machine: there is nothing to fetch")
+        return
+    fetched = fetch_model(model.path, model.revision, weights=weights, say=typer.echo)
+    news = f"{fetched.new_bytes / 1e9:,.3f} GB of weights fetched" if fetched.new_bytes else "nothing was missing"
+    typer.echo(f"{model.path} is in {fetched.folder}: {news if weights else 'configuration and tokenizer'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

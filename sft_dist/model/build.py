@@ -7,7 +7,6 @@ cannot drift from the thing.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -20,6 +19,7 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.model.adapters import add_lora
 from sft_dist.model.attention import ATTENTION_NAME
+from sft_dist.model.hub import model_folder
 from sft_dist.model.loss import LossHead
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
 from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
@@ -139,13 +139,14 @@ def build_meta_model(path: str, revision: str | None, method: MethodConfig, comp
 
 
 def check_weights(spec: ModelSpec) -> None:
-    """Answers at once whether a model folder has weights; a hub id is looked up when it is loaded.
+    """Answers at once whether a model's weights are on this machine.
 
     Raises:
+        ModelNotHere: the hub model was not fetched, or not as a whole.
         CheckpointError: the folder has none.
     """
-    folder = Path(spec.path)
-    if folder.is_dir() and not (list(folder.glob("*.safetensors"))):
+    folder = model_folder(spec.path, spec.revision)
+    if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"model.path: {folder} has no .safetensors weights", fix=WEIGHTS_FIX)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sft_dist.errors import ConfigError
+from sft_dist.model.hub import model_folder
 
 # Settings of a model configuration that change its arithmetic where packed attention or the loss head leave it out.
 UNSUPPORTED_SETTINGS = (
@@ -19,16 +18,18 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
     """The model's configuration, refused when training it here would differ from what its authors run.
 
     Raises:
-        ConfigError: no configuration there, or a setting that is not supported.
+        ModelNotHere: the folder is not there, or the hub model was not fetched.
+        ConfigError: no configuration in the folder, or a setting that is not supported.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    folder = model_folder(path, revision, "config")
+    if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: {path} has no config.json", fix="give a folder in Hugging Face layout")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as e:
         raise ConfigError(
-            f"model.path: {path} is neither a model folder nor a reachable hub id ({first_line(e)})",
-            fix="give an existing folder, or a hub id that is in the local cache or can be downloaded",
+            f"model.path: the config.json of {path} cannot be read ({first_line(e)})",
+            fix="give a folder in Hugging Face layout, of a model that Transformers knows",
         ) from e
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
         raise ConfigError(

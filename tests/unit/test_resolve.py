@@ -244,10 +244,9 @@ def test_a_folder_without_configuration(tmp_path: Path) -> None:
     assert fix == "give a folder in Hugging Face layout"
 
 
-def test_a_path_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_path_that_is_nothing(tmp_path: Path) -> None:
     what, _ = refusal(tmp_path / "absent")
-    assert "neither a model folder nor a reachable hub id" in what
+    assert what == f"model.path: the folder {tmp_path / 'absent'} does not exist"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "no-such-model"}'])
