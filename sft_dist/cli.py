@@ -128,10 +128,28 @@ def _put_own_tools_on_path() -> None:
 
 
 @config_app.command("check")
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Say whether a configuration is valid. Looks at the settings alone, so it may be written on another machine."""
-    _load(config, overrides)
-    typer.echo(f"{config}: valid (the files it names were not looked at)")
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, metavar="N", help="Processes of the run, one for each GPU.")] = 1,
+) -> None:
+    """Say whether a configuration can be trained, without GPU, weights, data or network.
+
+    Looks at the settings, at the model's config.json where it is on this machine, and at what goes together.
+    """
+    checked = _load(config, overrides)
+    _put_own_tools_on_path()
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    from sft_dist.plan.check import check, report
+    from sft_dist.runtime.world import WorldShape
+
+    shape = WorldShape(1, processes)
+    lines = report(check(checked, shape), shape)
+    typer.echo(f"{config}: valid")
+    for line in lines:
+        typer.echo(f"  {line}")
 
 
 @config_app.command("show")

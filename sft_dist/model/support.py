@@ -9,9 +9,12 @@ from sft_dist.model.hub import model_folder
 
 # Settings of a model configuration that change its arithmetic where packed attention or the loss head leave it out.
 UNSUPPORTED_SETTINGS = (
-    "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "num_experts",
-    "num_local_experts", "n_routed_experts", "attention_dropout", "attn_pdrop",
+    "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "attention_dropout",
+    "attn_pdrop",
 )  # fmt: skip
+
+# What configurations call the number of experts of a layer.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
@@ -41,12 +44,20 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
             f"model.path: {path} is a {config.model_type} model, whose layers may mix the rows of a pack",
             fix="choose a model in which every layer attends through Transformers' attention interface",
         )
+    for key in EXPERTS:
+        experts = getattr(config, key, None)
+        if experts:
+            raise ConfigError(
+                f"model.path: {path} is a {config.model_type} model with a mixture of {experts} experts: its router's "
+                "balancing loss would be left out, and its experts are neither quantised nor given adapters",
+                fix="choose a dense model",
+            )
     for key in UNSUPPORTED_SETTINGS:
         value = getattr(config, key, None)
         if value not in (None, 0, 0.0, 1.0):
             raise ConfigError(
                 f"model.path: {path} sets {key}={value}, which is not supported",
-                fix="choose a dense model without logit scaling, soft-capping or attention dropout",
+                fix="choose a model without logit scaling, soft-capping or attention dropout",
             )
     return config
 
