@@ -157,7 +157,7 @@ def _load_weights(path: str, revision: str | None, config: PretrainedConfig, dty
     logger.setLevel(logging.ERROR)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME,
+            model_folder(path, revision), config=config, dtype=dtype, attn_implementation=ATTENTION_NAME,
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -61,13 +62,17 @@ def fetch(hub: FakeHub, tmp_path: Path) -> Fetch:
     return run
 
 
+def write_config(tmp_path: Path, path: str) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {path}}}\nmethod: {{type: lora, r: 4}}\ndata: {{train: [{{path: a.jsonl}}]}}\n"
+        "train: {global_batch_size: 1, max_steps: 2}\noutput_dir: runs/x\nlogging: {wandb: {mode: disabled}}\n"
+    )
+
+
 def start(
     hub: FakeHub, tmp_path: Path, path: str = "org/tiny", *options: str, **environment: str
 ) -> subprocess.Popen[str]:
-    (tmp_path / "run.yaml").write_text(
-        f"model: {{path: {path}}}\ndata: {{train: [{{path: a.jsonl}}]}}\n"
-        "train: {global_batch_size: 2, max_steps: 3}\noutput_dir: runs/x\n"
-    )
+    write_config(tmp_path, path)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     env = (
         kept
@@ -156,6 +161,7 @@ def test_an_interrupted_fetch_goes_on_in_the_middle_of_a_file(
     assert (model_folder("org/tiny", None) / "model.safetensors").read_bytes() == large
 
 
+@pytest.mark.ci
 def test_a_damaged_part_is_found(fetch: Fetch, hub: FakeHub, cache: Path, large: bytes) -> None:
     fetch()
     hub.break_after = None
@@ -240,3 +246,22 @@ def test_other_formats_alone(fetch: Fetch, hub: FakeHub, tmp_path: Path) -> None
     assert code == 2
     assert "has no model.safetensors, only other formats" in out
     assert "pytorch_model.bin" not in hub.served
+
+
+@pytest.mark.ci
+def test_a_run_reads_the_cache_and_asks_nobody(fetch: Fetch, hub: FakeHub, tmp_path: Path) -> None:
+    """Nor does the process that proves final/, whose adapter names its base by the hub id."""
+    assert fetch()[0] == 0
+    write_config(tmp_path, "org/tiny")
+    row = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    hub.requests = 0
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "sft_dist", "train", "run.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "proven in a fresh process" in done.stdout
+    adapter = json.loads((tmp_path / "runs/x/final/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "org/tiny"
+    assert hub.requests == 0
