@@ -120,7 +120,7 @@ def weight_files(folder: Path) -> list[str]:
         return [WEIGHTS] if (folder / WEIGHTS).is_file() else []
     try:
         return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(
             f"model.path: {index} is not an index of safetensors files", fix="delete it and fetch the model again"
         ) from e
