@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+STORE = "/store/"
 COMMIT = "c0ffee" + 34 * "0"
 
 
@@ -37,6 +38,7 @@ class FakeHub:
     served: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
+    store_tokens: set[str | None] = field(default_factory=set)
     requests: int = 0
 
     def __enter__(self) -> FakeHub:
@@ -73,9 +75,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         hub = self.hub
         hub.requests += 1
+        path = urlsplit(self.path).path
+        if path.startswith(STORE):
+            hub.store_tokens.add(self.headers.get("Authorization"))
+            name = path.removeprefix(STORE)
+            return self._file(name, hub.files()[name], with_body=with_body)
         if hub.name in self.path:  # the client also asks for things that are no model's
             hub.tokens.add(self.headers.get("Authorization"))
-        path = urlsplit(self.path).path
         if hub.status != 200:
             code = {"X-Error-Code": hub.error_code} if hub.error_code else {}
             return self._send(hub.status, b"{}", code, with_body=with_body)
@@ -92,10 +98,18 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = f"/{hub.name}/resolve/"
         if path.startswith(prefix):
             name = path.removeprefix(prefix).partition("/")[2]
+            if name.endswith(".safetensors") and name in hub.files():
+                return self._redirect(name, hub.files()[name])
             if name in hub.files():
                 return self._file(name, hub.files()[name], with_body=with_body)
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, with_body=with_body)
         return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body=with_body)
+
+    def _redirect(self, name: str, path: Path) -> None:
+        """Large files are in a store of another host."""
+        store = f"http://localhost:{self.hub.server.server_address[1]}{STORE}{name}"
+        linked = {"X-Linked-Size": str(path.stat().st_size), "X-Linked-ETag": f'"{_digest(path)}"'}
+        self._send(302, b"", {"Location": store, "X-Repo-Commit": COMMIT, **linked}, with_body=False)
 
     def _file(self, name: str, path: Path, *, with_body: bool) -> None:
         hub, content = self.hub, path.read_bytes()
