@@ -51,6 +51,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration without running it.")
 app.add_typer(config_app, name="config")
+model_app = typer.Typer(no_args_is_help=True, help="Models of the Hugging Face hub.")
+app.add_typer(model_app, name="model")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
 Overrides = Annotated[
@@ -126,10 +128,28 @@ def _put_own_tools_on_path() -> None:
 
 
 @config_app.command("check")
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Say whether a configuration is valid. Looks at the settings alone, so it may be written on another machine."""
-    _load(config, overrides)
-    typer.echo(f"{config}: valid (the files it names were not looked at)")
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, metavar="N", help="Processes of the run, one for each GPU.")] = 1,
+) -> None:
+    """Say whether a configuration can be trained, without GPU, weights, data or network.
+
+    Looks at the settings, at the model's config.json where it is on this machine, and at what goes together.
+    """
+    checked = _load(config, overrides)
+    _put_own_tools_on_path()
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    from sft_dist.plan.check import check, report
+    from sft_dist.runtime.world import WorldShape
+
+    shape = WorldShape(1, processes)
+    lines = report(check(checked, shape), shape)
+    typer.echo(f"{config}: valid")
+    for line in lines:
+        typer.echo(f"  {line}")
 
 
 @config_app.command("show")
@@ -142,6 +162,34 @@ def show(config: ConfigPath, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of a configuration, for editors; every key is described in it."""
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@model_app.command("fetch")
+def fetch(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights/--no-weights", help="Without weights it is enough to check a run and prepare its data."
+        ),
+    ] = True,
+) -> None:
+    """Bring the hub model of a configuration into the local hub cache; training itself never asks the hub.
+
+    Goes on where an interrupted fetch stopped. For a model that is not public, set HF_TOKEN or run: hf auth login.
+    """
+    model = _load(config, overrides).model
+    from sft_dist.model.hub import fetch as fetch_model
+    from sft_dist.model.hub import is_folder_path, model_folder
+
+    if is_folder_path(model.path) or Path(model.path).is_dir():
+        folder = model_folder(model.path, model.revision)
+        typer.echo(f"{folder} is a folder on this machine: there is nothing to fetch")
+        return
+    fetched = fetch_model(model.path, model.revision, weights=weights, say=typer.echo)
+    news = f"{fetched.new_bytes / 1e9:,.3f} GB of weights fetched" if fetched.new_bytes else "nothing was missing"
+    typer.echo(f"{model.path} is in {fetched.folder}: {news if weights else 'configuration and tokenizer'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -115,10 +115,13 @@ def write_expected(
 
 
 def _environment() -> dict[str, str]:
-    """This process' environment without what its launcher put there, and without GPUs, which training still holds."""
+    """This process' environment without what its launcher put there, and without GPUs, which training still holds.
+
+    Offline: a base from the hub is read where training read it, from the cache.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in RANK_VARIABLES and not name.startswith(LAUNCHER_VARIABLES)
     }
-    return kept | {"CUDA_VISIBLE_DEVICES": ""}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

@@ -127,27 +127,6 @@ def load_knobs(given: str | Mapping[str, Any] | None, stage: int) -> DeepSpeedKn
     return knobs
 
 
-def check_effect(knobs: DeepSpeedKnobs, stage: int, compute: str) -> None:
-    """Refuses knobs that DeepSpeed does not read in stage 1 with bf16: its ``BF16_Optimizer`` stands in there.
-
-    Raises:
-        ConfigError: such a knob is away from its default.
-    """
-    if stage != 1 or compute != "bf16" or knobs.offload_optimizer.device == "cpu":
-        return
-    ours, default = knobs.model_dump(), type(knobs)().model_dump()
-    turned = [name for name in ours if ours[name] != default[name] and name != "allgather_bucket_size"]
-    findings = [
-        (
-            f"{ZERO}.{name} has no effect in stage 1 with precision.compute bf16, unless the optimizer is offloaded",
-            f"remove {ZERO}.{name}, or set sharding.strategy to zero2",
-        )
-        for name in turned
-    ]
-    if findings:
-        raise one_error(findings)
-
-
 def stage_in(given: str) -> int | None:
     """The ZeRO stage that a DeepSpeed file states, or None.
 

@@ -44,10 +44,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: for everything that is wrong with the file or an override, all of it at once.
     """
-    value = _read_mapping(Path(path))
+    return read_config(_read_mapping(Path(path)), source=path, overrides=overrides)
+
+
+def read_config(value: dict[Any, Any], *, source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """``load_config`` of what a file holds.
+
+    Args:
+        source: the file's name, for messages.
+    """
     parsed = [_parse_override(text) for text in overrides]
     for override in parsed:
-        _apply(override, to=value, file=path)
+        _apply(override, to=value, file=source)
     problems = shape_problems(value)
     config = None
     if not any(problem.structural for problem in problems):
@@ -57,7 +65,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         except ValidationError as error:
             problems += _value_problems(error)
     if config is None or problems:
-        raise _one_error(problems, file=str(path), overrides=parsed)
+        raise _one_error(problems, file=str(source), overrides=parsed)
     return config
 
 

@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str = Field(
-        description="Folder in Hugging Face layout, or a hub id that is in the local hub cache or reachable."
+        description="Folder in Hugging Face layout, or a hub id that `sft-dist model fetch` brought into the hub cache."
     )
     revision: str | None = Field(None, description="Branch, tag or commit when `path` is a hub id.")
 

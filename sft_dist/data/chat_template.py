@@ -241,7 +241,7 @@ def load_renderer(model_path: str, revision: str | None, template_path: str | No
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{model_path}: the tokenizer cannot be loaded: {reason}",
-            fix="set model.path to a folder with a tokenizer, or to a hub id that is cached or reachable",
+            fix="set model.path to a folder with a tokenizer, or to a hub id that is in the local hub cache",
         ) from error
     return ChatRenderer(tokenizer, template_path)
 

@@ -21,6 +21,7 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import ConfigError
 from sft_dist.model.adapters import add_lora
 from sft_dist.model.attention import ATTENTION_NAME
+from sft_dist.model.hub import model_folder
 from sft_dist.model.loss import LossHead
 from sft_dist.model.names import covered
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
@@ -157,7 +158,7 @@ def build_model(spec: ModelSpec) -> SftModel:
 
 def _load_generation_config(model: PreTrainedModel, path: str, revision: str | None) -> None:
     with contextlib.suppress(OSError):  # a model need not have one
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
+        model.generation_config = GenerationConfig.from_pretrained(model_folder(path, revision, "config"))
 
 
 def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) -> SftModel:

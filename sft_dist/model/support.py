@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sft_dist.errors import ConfigError
+from sft_dist.model.hub import model_folder
 
 # Settings of a model configuration that change its arithmetic where packed attention or the loss head leave it out.
 UNSUPPORTED_SETTINGS = (
-    "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "num_experts",
-    "num_local_experts", "n_routed_experts", "attention_dropout", "attn_pdrop",
+    "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale", "attention_dropout",
+    "attn_pdrop",
 )  # fmt: skip
+
+# What configurations call the number of experts of a layer.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
     """The model's configuration, refused when training it here would differ from what its authors run.
 
     Raises:
-        ConfigError: no configuration there, or a setting that is not supported.
+        ModelNotHere: the folder is not there, or the hub model was not fetched.
+        ConfigError: no configuration in the folder, or a setting that is not supported.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    folder = model_folder(path, revision, "config")
+    if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: {path} has no config.json", fix="give a folder in Hugging Face layout")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as e:
         raise ConfigError(
-            f"model.path: {path} is neither a model folder nor a reachable hub id ({first_line(e)})",
-            fix="give an existing folder, or a hub id that is in the local cache or can be downloaded",
+            f"model.path: the config.json of {path} cannot be read ({first_line(e)})",
+            fix="give a folder in Hugging Face layout, of a model that Transformers knows",
         ) from e
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
         raise ConfigError(
@@ -40,12 +44,20 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
             f"model.path: {path} is a {config.model_type} model, whose layers may mix the rows of a pack",
             fix="choose a model in which every layer attends through Transformers' attention interface",
         )
+    for key in EXPERTS:
+        experts = getattr(config, key, None)
+        if experts:
+            raise ConfigError(
+                f"model.path: {path} is a {config.model_type} model with a mixture of {experts} experts: its router's "
+                "balancing loss would be left out, and its experts are neither quantised nor given adapters",
+                fix="choose a dense model",
+            )
     for key in UNSUPPORTED_SETTINGS:
         value = getattr(config, key, None)
         if value not in (None, 0, 0.0, 1.0):
             raise ConfigError(
                 f"model.path: {path} sets {key}={value}, which is not supported",
-                fix="choose a dense model without logit scaling, soft-capping or attention dropout",
+                fix="choose a model without logit scaling, soft-capping or attention dropout",
             )
     return config
 

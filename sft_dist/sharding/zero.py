@@ -51,6 +51,26 @@ def describe(run: Run, rank: int) -> ShardingSpec:
     return ShardingSpec(run.strategy, rank, parameters, optimizer_numel, "fp32", _on_host(run))
 
 
+def unsupported(run: Run) -> str | None:
+    """Why DeepSpeed cannot do what else the run asks for, or None.
+
+    Stage 1 with bf16 has an optimizer of its own, ``BF16_Optimizer``, which reads one knob.
+    """
+    if run.strategy != "zero1" or run.precision.compute != "bf16":
+        return None
+    assert run.deepspeed is not None
+    if run.deepspeed.offload_optimizer.device == "cpu":
+        return None
+    ours, default = run.deepspeed.model_dump(), type(run.deepspeed)().model_dump()
+    turned = [name for name in ours if ours[name] != default[name] and name != "allgather_bucket_size"]
+    if not turned:
+        return None
+    return (
+        f"zero_optimization.{' and '.join(turned)} {'has' if len(turned) == 1 else 'have'} no effect in stage 1 with "
+        "precision.compute bf16, unless the optimizer is offloaded; stage 2 reads all knobs"
+    )
+
+
 def _on_host(run: Run) -> frozenset[HostPart]:
     assert run.deepspeed is not None
     parts: set[HostPart] = set()

@@ -27,6 +27,7 @@ from sft_dist.data.sources import read_source
 from sft_dist.errors import ConfigError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
+from sft_dist.model.hub import model_folder
 from sft_dist.model.weights import check_weights
 from sft_dist.plan.accelerate import check_accelerate
 from sft_dist.plan.choose import choose
@@ -60,7 +61,8 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
     with process_group(world, device) as store:
         process = Process(world, device, store)
         config, run = decide(config, world, device)
-        renderer = load_renderer(run.model.path, run.model.revision, run.data.chat_template)
+        tokenizer_folder = model_folder(run.model.path, run.model.revision, "tokenizer")
+        renderer = load_renderer(str(tokenizer_folder), None, run.data.chat_template)
         found = run_on_main_first(world, store, "prepare", lambda: prepare_run(run, renderer, resume))
         inputs = open_inputs(run, renderer, is_main=world.is_main)
         train(run, config, process, inputs, start=None if found is None else Path(found))

@@ -86,11 +86,42 @@ def test_version(exit_code: Run) -> None:
 
 
 def test_check(exit_code: Run) -> None:
-    assert exit_code("config", "check", "run.yaml") == (
-        0,
-        "run.yaml: valid (the files it names were not looked at)\n",
-        "",
+    code, out, err = exit_code("config", "check", "run.yaml")
+    assert (code, err) == (0, "")
+    valid, model, rest = out.splitlines()
+    assert valid == "run.yaml: valid"
+    assert model.startswith("  not checked: model.path: m is not in the local hub cache")
+    assert model.endswith(
+        "(nothing of it is there): neither the model nor what goes together with it was checked; bring it here by: "
+        "sft-dist model fetch CONFIG --no-weights"
     )
+    assert rest == "  not checked: data, chat template, weights, the memory of the devices"
+
+
+def test_check_with_a_model(exit_code: Run, tiny_base: Path) -> None:
+    lora = ("method.type=lora", "method.target_modules=[q_proj]", "sharding.strategy=fsdp2", f"model.path={tiny_base}")
+    code, out, err = exit_code("config", "check", "run.yaml", "--processes", "3", *lora)
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "run.yaml: valid",
+        f"  checked: every key; {tiny_base}: 123,584 parameters, 4,096 of them trained",
+        "  checked: lora with adamw on 3 processes under fsdp2 with activation checkpointing none or full",
+        "  not checked: data, chat template, weights, the memory of the devices",
+    ]
+    code, out, _ = exit_code("config", "check", "run.yaml", f"model.path={tiny_base}")
+    assert "full with adamw on 1 process under ddp or fsdp2 with activation checkpointing none or full" in out
+
+
+def test_check_refuses_what_does_not_go_together(exit_code: Run, tiny_base: Path) -> None:
+    knobs = "sharding={strategy: zero1, deepspeed_config: {zero_optimization: {reduce_bucket_size: 7}}}"
+    code, out, err = exit_code("config", "check", "run.yaml", f"model.path={tiny_base}", knobs)
+    assert (code, out) == (2, "")
+    assert "zero_optimization.reduce_bucket_size has no effect in stage 1 with precision.compute bf16" in err
+    Path("moe").mkdir()
+    Path("moe/config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
+    code, out, err = exit_code("config", "check", "run.yaml", "model.path=./moe")
+    assert (code, out) == (2, "")
+    assert "is a mixtral model with a mixture of 8 experts" in err
 
 
 def test_check_reads_and_validates(exit_code: Run) -> None:

@@ -221,8 +221,8 @@ def test_unknown_section_from_an_override_names_the_override(error: Callable[...
 def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) -> None:
     what, fix = error("model: {}\ndata: {train: [{path: a}]}\ntrain: {global_batch_size: 1}\n")
     assert what.splitlines() == [
-        "run.yaml: model.path is missing; add model.path: text (Folder in Hugging Face layout, or a hub id that is in "
-        "the local hub cache or reachable.)",
+        "run.yaml: model.path is missing; add model.path: text (Folder in Hugging Face layout, or a hub id that "
+        "`sft-dist model fetch` brought into the hub cache.)",
         "run.yaml: output_dir is missing; add output_dir: text (Run directory; must not hold another run, unless that run is resumed.)",
     ]
     assert fix == "correct these 2 places; `sft-dist config schema` describes every key"

@@ -248,10 +248,9 @@ def test_a_folder_without_configuration(tmp_path: Path) -> None:
     assert fix == "give a folder in Hugging Face layout"
 
 
-def test_a_path_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_path_that_is_nothing(tmp_path: Path) -> None:
     what, _ = refusal(tmp_path / "absent")
-    assert "neither a model folder nor a reachable hub id" in what
+    assert what == f"model.path: the folder {tmp_path / 'absent'} does not exist"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "no-such-model"}'])
@@ -298,8 +297,6 @@ def test_each_sign_of_such_a_model_is_enough(
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "num_(local_)?experts"),
-        ({"model_type": "qwen3_moe", "num_experts": 16}, "num_experts"),
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         (
             {"model_type": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": 30.0},
@@ -313,7 +310,22 @@ def test_each_sign_of_such_a_model_is_enough(
 def test_settings_that_would_be_left_out(settings: dict[str, Any], key: str, tmp_path: Path) -> None:
     what, fix = refusal(model_folder(tmp_path, **settings))
     assert re.search(f"sets {key}=[0-9.]+, which is not supported", what)
-    assert "dense model" in fix
+    assert fix == "choose a model without logit scaling, soft-capping or attention dropout"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "mixtral", "num_local_experts": 8},
+        {"model_type": "qwen3_moe", "num_experts": 8},
+        {"model_type": "deepseek_v3", "n_routed_experts": 8},
+    ],
+    ids=lambda settings: settings["model_type"],
+)
+def test_a_mixture_of_experts_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    what, fix = refusal(model_folder(tmp_path, **settings))
+    assert f"is a {settings['model_type']} model with a mixture of 8 experts: its router's balancing loss" in what
+    assert fix == "choose a dense model"
 
 
 @pytest.mark.parametrize(

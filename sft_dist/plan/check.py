@@ -1,0 +1,104 @@
+"""Whether a configuration can be trained, found out without GPU, weights, data and network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sft_dist.config.schema import (
+    ActivationCheckpointingConfig,
+    AutoSharding,
+    ConcreteSharding,
+    Config,
+    DdpSharding,
+    Fsdp2Sharding,
+)
+from sft_dist.config.validate import validate
+from sft_dist.errors import ConfigError
+from sft_dist.model.hub import ModelNotHere
+from sft_dist.resolve import Describe, resolve
+from sft_dist.run import Run
+from sft_dist.runtime.world import WorldShape
+
+BRING = "sft-dist model fetch CONFIG --no-weights"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What became of a configuration.
+
+    Args:
+        runs: what it resolves to; several where ``auto`` is decided by a device's memory, none without a model.
+        notes: what could not be checked or would be refused, one line each.
+    """
+
+    runs: list[Run]
+    notes: list[str]
+
+
+def check(config: Config, shape: WorldShape, *, describe: Describe | None = None) -> Checked:
+    """Resolves a configuration in every way that ``auto`` may go where the memory of a device is unknown.
+
+    Args:
+        describe: as for ``resolve``.
+
+    Raises:
+        ConfigError: its keys contradict each other, the model is not supported, or no way that ``auto`` may go can be
+            trained.
+    """
+    validate(config)
+    runs: list[Run] = []
+    refused: list[tuple[Config, ConfigError]] = []
+    for concrete in _without_auto(config):
+        try:
+            validate(concrete)
+            runs.append(resolve(concrete, shape, describe=describe))
+        except ModelNotHere as e:
+            why = f"{e.what}: neither the model nor what goes together with it was checked; bring it here by: {BRING}"
+            return Checked([], [f"not checked: {why}"])
+        except ConfigError as e:
+            refused.append((concrete, e))
+    if not runs:
+        raise refused[0][1]
+    return Checked(runs, [f"auto must not become {_ways(other)}: {e.what}" for other, e in refused])
+
+
+def _without_auto(config: Config) -> list[Config]:
+    shardings: list[ConcreteSharding] = (
+        [DdpSharding(strategy="ddp"), Fsdp2Sharding()]
+        if isinstance(config.sharding, AutoSharding)
+        else [config.sharding]
+    )
+    given = config.activation_checkpointing
+    modes = (
+        [ActivationCheckpointingConfig(mode="none"), given.model_copy(update={"mode": "full"})]
+        if given.mode == "auto"
+        else [given]
+    )
+    return [
+        config.model_copy(update={"sharding": sharding, "activation_checkpointing": mode})
+        for sharding in shardings
+        for mode in modes
+    ]
+
+
+def _ways(config: Config) -> str:
+    return f"{config.sharding.strategy} with activation_checkpointing.mode {config.activation_checkpointing.mode}"
+
+
+def report(checked: Checked, shape: WorldShape) -> list[str]:
+    """What was found, in lines for a person."""
+    lines = []
+    if checked.runs:
+        run = checked.runs[0]
+        strategies = " or ".join(dict.fromkeys(r.strategy for r in checked.runs))
+        modes = " or ".join(dict.fromkeys(r.activation_checkpointing.mode for r in checked.runs))
+        processes = "1 process" if shape.size == 1 else f"{shape.size} processes"
+        numel = sum(p.numel for p in run.model.parameters)
+        # Two 4-bit values are one element of a byte, so that elements of qlora are no number of parameters.
+        size = "" if run.model.method.type == "qlora" else f"{numel:,} parameters, "
+        lines += [
+            f"checked: every key; {run.model.path}: {size}{run.model.num_trainable:,} of them trained",
+            f"checked: {run.model.method.type} with {run.optim.type} on {processes} under {strategies} with activation "
+            f"checkpointing {modes}",
+        ]
+    return [*lines, *checked.notes, "not checked: data, chat template, weights, the memory of the devices"]
