@@ -8,6 +8,7 @@ from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.config.schema import AdamWConfig, FullMethod, OptimConfig
 from sft_dist.model.build import describe_model
 from sft_dist.model.loss import CHUNK_BYTES
+from sft_dist.model.sequence_parallel import shared_kv_heads
 from sft_dist.model.spec import DTYPE_BYTES, ModelSpec
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
@@ -87,12 +88,17 @@ def gather_bytes(run: Run) -> int:
 def activation_bytes(run: Run) -> int:
     """An upper estimate of what forward keeps for backward when no block is recomputed, for the longest micro-batch.
 
-    For each token and layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers, adapters
-    among them, in ``compute``; and the logits of one chunk of the loss with their gradient.
+    For each token here and each layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers,
+    adapters among them, in ``compute``; and the logits of one chunk of the loss with their gradient.
     """
-    model = run.model
+    model, parts = run.model, run.batch.sequence_parallel
     width = sum(sum(shape) for shape in _linear_layers(model))
-    tokens = run.batch.micro_batch_size * run.batch.max_seq_len
+    tokens = -(-run.batch.micro_batch_size * run.batch.max_seq_len // parts)
+    if parts > 1:
+        # Attention's output is kept twice, as the heads of all tokens and as the tokens with all heads; key and value
+        # heads that had to be repeated are kept as often.
+        repeated = shared_kv_heads(model.num_kv_heads, parts) - model.num_kv_heads
+        width += model.num_layers * model.head_dim * (model.num_heads + 2 * repeated)
     logits = 2 * min(CHUNK_BYTES, tokens * model.vocab_size * DTYPE_BYTES["fp32"])
     return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + logits
 
@@ -109,4 +115,5 @@ def _linear_layers(model: ModelSpec) -> list[tuple[int, ...]]:
 def with_world_size(run: Run, size: int) -> Run:
     """The same run on ``size`` ranks of one node."""
     world = replace(run.world, num_nodes=1, ranks_per_node=size)
-    return replace(run, world=world, batch=replace(run.batch, world_size=size))
+    batch = replace(run.batch, world_size=size // run.batch.sequence_parallel)
+    return replace(run, world=world, batch=batch)

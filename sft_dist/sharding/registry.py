@@ -6,7 +6,7 @@ import torch
 
 from sft_dist.model.build import SftModel
 from sft_dist.run import Run
-from sft_dist.sharding import ddp, fsdp2, zero
+from sft_dist.sharding import ddp, fsdp2, sequence_parallel, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
@@ -23,8 +23,14 @@ def describe(run: Run, rank: int) -> ShardingSpec:
             return zero.describe(run, rank)
 
 
+def unsupported(run: Run) -> str | None:
+    """Why the run's sharding cannot do what else the run asks for, in a line; None where it can."""
+    return sequence_parallel.unsupported(run)
+
+
 def apply(run: Run, model: SftModel, device: torch.device) -> Strategy:
     """Checkpointing, then sharding, then the optimizer over what sharding left; needs the process group."""
+    model.sequence_group = sequence_parallel.sequence_group(run)
     apply_activation_checkpointing(model, run.activation_checkpointing)
     match run.strategy:
         case "ddp":

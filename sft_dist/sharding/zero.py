@@ -192,6 +192,7 @@ class Zero(Strategy):
 
     def close(self) -> None:
         self.engine.destroy()
+        super().close()
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:
