@@ -83,7 +83,7 @@ class Part:
     of: int = 1
 
     def split(self, tokens: int) -> tuple[int, ...]:
-        """Tokens of each rank, as even as can be; 0 for some where there are fewer tokens than ranks."""
+        """Tokens of each rank, as even as can be."""
         least, more = divmod(tokens, self.of)
         return tuple(least + (number < more) for number in range(self.of))
 
@@ -116,6 +116,10 @@ def _micro_batch(
     Args:
         index: positions that predict ``labels``, ascending.
     """
+    lacking = part.of - len(ids)
+    if lacking > 0:
+        # Models cannot compute zero tokens. These are a segment of their own and predict nothing.
+        ids, lengths = np.append(ids, np.zeros(lacking, np.int64)), [*lengths, lacking]
     split = part.split(len(ids))
     start = sum(split[: part.number])
     tokens = slice(start, start + split[part.number])

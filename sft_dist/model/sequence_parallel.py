@@ -6,7 +6,7 @@ a second one exchanges back:
 
     [t, heads, d] -> to_heads -> [T, heads / P, d] -> attention -> [T, heads / P, d] -> to_tokens -> [t, heads, d]
 
-The parts need not be equal, because an all-to-all takes any sizes: nothing is padded, and a rank may hold no token.
+The parts need not be equal, because an all-to-all takes any sizes: nothing is padded.
 """
 
 from __future__ import annotations
