@@ -33,6 +33,7 @@ from tests.dist import test_resume
 from tests.helpers import cells
 from tests.helpers.cells import Trained
 from tests.helpers.pool import WorldPool
+from tests.unit.test_trace import watched as watched_for_waits
 
 World = Callable[[int], WorldPool]
 
@@ -127,7 +128,7 @@ class Seen:
 
 
 def watch(text: str) -> tuple[Seen, list[tuple[list[int], Tensor]]]:
-    """A step's traffic, and then the probes of the artefact."""
+    """A step's traffic, another one in which the host must not wait, and then the probes of the artefact."""
     run, strategy = cells.start(Config.model_validate(yaml.safe_load(text)))
     data, rank = cells.synthetic_data(), dist.get_rank()
     step = TrainingOrder(data, run.batch, run.seed).step(0)
@@ -153,6 +154,10 @@ def watch(text: str) -> tuple[Seen, list[tuple[list[int], Tensor]]]:
         with patch.object(attention, "packed_attention", watched), patch.object(dist, "all_to_all_single", heard):
             train_step(strategy, data, run.batch, step, rank=rank, device=cells.CPU, lr=1e-3)
         hook.remove()
+        following = TrainingOrder(data, run.batch, run.seed).step(1)
+        watched_for_waits(
+            lambda: train_step(strategy, data, run.batch, following, rank=rank, device=cells.CPU, lr=1e-3)
+        )
         probes = [(probe.positions, probe.logits) for probe in take_probes(strategy, data, cells.CPU)]
         return seen, probes
     finally:
