@@ -49,8 +49,9 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         batch=BatchPlan(
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
-            world_size=world.size,
+            world_size=world.size // sharding.sequence_parallel,
             max_seq_len=config.data.max_seq_len,
+            sequence_parallel=sharding.sequence_parallel,
         ),
         optim=config.optim,
         activation_checkpointing=config.activation_checkpointing,

@@ -107,24 +107,33 @@ class DataConfig(Section):
     )
 
 
-class AutoSharding(Section):
+class _Sharding(Section):
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="Consecutive ranks that share the sequences of a micro-batch and so the memory of its activations "
+        "(Ulysses); divides the number of processes and that of attention heads.",
+    )
+
+
+class AutoSharding(_Sharding):
     """What ``accelerate launch`` chose; else DDP if the model's states fit in half of a device's memory, else FSDP2."""
 
     strategy: Literal["auto"] = "auto"
 
 
-class DdpSharding(Section):
+class DdpSharding(_Sharding):
     strategy: Literal["ddp"]
 
 
-class Fsdp2Sharding(Section):
+class Fsdp2Sharding(_Sharding):
     strategy: Literal["fsdp2"] = "fsdp2"
     reshard_after_forward: bool = Field(
         True, description="Free a layer's gathered weights after forward and gather them again in backward."
     )
 
 
-class _ZeroSharding(Section):
+class _ZeroSharding(_Sharding):
     deepspeed_config: str | dict[str, Any] | None = Field(
         None,
         description="DeepSpeed's knobs: path of a JSON file, or its content; null: the shipped file of the stage. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,14 +19,16 @@ class BatchPlan:
     Args:
         global_batch_size: sequences (packs or rows) of a step.
         micro_batch_size: most sequences of one forward on a rank.
-        world_size: data-parallel ranks.
+        world_size: data-parallel ranks; where ranks share sequences, groups of such ranks.
         max_seq_len: most tokens of a sequence.
+        sequence_parallel: ranks that share the sequences of a micro-batch.
     """
 
     global_batch_size: int
     micro_batch_size: int
     world_size: int
     max_seq_len: int
+    sequence_parallel: int = 1
 
     def micro_batches(self, sequences: int) -> int:
         """Forward passes of every rank for a step of ``sequences``; a rank that runs short runs an empty one."""
@@ -48,15 +50,18 @@ class MicroBatch:
     No tensor holds a value that the host needs: sizes and counts are plain integers, so that a step neither waits for
     the device nor depends on data when it is traced.
 
-    Shapes, for T tokens in S segments (rows of the data) with N supervised tokens:
+    Where ranks share sequences this is one rank's part: t of the T tokens in a row, with the bounds of all segments.
+
+    Shapes, for T tokens in S segments (rows of the data), t of them here, N of those supervised; without a split t = T:
 
     Args:
-        input_ids: [1, T] int64.
-        position_ids: [1, T] int64, restarting at 0 in every segment.
-        cu_seqlens: [S + 1] int32, the bounds of the segments.
+        input_ids: [1, t] int64.
+        position_ids: [1, t] int64, restarting at 0 in every segment.
+        cu_seqlens: [S + 1] int32, the bounds of the segments among all T tokens.
         supervised_index: [N] int64, positions whose **next** token is supervised.
         labels: [N] int64, those next tokens.
-        seq_lens: lengths of the S segments.
+        seq_lens: lengths of the S segments, summing to T.
+        split: tokens of each rank that shares the sequences; None: all are here.
     """
 
     input_ids: torch.Tensor
@@ -65,9 +70,11 @@ class MicroBatch:
     supervised_index: torch.Tensor
     labels: torch.Tensor
     seq_lens: tuple[int, ...]
+    split: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
+        """T, on all ranks that share them."""
         return sum(self.seq_lens)
 
     @property
@@ -86,6 +93,6 @@ class MicroBatch:
         moved = {
             f.name: getattr(self, f.name).pin_memory().to(device, non_blocking=True)
             for f in fields(self)
-            if f.name != "seq_lens"
+            if f.name not in ("seq_lens", "split")
         }
-        return MicroBatch(**moved, seq_lens=self.seq_lens)
+        return replace(self, **moved)

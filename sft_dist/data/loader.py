@@ -62,37 +62,75 @@ def micro_batches(
 ) -> Iterator[tuple[MicroBatch, bool]]:
     """This rank's forward passes over ``sequences``, each with whether it is the last.
 
-    Sequences are dealt round-robin. Every rank runs equally many passes; one that has nothing left runs an empty one,
-    since a rank that stays away from a collective would hang the others.
+    Sequences are dealt round-robin, to groups of ranks where ranks share them. Every rank runs equally many passes; one
+    that has nothing left runs an empty one, since a rank that stays away from a collective would hang the others.
     """
-    own = sequences[rank :: batch.world_size]
+    group, number_in_group = divmod(rank, batch.sequence_parallel)
+    part = Part(number_in_group, batch.sequence_parallel)
+    own = sequences[group :: batch.world_size]
     passes = batch.micro_batches(len(sequences))
     for number in range(passes):
-        part = own[number * batch.micro_batch_size : (number + 1) * batch.micro_batch_size]
-        rows = [row for sequence in part for row in data.packs[sequence]]
-        yield (collate(data, rows) if rows else empty_micro_batch()), number == passes - 1
+        chosen = own[number * batch.micro_batch_size : (number + 1) * batch.micro_batch_size]
+        rows = [row for sequence in chosen for row in data.packs[sequence]]
+        yield (collate(data, rows, part) if rows else empty_micro_batch(part)), number == passes - 1
 
 
-def collate(data: PreparedData, rows: list[int]) -> MicroBatch:
-    """Concatenates rows; each becomes a segment."""
+@dataclass(frozen=True)
+class Part:
+    """Which of ``of`` ranks that share the tokens of a micro-batch: number 0 holds the first of them."""
+
+    number: int = 0
+    of: int = 1
+
+    def split(self, tokens: int) -> tuple[int, ...]:
+        """Tokens of each rank, as even as can be."""
+        least, more = divmod(tokens, self.of)
+        return tuple(least + (number < more) for number in range(self.of))
+
+
+WHOLE = Part()
+
+
+def collate(data: PreparedData, rows: list[int], part: Part = WHOLE) -> MicroBatch:
+    """Concatenates rows, each of which becomes a segment, and keeps one part of their tokens."""
     parts = [data.row(row) for row in rows]
     lengths = [len(ids) for ids, _ in parts]
     starts = np.cumsum([0, *lengths])
     ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
     # A position is trained when the token after it, in the same row, is supervised.
     index = np.concatenate([np.flatnonzero(mask[1:]) + start for (_, mask), start in zip(parts, starts, strict=False)])
-    return MicroBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
-        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        supervised_index=torch.from_numpy(index),
-        labels=torch.from_numpy(ids[index + 1]),
-        seq_lens=tuple(lengths),
-    )
+    return _micro_batch(ids, index, ids[index + 1], lengths, part)
 
 
-def empty_micro_batch() -> MicroBatch:
+def empty_micro_batch(part: Part = WHOLE) -> MicroBatch:
     """One token and no label: loss 0 and zero gradients, through the whole model."""
-    nothing = torch.zeros(0, dtype=torch.int64)
-    one = torch.zeros(1, 1, dtype=torch.int64)
-    return MicroBatch(one, one, torch.tensor([0, 1], dtype=torch.int32), nothing, nothing, (1,))
+    nothing = np.zeros(0, np.int64)
+    return _micro_batch(np.zeros(1, np.int64), nothing, nothing, [1], part)
+
+
+def _micro_batch(
+    ids: NDArray[np.int64], index: NDArray[np.int64], labels: NDArray[np.int64], lengths: list[int], part: Part
+) -> MicroBatch:
+    """The part of a micro-batch: its tokens, and the labels that they predict, wherever the labels' tokens are.
+
+    Args:
+        index: positions that predict ``labels``, ascending.
+    """
+    lacking = part.of - len(ids)
+    if lacking > 0:
+        # Models cannot compute zero tokens. These are a segment of their own and predict nothing.
+        ids, lengths = np.append(ids, np.zeros(lacking, np.int64)), [*lengths, lacking]
+    split = part.split(len(ids))
+    start = sum(split[: part.number])
+    tokens = slice(start, start + split[part.number])
+    supervised = slice(*np.searchsorted(index, [tokens.start, tokens.stop]))
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids[tokens])[None],
+        position_ids=torch.from_numpy(positions[tokens])[None],
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
+        supervised_index=torch.from_numpy(index[supervised] - start),
+        labels=torch.from_numpy(labels[supervised]),
+        seq_lens=tuple(lengths),
+        split=None if part.of == 1 else split,
+    )

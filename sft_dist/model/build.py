@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import Tensor, nn
@@ -25,8 +26,9 @@ from sft_dist.model.hub import model_folder
 from sft_dist.model.loss import LossHead
 from sft_dist.model.names import covered
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
+from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
-from sft_dist.model.support import load_model_config
+from sft_dist.model.support import has_dynamic_rope, heads_of, load_model_config
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -57,12 +59,17 @@ class SftModel(nn.Module):
     Args:
         hf: the Transformers model, wrapped by PEFT when there are adapters; its ``lm_head`` is a ``LossHead``.
         base: the tensors that come from the base model's files, by their names here.
+
+    Attributes:
+        sequence_group: the ranks that share the sequences of a micro-batch, set where some do; a micro-batch that is
+            not split is computed by each rank alone in any case.
     """
 
     def __init__(self, hf: nn.Module, base: dict[str, BaseTensor]) -> None:
         super().__init__()
         self.hf = hf
         self.base = base
+        self.sequence_group: dist.ProcessGroup | None = None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -94,7 +101,7 @@ class SftModel(nn.Module):
         return head
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
-        """[T, h] what the output layer reads."""
+        """[t, h] what the output layer reads, of the tokens that are here."""
         output = self.causal_lm.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -102,9 +109,16 @@ class SftModel(nn.Module):
             seq_lens=batch.seq_lens,
             max_seq_len=batch.max_seq_len,
             cu_seqlens=batch.cu_seqlens,
+            sequence_parallel=self._sequence_parallel(batch),
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    def _sequence_parallel(self, batch: MicroBatch) -> SequenceParallel | None:
+        if batch.split is None:
+            return None
+        assert self.sequence_group is not None, "a part of a micro-batch needs the ranks that have the others"
+        return SequenceParallel(self.sequence_group, batch.split)
 
 
 def describe_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
@@ -115,6 +129,7 @@ def describe_model(path: str, revision: str | None, method: MethodConfig, comput
     """
     config = load_model_config(path, revision)
     meta = build_meta_model(path, revision, method, compute)
+    heads, kv_heads, head_dim = heads_of(config)
     owner = {id(parameter): name for name, block in meta.blocks().items() for parameter in block.parameters()}
     parameters = tuple(
         ParameterSpec(name, tuple(p.shape), p.requires_grad, owner.get(id(p))) for name, p in meta.named_parameters()
@@ -128,6 +143,10 @@ def describe_model(path: str, revision: str | None, method: MethodConfig, comput
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        has_dynamic_rope=has_dynamic_rope(config),
         buffer_bytes=sum(b.numel() * b.element_size() for b in meta.buffers()),
     )
 

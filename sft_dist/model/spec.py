@@ -44,6 +44,8 @@ class ModelSpec:
         compute: dtype of products, activations and frozen weights.
         parameters: in the model's own order.
         vocab_size, hidden_size, num_layers: of the decoder.
+        num_heads, num_kv_heads, head_dim: of its attention.
+        has_dynamic_rope: whether rotary frequencies depend on the longest row of a forward pass.
         buffer_bytes: bytes of all buffers, which no strategy shards (quantisation state, rotary frequencies).
     """
 
@@ -55,6 +57,10 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    has_dynamic_rope: bool
     buffer_bytes: int
 
     @property

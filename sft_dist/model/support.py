@@ -73,6 +73,23 @@ def _keeps_segments_apart(config: PretrainedConfig) -> bool:
     )
 
 
+def heads_of(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Query heads, key and value heads, and the dimension of a head."""
+    heads: int = config.num_attention_heads
+    # Models without grouped-query attention state one number only, and most leave the dimension to be divided.
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, kv_heads, head_dim
+
+
+def has_dynamic_rope(config: PretrainedConfig) -> bool:
+    """Whether the model computes its rotary frequencies from the longest row of each forward pass."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Either of all layers, or by the kind of layer.
+    sections = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return any(kind == "longrope" or "dynamic" in kind for kind in (s.get("rope_type", "") for s in sections))
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, without the rest of its essay."""
     return str(error).strip().split("\n", 1)[0]

@@ -115,9 +115,10 @@ def _numbers(chosen: AccelerateChoice, run: Run) -> Iterator[Finding]:
     steps, derived = chosen.gradient_accumulation_steps, run.batch.gradient_accumulation_steps
     if steps not in (None, DEFAULT_ACCUMULATION, derived):
         batch = run.batch
+        sharing = f", sharding.sequence_parallel {batch.sequence_parallel}" if batch.sequence_parallel > 1 else ""
         yield _against(
             f"gradient_accumulation_steps {steps}",
-            f"train.global_batch_size {batch.global_batch_size}: with {batch.world_size} processes and "
+            f"train.global_batch_size {batch.global_batch_size}: with {run.world.size} processes{sharing} and "
             f"train.micro_batch_size {batch.micro_batch_size} that makes {derived}",
             f"leave gradient_accumulation_steps out, or set it to {derived}",
         )

@@ -68,7 +68,8 @@ def choose(
     reasons: list[str] = []
     if isinstance(config.sharding, AutoSharding):
         sharding, reason = _strategy(config, shape, memory_bytes, accelerate)
-        config = config.model_copy(update={"sharding": sharding})
+        stated = {"sequence_parallel": config.sharding.sequence_parallel}
+        config = config.model_copy(update={"sharding": sharding.model_copy(update=stated)})
         reasons.append(f"sharding.strategy auto -> {reason}")
     if config.activation_checkpointing.mode == "auto":
         mode, reason = _checkpointing(config, shape, memory_bytes, accelerate)

@@ -8,6 +8,7 @@ from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.config.schema import AdamWConfig, FullMethod, LoraMethod, OptimConfig
 from sft_dist.model.build import describe_model
 from sft_dist.model.loss import CHUNK_BYTES
+from sft_dist.model.sequence_parallel import shared_kv_heads
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
@@ -87,11 +88,11 @@ def gather_bytes(run: Run) -> int:
 def activation_bytes(run: Run) -> int:
     """An upper estimate of what forward keeps for backward when no block is recomputed, for the longest micro-batch.
 
-    For each token and layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers and what
-    adapters keep beside them: their r numbers in ``compute`` and, with dropout, a mask of one byte an input. And the
-    logits of one chunk of the loss with their gradient.
+    For each token here and each layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers
+    and what adapters keep beside them: their r numbers in ``compute`` and, with dropout, a mask of one byte an input.
+    And the logits of one chunk of the loss with their gradient.
     """
-    model = run.model
+    model, parts = run.model, run.batch.sequence_parallel
     # NF4 weights have lost their shape: the base is described anew.
     base = describe_model(model.path, model.revision, FullMethod(), model.compute)
     width = sum(sum(p.shape) for p in base.parameters if p.block is not None and len(p.shape) == 2)
@@ -100,7 +101,12 @@ def activation_bytes(run: Run) -> int:
         inputs = [p.shape for p in model.trainable if ".lora_A." in p.name]  # (r, in)
         width += sum(r for r, _ in inputs)
         masked = sum(size for _, size in inputs) if model.method.dropout else 0
-    tokens = run.batch.micro_batch_size * run.batch.max_seq_len
+    tokens = -(-run.batch.micro_batch_size * run.batch.max_seq_len // parts)
+    if parts > 1:
+        # Attention's output is kept twice, as the heads of all tokens and as the tokens with all heads; key and value
+        # heads that had to be repeated are kept as often.
+        repeated = shared_kv_heads(model.num_kv_heads, parts) - model.num_kv_heads
+        width += model.num_layers * model.head_dim * (model.num_heads + 2 * repeated)
     logits = 2 * min(CHUNK_BYTES, tokens * model.vocab_size * DTYPE_BYTES["fp32"])
     return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + tokens * masked + logits
 
@@ -108,4 +114,5 @@ def activation_bytes(run: Run) -> int:
 def with_world_size(run: Run, size: int) -> Run:
     """The same run on ``size`` ranks of one node."""
     world = replace(run.world, num_nodes=1, ranks_per_node=size)
-    return replace(run, world=world, batch=replace(run.batch, world_size=size))
+    batch = replace(run.batch, world_size=size // run.batch.sequence_parallel)
+    return replace(run, world=world, batch=batch)

@@ -147,7 +147,10 @@ def _unsupported_everywhere(env: Mapping[str, str]) -> list[tuple[str, str]]:
         for kind in ("tp", "cp", "sp", "dp_replicate"):
             size = env.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1")
             if size != "1":
-                found.append((f"parallelism_config_{kind}_size {size}", "set it to 1: all processes are data-parallel"))
+                fix = "set it to 1: all processes are data-parallel"
+                if kind in ("cp", "sp"):
+                    fix = "set it to 1; what lets ranks share sequences here is sharding.sequence_parallel"
+                found.append((f"parallelism_config_{kind}_size {size}", fix))
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from sft_dist.model.build import SftModel, build_model
 from sft_dist.model.weights import Weights
 from sft_dist.run import ZERO_STAGES, Run
-from sft_dist.sharding import ddp, fsdp2, zero
+from sft_dist.sharding import ddp, fsdp2, sequence_parallel, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
@@ -17,6 +17,7 @@ from sft_dist.sharding.strategy import Strategy
 # Each says why its part of a run cannot do what another part asks for, or None.
 DECLARATIONS: tuple[Callable[[Run], str | None], ...] = (
     lambda run: zero.unsupported(run) if run.strategy in ZERO_STAGES else None,
+    sequence_parallel.unsupported,
 )
 
 
@@ -53,6 +54,7 @@ def apply(run: Run, device: torch.device, *, on_bytes: Callable[[int], None] = l
 
 def shard(run: Run, model: SftModel, device: torch.device, weights: Weights) -> Strategy:
     """The strategy over a model on the meta device, which it fills."""
+    model.sequence_group = sequence_parallel.sequence_group(run)
     apply_activation_checkpointing(model, run.activation_checkpointing)
     match run.strategy:
         case "ddp":

@@ -48,6 +48,7 @@ class Strategy(ABC):
         """Accumulates the gradient of (sum of losses) / ``supervised_in_step`` over all ranks.
 
         Args:
+            batch: this rank's, or its part of the one that its group shares.
             supervised_in_step: supervised tokens of the whole step, over all ranks and micro-batches.
 
         Returns:
@@ -57,6 +58,8 @@ class Strategy(ABC):
     @abstractmethod
     def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
         """The model in eval mode, without gradients; every rank must call it equally often.
+
+        A batch that is not split is computed whole by each rank, also where ranks share those of training.
 
         Args:
             logits: return the [N, V] logits at the batch's supervised positions, not their summed loss.
@@ -105,8 +108,10 @@ class Strategy(ABC):
         A tensor is valid until the next one is asked for: copy what is to stay.
         """
 
-    def close(self) -> None:  # noqa: B027  most strategies have nothing to let go of
-        """Lets go of what the strategy registered outside the model."""
+    def close(self) -> None:
+        """Lets go of what was registered outside the model."""
+        if self.model.sequence_group is not None:
+            dist.destroy_process_group(self.model.sequence_group)
 
 
 class NativeStrategy(Strategy):
@@ -118,7 +123,8 @@ class NativeStrategy(Strategy):
         self.max_grad_norm = run.optim.max_grad_norm
 
     def _backward(self, loss_sum: Tensor, supervised_in_step: int) -> Tensor:
-        # Both average gradients over ranks; the factor world_size turns the average back into the sum.
+        # Both average gradients over ranks; the factor world_size turns the average back into the sum. Ranks that share
+        # a sequence count like any others: each has the losses of its own tokens.
         (loss_sum * (self.world_size / supervised_in_step)).backward()
         return loss_sum.detach()
 

@@ -223,6 +223,7 @@ class Zero(Strategy):
 
     def close(self) -> None:
         self.engine.destroy()
+        super().close()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sft_dist.data.batch import BatchPlan
 from sft_dist.data.prepared import PreparedData
 from sft_dist.run import Run
 from sft_dist.sharding.spec import ShardingSpec
@@ -31,10 +32,17 @@ def summary(
             f"gradients reduced in {precision.reduce}",
             f"data      {train_data.num_rows:,} rows in {train_data.num_sequences:,} {kind}, {tokens:,} tokens, "
             f"{supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
-            f"schedule  {num_steps:,} steps of {batch.global_batch_size} {kind}: {_count(batch.world_size, 'rank')} x "
+            f"schedule  {num_steps:,} steps of {batch.global_batch_size} {kind}: {_sharers(batch)} x "
             f"{_count(batch.gradient_accumulation_steps, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
         ]
     )
+
+
+def _sharers(batch: BatchPlan) -> str:
+    """Those among whom the sequences of a step are dealt."""
+    if batch.sequence_parallel == 1:
+        return _count(batch.world_size, "rank")
+    return f"{_count(batch.world_size, 'group')} of {batch.sequence_parallel} ranks that share sequences"
 
 
 def _on_host(spec: ShardingSpec) -> str:

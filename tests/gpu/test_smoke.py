@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device: these tests run kernels that have no CPU form", allow_module_level=True)
 
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.model.attention import packed_attention_forward, per_segment_sdpa
+from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.resolve import resolve
 from sft_dist.runtime.process_group import process_group
 from sft_dist.runtime.world import World, WorldShape
@@ -75,7 +77,9 @@ def test_fp32_is_equal_under_ddp_and_fsdp2(tiny_base: Path, method: str) -> None
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
 @pytest.mark.parametrize("window", [None, 50])
-def test_varlen_equals_attention_by_segment(heads: int, kv_heads: int, window: int | None) -> None:
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_varlen_equals_attention_by_segment(heads: int, kv_heads: int, window: int | None, exchanged: bool) -> None:
+    """Also behind NCCL's all-to-all, here with itself, which hands it views of one tensor."""
     torch.manual_seed(0)
     seq_lens = (100, 1, 63, 92)
     bounds = torch.tensor([0, 100, 101, 164, 256], dtype=torch.int32, device=CUDA)
@@ -84,9 +88,12 @@ def test_varlen_equals_attention_by_segment(heads: int, kv_heads: int, window: i
         torch.randn(shape(n), device=CUDA, dtype=torch.bfloat16, requires_grad=True)
         for n in (heads, kv_heads, kv_heads)
     )
+    assert dist.group.WORLD is not None
+    shared = SequenceParallel(dist.group.WORLD, (256,)) if exchanged else None
     out, _ = packed_attention_forward(
-        torch.nn.Identity(), q, k, v, None, seq_lens=seq_lens, max_seq_len=100, cu_seqlens=bounds, sliding_window=window
-    )
+        torch.nn.Identity(), q, k, v, None, seq_lens=seq_lens, max_seq_len=100, cu_seqlens=bounds,
+        sliding_window=window, sequence_parallel=shared,
+    )  # fmt: skip
     grad = torch.randn_like(out)
     got = torch.autograd.grad(out, (q, k, v), grad)
     flat = [t.detach().float()[0].transpose(0, 1).requires_grad_() for t in (q, k, v)]
