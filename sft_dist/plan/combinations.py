@@ -14,13 +14,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from sft_dist.config.load import read_config
+from sft_dist.config.schema import MethodConfig
 from sft_dist.errors import ConfigError
 from sft_dist.model.build import describe_model
+from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.plan.check import check
 from sft_dist.runtime.world import WorldShape
 
@@ -102,7 +104,13 @@ def refusals() -> dict[Cell, str | None]:
     """Why each cell is refused, as ``sft-dist config check`` says it; None where it is not."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
-        describe = cache(describe_model)
+        described: dict[str, ModelSpec] = {}
+
+        def describe(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
+            key = f"{method.model_dump_json()} {compute}"
+            if key not in described:
+                described[key] = describe_model(path, revision, method, compute)
+            return described[key]
 
         def refusal(cell: Cell) -> str | None:
             try:

@@ -278,7 +278,7 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
         (
             "method={type: lora, target_modules: 3}",
             "method.target_modules is 3",
-            "set method.target_modules to all-linear or a list of text",
+            "set method.target_modules to all-linear, attention, mlp or a list of text",
         ),
         ("method={type: lora, dropout: 1}", "method.dropout is 1", "set method.dropout to a number >= 0 and < 1"),
         ("method.r=3", "method.type is missing", "set method.type to full, lora or qlora"),

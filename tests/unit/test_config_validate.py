@@ -76,7 +76,7 @@ WRONG = [
     (
         {"method": {"type": "qlora", "target_modules": ["q_proj", " "]}},
         "method.target_modules is ['q_proj', ' ']: one name is empty",
-        "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
+        "remove the empty name from method.target_modules",
     ),
     (
         {"eval": {"every_steps": 5}},
