@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from sft_dist.checkpoint.artefact import prove_artefact, take_probes
 from sft_dist.checkpoint.checkpointer import Checkpointer
@@ -123,7 +125,8 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
         if world.is_main:
             print(f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there")
         return
-    strategy = registry.apply(run, process.device)
+    with _loading(world) as on_bytes:
+        strategy = registry.apply(run, process.device, on_bytes=on_bytes)
     spec = registry.describe(run, world.rank)
     verify_sharding(strategy, spec)
     checkpointer = Checkpointer(
@@ -152,6 +155,32 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
         if logger is not None:
             logger.say(f"saved {final}{_proven(run)}")
     strategy.close()
+
+
+@contextmanager
+def _loading(world: World) -> Iterator[Callable[[int], None]]:
+    """Shows on rank 0 how much of the weights it has read; it reads what it keeps of them."""
+    if not world.is_main:
+        yield lambda _: None
+        return
+    console, started, total = Console(highlight=False), time.perf_counter(), 0
+    columns = (
+        SpinnerColumn(),
+        TextColumn("reading weights {task.fields[size]}"),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("weights", total=None, size=decimal(0))
+
+        def on_bytes(count: int) -> None:
+            nonlocal total
+            total += count
+            progress.update(task, advance=count, size=decimal(total))
+
+        yield on_bytes
+    ranks = "" if world.shape.size == 1 else ", as much as rank 0 keeps,"
+    console.print(f"read {decimal(total)} of weights{ranks} in {time.perf_counter() - started:.1f} s")
 
 
 def _proven(run: Run) -> str:
