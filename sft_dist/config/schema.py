@@ -154,6 +154,23 @@ class AdamWConfig(_Optim):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
+    paged: bool = Field(
+        False,
+        description="Keep the moments in CUDA's managed memory (bitsandbytes): pages that a full GPU needs for other "
+        "things move to host memory. Needs a GPU.",
+    )
+
+
+class AdafactorConfig(_Optim):
+    """Adafactor without a first moment (Shazeer & Stern 2018, arXiv 1804.04235): a mean of squares for every row and
+    column of a matrix in place of AdamW's two numbers for every element."""
+
+    type: Literal["adafactor"]
+    decay_rate: float = Field(-0.8, ge=-1, lt=0, description="The second moment's decay in step t is 1 - t^decay_rate.")
+    clip_threshold: float = Field(1.0, gt=0, description="Largest root mean square of a tensor's update, before lr.")
+    scale_parameter: bool = Field(
+        False, description="Multiply lr by the root mean square of the tensor (at least 1e-3), as in the paper."
+    )
 
 
 class SgdConfig(_Optim):
@@ -166,11 +183,13 @@ def _optim_type(value: Any) -> str:
 
 
 OptimConfig = Annotated[
-    Annotated[AdamWConfig, Tag("adamw")] | Annotated[SgdConfig, Tag("sgd")],
+    Annotated[AdamWConfig, Tag("adamw")]
+    | Annotated[AdafactorConfig, Tag("adafactor")]
+    | Annotated[SgdConfig, Tag("sgd")],
     Discriminator(
         _optim_type,
         custom_error_type="optim_type",
-        custom_error_message="type must be adamw or sgd",
+        custom_error_message="type must be adamw, adafactor or sgd",
     ),
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from sft_dist.config.schema import Config, LoraMethod
+from sft_dist.config.schema import AdamWConfig, Config, LoraMethod
 from sft_dist.errors import ConfigError
 
 Finding = tuple[str, str]  # (what is wrong, how to fix it), each one line
@@ -76,6 +76,21 @@ def _precision(config: Config) -> Iterator[Finding]:
         )
 
 
+def _optimizer(config: Config) -> Iterator[Finding]:
+    optim, stored = config.optim, config.precision.optimizer_state
+    if not isinstance(optim, AdamWConfig):
+        if stored is not None:
+            yield (
+                f"precision.optimizer_state {stored} has no effect with optim.type {optim.type}: only AdamW reads it",
+                "remove precision.optimizer_state, or set optim.type to adamw",
+            )
+    elif optim.paged and (stored or config.precision.master) == "bf16":
+        yield (
+            "optim.paged is true, but bitsandbytes, which pages the moments, has no bf16 ones",
+            "set precision.optimizer_state to 8bit or fp32, or optim.paged to false",
+        )
+
+
 def _activation_checkpointing(config: Config) -> Iterator[Finding]:
     mode, k = config.activation_checkpointing.mode, config.activation_checkpointing.k
     if mode == "every_k" and k is None:
@@ -125,6 +140,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _batch,
     _warmup,
     _precision,
+    _optimizer,
     _activation_checkpointing,
     _adapter,
     _evaluation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sft_dist.config.deepspeed import Zero3Knobs
-from sft_dist.config.schema import AdamWConfig, FullMethod, OptimConfig
+from sft_dist.config.schema import AdamWConfig, FullMethod
 from sft_dist.model.build import describe_model
 from sft_dist.model.loss import CHUNK_BYTES
 from sft_dist.model.spec import DTYPE_BYTES, ModelSpec
@@ -26,11 +26,14 @@ class StateBytes:
         parameters: as stored, with all buffers (quantisation state, rotary frequencies).
         gradients: as long as they are accumulated.
         optimizer: its states, and its master weights where these are not the parameters themselves.
+        paged: optimizer states in managed memory, of which the GPU holds as many pages as it has room for; not in
+            ``total``.
     """
 
     parameters: int
     gradients: int
     optimizer: int
+    paged: int = 0
 
     @property
     def total(self) -> int:
@@ -40,22 +43,19 @@ class StateBytes:
 def state_bytes(run: Run) -> StateBytes:
     """Of rank 0, which holds no less than any other rank under every strategy."""
     spec = registry.describe(run, 0)
-    numel, kinds = spec.optimizer_numel, num_state_kinds(run.optim)
-    master = DTYPE_BYTES[spec.optimizer_dtype]
-    parameters = 0 if "parameters" in spec.on_host else spec.parameter_bytes
+    parameters = (0 if "parameters" in spec.on_host else spec.parameter_bytes) + run.model.buffer_bytes
+    if "optimizer" in spec.on_host:  # gradients go there as they are reduced
+        return StateBytes(parameters, 0, 0)
+    states = spec.optimizer_state_bytes
     if run.strategy not in ZERO_STAGES:
         gradients = sum(p.local_bytes for p in spec.parameters if p.requires_grad)
-        return StateBytes(parameters + run.model.buffer_bytes, gradients, kinds * numel * master)
-    if "optimizer" in spec.on_host:  # gradients go there as they are reduced
-        return StateBytes(parameters + run.model.buffer_bytes, 0, 0)
+        if isinstance(run.optim, AdamWConfig) and run.optim.paged:
+            return StateBytes(parameters, gradients, 0, paged=states)
+        return StateBytes(parameters, gradients, states)
     # DeepSpeed accumulates in fp32: stage 1 whole gradients, the others what this rank's optimizer updates.
+    numel = spec.optimizer_numel
     gradients = DTYPE_BYTES["fp32"] * (run.model.num_trainable if run.strategy == "zero1" else numel)
-    return StateBytes(parameters + run.model.buffer_bytes, gradients, (1 + kinds) * numel * master)
-
-
-def num_state_kinds(optim: OptimConfig) -> int:
-    """States of the optimizer for each element: AdamW has two, SGD one with momentum."""
-    return 2 if isinstance(optim, AdamWConfig) else int(optim.momentum > 0)
+    return StateBytes(parameters, gradients, numel * DTYPE_BYTES[spec.optimizer_dtype] + states)
 
 
 def gather_bytes(run: Run) -> int:

@@ -10,25 +10,29 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.spec import ParameterSpec
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
+from sft_dist.sharding.optimizer_states import state_bytes
 from sft_dist.sharding.spec import ParameterShard, ShardingSpec, chunk_numel
 from sft_dist.sharding.strategy import NativeStrategy, eval_mode, store_master
 
 
 def describe(run: Run, rank: int) -> ShardingSpec:
     """A chunk of dimension 0 of every parameter, frozen ones too."""
+
+    def chunk(parameter: ParameterSpec, of_rank: int) -> int:
+        return chunk_numel(parameter.shape[0], parameter.numel // parameter.shape[0], of_rank, run.world.size)
+
     parameters = tuple(
         ParameterShard(
-            p.name,
-            chunk_numel(p.shape[0], p.numel // p.shape[0], rank, run.world.size),
-            run.precision.stored(trainable=p.trainable, strategy="fsdp2"),
-            p.trainable,
+            p.name, chunk(p, rank), run.precision.stored(trainable=p.trainable, strategy="fsdp2"), p.trainable
         )
         for p in run.model.parameters
     )
     trainable = sum(p.local_numel for p in parameters if p.requires_grad)
-    return ShardingSpec("fsdp2", rank, parameters, trainable, run.precision.master)
+    states = sum(state_bytes(run, p, chunk(p, rank), chunk(p, 0)) for p in run.model.trainable)
+    return ShardingSpec("fsdp2", rank, parameters, trainable, run.precision.master, states)
 
 
 class Fsdp2(NativeStrategy):
@@ -49,7 +53,7 @@ class Fsdp2(NativeStrategy):
         for buffer_owner in model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 buffer_owner._buffers[name] = buffer.to(device)
-        self.optimizer = build_optimizer(run.optim, model.named_parameters(), device)
+        self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
         self.model.set_requires_gradient_sync(is_last_micro_batch)  # type: ignore[operator]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sft_dist.model.build import SftModel
-from sft_dist.run import Run
+from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import ddp, fsdp2, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
 from sft_dist.sharding.spec import ShardingSpec
@@ -21,6 +21,11 @@ def describe(run: Run, rank: int) -> ShardingSpec:
             return fsdp2.describe(run, rank)
         case _:
             return zero.describe(run, rank)
+
+
+def unsupported(run: Run) -> str | None:
+    """Why the run's strategy cannot do what else the run asks for, in a line; None where it can."""
+    return zero.unsupported(run) if run.strategy in ZERO_STAGES else None
 
 
 def apply(run: Run, model: SftModel, device: torch.device) -> Strategy:
