@@ -126,17 +126,26 @@ class PrecisionConfig(Section):
     compute: Literal["bf16", "fp32"] = Field(
         "bf16", description="Dtype of matrix products, activations and frozen weights."
     )
-    master: Literal["fp32", "bf16"] = Field("fp32", description="Dtype that the optimizer updates, and of its states.")
+    master: Literal["fp32", "bf16"] = Field("fp32", description="Dtype of the weights that the optimizer updates.")
     reduce: Literal["fp32", "bf16"] = Field("fp32", description="Dtype in which gradients are reduced over ranks.")
+    optimizer_state: Literal["fp32", "bf16", "8bit"] | None = Field(
+        None,
+        description="How AdamW stores its two moments: 4, 2 or 1 bytes an element each; null: as `master`. "
+        "bf16 is rounded stochastically; 8bit is bitsandbytes' blockwise form, a scale for every 256 elements.",
+    )
 
 
 class ActivationCheckpointingConfig(Section):
-    mode: Literal["auto", "none", "full", "every_k"] = Field(
+    mode: Literal["auto", "none", "full", "selective", "every_k"] = Field(
         "auto",
-        description="Recompute no layer, every layer, or every k-th layer in backward; auto: none where activations "
-        "fit, else every layer.",
+        description="Recompute no layer, every layer, or every k-th layer in backward; selective: every layer, but not "
+        "its attention and every second matrix product, whose results are kept; auto: none where activations fit, else "
+        "every layer.",
     )
     k: int | None = Field(None, ge=2, description="With mode every_k: layers 0, k, 2k, ... are recomputed.")
+    offload: bool = Field(
+        False, description="Keep the inputs of recomputed layers, from which they start anew, in host memory."
+    )
 
 
 class _Optim(Section):

@@ -103,6 +103,12 @@ def _activation_checkpointing(config: Config) -> Iterator[Finding]:
             f"activation_checkpointing.k is {k}, which has no effect with activation_checkpointing.mode {mode}",
             "remove activation_checkpointing.k, or set activation_checkpointing.mode to every_k",
         )
+    if config.activation_checkpointing.offload and mode in ("auto", "none"):
+        yield (
+            f"activation_checkpointing.offload is true, but with activation_checkpointing.mode {mode} "
+            + ("no layer is recomputed" if mode == "none" else "there may be no layer that is recomputed"),
+            "set activation_checkpointing.mode to full, selective or every_k, or offload to false",
+        )
 
 
 def _adapter(config: Config) -> Iterator[Finding]:

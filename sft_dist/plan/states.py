@@ -11,6 +11,7 @@ from sft_dist.model.loss import CHUNK_BYTES
 from sft_dist.model.spec import DTYPE_BYTES, ModelSpec
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
+from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
 
 GIB = 2**30
 
@@ -95,6 +96,14 @@ def activation_bytes(run: Run) -> int:
     tokens = run.batch.micro_batch_size * run.batch.max_seq_len
     logits = 2 * min(CHUNK_BYTES, tokens * model.vocab_size * DTYPE_BYTES["fp32"])
     return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + logits
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Inputs of the recomputed blocks, kept from forward to backward, for the longest micro-batch; with
+    ``activation_checkpointing.offload`` they are in host memory."""
+    blocks = checkpointed_blocks(run.activation_checkpointing, run.model.blocks)
+    tokens = run.batch.micro_batch_size * run.batch.max_seq_len
+    return len(blocks) * tokens * run.model.hidden_size * DTYPE_BYTES[run.model.compute]
 
 
 def _linear_layers(model: ModelSpec) -> list[tuple[int, ...]]:
