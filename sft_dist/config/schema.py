@@ -90,6 +90,17 @@ class Fsdp2Sharding(Section):
     reshard_after_forward: bool = Field(
         True, description="Free a layer's gathered weights after forward and gather them again in backward."
     )
+    cpu_offload: bool = Field(
+        False,
+        description="Keep parameters, gradients and optimizer states in host memory; the optimizer steps there, and a "
+        "layer's weights are copied to the GPU as they are gathered.",
+    )
+    dp_replicate: int = Field(
+        1,
+        ge=1,
+        description="Hold the model this many times and shard it over world size / dp_replicate ranks that follow each "
+        "other (HSDP): gathers stay among these, e.g. in a node; gradients are averaged over all.",
+    )
 
 
 class _ZeroSharding(Section):

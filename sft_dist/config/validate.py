@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from sft_dist.config.schema import AdamWConfig, Config, LoraMethod
+from sft_dist.config.schema import AdamWConfig, Config, Fsdp2Sharding, LoraMethod
 from sft_dist.errors import ConfigError
 
 Finding = tuple[str, str]  # (what is wrong, how to fix it), each one line
@@ -88,6 +88,11 @@ def _optimizer(config: Config) -> Iterator[Finding]:
         yield (
             "optim.paged is true, but bitsandbytes, which pages the moments, has no bf16 ones",
             "set precision.optimizer_state to 8bit or fp32, or optim.paged to false",
+        )
+    elif optim.paged and isinstance(config.sharding, Fsdp2Sharding) and config.sharding.cpu_offload:
+        yield (
+            "optim.paged is true, but sharding.cpu_offload keeps the moments in host memory already",
+            "set optim.paged or sharding.cpu_offload to false",
         )
 
 

@@ -49,8 +49,8 @@ class Ddp(NativeStrategy):
             return result
 
     @property
-    def gradients_are_sharded(self) -> bool:
-        return False
+    def shard_group(self) -> None:
+        return None
 
 
 def cast_while_running(model: nn.Module, dtype: torch.dtype) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sft_dist.model.build import SftModel
@@ -10,6 +12,18 @@ from sft_dist.sharding import ddp, fsdp2, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
+
+
+# Each says why its part of a run cannot do what another part asks for, or None.
+DECLARATIONS: tuple[Callable[[Run], str | None], ...] = (
+    lambda run: fsdp2.unsupported(run) if run.strategy == "fsdp2" else None,
+    lambda run: zero.unsupported(run) if run.strategy in ZERO_STAGES else None,
+)
+
+
+def unsupported(run: Run) -> str | None:
+    """Why the parts of a run do not go together, in a line; None where they do."""
+    return next((reason for declared in DECLARATIONS if (reason := declared(run)) is not None), None)
 
 
 def describe(run: Run, rank: int) -> ShardingSpec:
@@ -21,11 +35,6 @@ def describe(run: Run, rank: int) -> ShardingSpec:
             return fsdp2.describe(run, rank)
         case _:
             return zero.describe(run, rank)
-
-
-def unsupported(run: Run) -> str | None:
-    """Why the run's strategy cannot do what else the run asks for, in a line; None where it can."""
-    return zero.unsupported(run) if run.strategy in ZERO_STAGES else None
 
 
 def apply(run: Run, model: SftModel, device: torch.device) -> Strategy:

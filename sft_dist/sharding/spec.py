@@ -38,7 +38,8 @@ class ShardingSpec:
         optimizer_numel: elements whose master weight and states this rank's optimizer holds, padding included.
         optimizer_dtype: dtype of those master weights.
         optimizer_state_bytes: what the optimizer keeps for them, beside the master weights.
-        on_host: which of ``parameters`` and ``optimizer`` are kept in host memory, even where there is a GPU.
+        on_host: which of ``parameters`` and ``optimizer`` are kept in host memory, even where there is a GPU. Gradients
+            are where the optimizer is.
     """
 
     strategy: str

@@ -152,13 +152,14 @@ class NativeStrategy(Strategy):
         """The L2 norm with fp64 accumulation: torch's fp32 norm on the CPU is off by 2e-3 at 33M elements."""
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
         squares = torch.stack(norms).square().sum()
-        if self.gradients_are_sharded:
-            dist.all_reduce(squares)
+        if self.shard_group is not None:
+            dist.all_reduce(squares, group=self.shard_group)
         return squares.sqrt()
 
     @property
     @abstractmethod
-    def gradients_are_sharded(self) -> bool: ...
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold a part of each gradient; None where every rank holds the whole."""
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
         for name, parameter in self.model.named_parameters():

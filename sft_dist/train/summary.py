@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.data.prepared import PreparedData
 from sft_dist.run import Run
 from sft_dist.sharding.spec import ShardingSpec
@@ -23,7 +24,7 @@ def summary(
         [
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} trainable "
             f"of {total:,} stored elements",
-            f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}, verified: rank 0 holds "
+            f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}{_replicas(run)}, verified: rank 0 holds "
             f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements"
             f"{_on_host(spec)}; "
             f"activation checkpointing {run.activation_checkpointing.mode}",
@@ -35,6 +36,11 @@ def summary(
             f"{_count(batch.gradient_accumulation_steps, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
         ]
     )
+
+
+def _replicas(run: Run) -> str:
+    replicas = run.sharding.dp_replicate if isinstance(run.sharding, Fsdp2Sharding) else 1
+    return f" in {replicas} replicas" if replicas > 1 else ""
 
 
 def _on_host(spec: ShardingSpec) -> str:

@@ -90,6 +90,11 @@ WRONG = [
         "set precision.optimizer_state to 8bit or fp32, or optim.paged to false",
     ),
     (
+        {"optim": {"paged": True}, "sharding": {"strategy": "fsdp2", "cpu_offload": True}},
+        "optim.paged is true, but sharding.cpu_offload keeps the moments in host memory already",
+        "set optim.paged or sharding.cpu_offload to false",
+    ),
+    (
         {"method": LORA | {"target_modules": []}},
         "method.target_modules is []: an adapter on nothing",
         "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
