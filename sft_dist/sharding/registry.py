@@ -13,7 +13,6 @@ from sft_dist.sharding.activation_checkpointing import apply_activation_checkpoi
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 
-
 # Each says why its part of a run cannot do what another part asks for, or None.
 DECLARATIONS: tuple[Callable[[Run], str | None], ...] = (
     lambda run: fsdp2.unsupported(run) if run.strategy == "fsdp2" else None,

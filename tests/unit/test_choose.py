@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sft_dist.config.schema import Config, Zero2Sharding, Zero3Sharding
+from sft_dist.config.schema import Config, Fsdp2Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.errors import ConfigError, PlanError
 from sft_dist.plan.choose import Choice, choose
 from sft_dist.plan.states import activation_bytes, gather_bytes, state_bytes
@@ -251,13 +251,13 @@ DEEPSPEED = AccelerateChoice(family="deepspeed")
 
 def test_fsdp_is_taken(tiny_base: Path) -> None:
     choice = chosen(auto(tiny_base), 2, accelerate=FSDP)
-    assert choice.config.sharding.model_dump() == {"strategy": "fsdp2", "reshard_after_forward": True}
+    assert choice.config.sharding == Fsdp2Sharding(reshard_after_forward=True)
     assert choice.reasons[0] == (
         "sharding.strategy auto -> fsdp2: accelerate launch chose FSDP with fsdp_reshard_after_forward true"
     )
     kept = replace(FSDP, reshard_after_forward=False, reshard_name="fsdp_sharding_strategy SHARD_GRAD_OP")
     choice = chosen(auto(tiny_base), 2, accelerate=kept)
-    assert choice.config.sharding.model_dump() == {"strategy": "fsdp2", "reshard_after_forward": False}
+    assert choice.config.sharding == Fsdp2Sharding(reshard_after_forward=False)
 
 
 def test_fsdps_activation_checkpointing_is_taken(tiny_base: Path) -> None:

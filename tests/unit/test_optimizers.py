@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import bitsandbytes
+import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from torch import Tensor, nn
@@ -154,6 +155,34 @@ def test_8bit_is_bitsandbytes_own(master: Any) -> None:
     for kind, name in {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_scale": "absmax1"}.items():
         assert torch.equal(mine[kind], theirs[name].flatten())
     assert mine["exp_avg"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("state", ["8bit", "fp32"])
+def test_paged_moments_are_fetched_before_a_step_and_waited_for_after_it(
+    state: StateDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With memory that only pretends to be CUDA's; tests/gpu has the real one."""
+    fetched: list[int] = []
+    waited: list[bool] = []
+    made: list[Tensor] = []
+
+    def get_paged(numel: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        made.append(torch.full((numel,), 77, dtype=dtype))  # managed memory comes as it is
+        return made[-1]
+
+    monkeypatch.setattr(bnb_functional, "get_paged", get_paged)
+    monkeypatch.setattr(bnb_functional, "fill", lambda tensor, value: tensor.fill_(value))
+    monkeypatch.setattr(bnb_functional, "prefetch_tensor", lambda tensor: fetched.append(id(tensor)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    paged = ours(ADAMW.model_copy(update={"paged": True}), state)
+    after = trained(paged)
+    moments = [s[kind] for s in paged.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+    assert {id(m) for m in moments} == {id(m) for m in made}, "all of them, and the very tensors that were allocated"
+    assert set(fetched) == {id(m) for m in made}
+    assert len(waited) >= 5
+    plain = trained(ours(ADAMW, state))
+    for a, b in zip(after, plain, strict=True):
+        assert torch.equal(a, b) if state == "8bit" else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale_parameter", [False, True])
