@@ -23,8 +23,8 @@ class Adafactor(ShardOptimizer):
 
     A matrix has the running mean of the squared gradient of every row and of every column, a vector that of every
     element. Ranks hold whole rows, so a row's mean is at home. What runs over rows (each column's squares, the mean of
-    the row means, the squares of the weights) is added up over the shard group in one all-reduce for all tensors, and
-    the squares of the updates, by which they are clipped, in a second one.
+    the row means, the squares of the weights) is added up over the shard group in one all-reduce for a whole group of
+    parameters, and the squares of the updates, by which they are clipped, in a second one.
 
     Args:
         groups: parameters with their ``weight_decay``.

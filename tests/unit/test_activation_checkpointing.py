@@ -102,8 +102,10 @@ def test_the_last_product_is_not_kept(name: str, expected: list[int]) -> None:
     assert kept == expected
 
 
-@pytest.mark.parametrize("checkpointing", [{"mode": "full"}, {"mode": "selective"}, {"mode": "every_k", "k": 2}])
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("checkpointing", "compute"),
+    [({"mode": "full"}, "bf16"), ({"mode": "selective"}, "fp32"), ({"mode": "every_k", "k": 2}, "fp32")],
+)
 def test_offload_moves_the_inputs_of_recomputed_blocks_and_nothing_else(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: dict[str, Any], compute: str
 ) -> None:
