@@ -73,8 +73,8 @@ class Adafactor(ShardOptimizer):
             scale = (total[-1] / parameter.numel()).sqrt().clamp(min=EPS_SCALE) if self.scale_parameter else 1.0
             clip = ((square[0] / parameter.numel()).sqrt() / self.clip_threshold).clamp(min=1.0)
             weight = local(parameter).view(-1)
-            value = weight * (1 - group["lr"] * group["weight_decay"] * scale)
-            value = value.float() - _update(parameter, factor).view(-1) * (group["lr"] * scale / clip)
+            value = weight.float() * (1 - group["lr"] * group["weight_decay"] * scale)
+            value -= _update(parameter, factor).view(-1) * (group["lr"] * scale / clip)
             step = self.state_of(parameter)["step"]
             store(weight, value, first=first_element(parameter), step=step, stream=0)
 

@@ -93,15 +93,22 @@ def test_a_falling_second_moment_falls() -> None:
     assert float(second.mean()) == pytest.approx(0.001 * 0.999**299, rel=2e-3)
 
 
-def test_small_updates_of_bf16_weights_arrive() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdamWConfig(lr=5e-4, weight_decay=1.0),
+        AdafactorConfig(type="adafactor", lr=5e-4, weight_decay=1.0),
+    ],
+)
+def test_small_updates_and_decays_of_bf16_weights_arrive(config: OptimConfig) -> None:
     """A weight of 1 does not see 0.0005 to the nearest: 100 such updates would be none."""
     weight = nn.Parameter(torch.ones(4096, 1, dtype=torch.bfloat16))
-    config = AdamWConfig(lr=5e-4)
     optimizer = build_optimizer(config, Precision("bf16", "bf16", "fp32", "bf16"), [("w", weight)])
     for _ in range(100):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-    assert float(weight.detach().float().mean()) == pytest.approx(0.95, abs=1e-3)
+    # w <- w (1 - 0.0005) - 0.0005, a hundred times
+    assert float(weight.detach().float().mean()) == pytest.approx(2 * (1 - 5e-4) ** 100 - 1, abs=1e-3)
 
 
 def test_rounding_is_fair_to_every_place_and_every_step() -> None:
