@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sft_dist.config.schema import Fsdp2Sharding
+from sft_dist.config.schema import AdamWConfig, Fsdp2Sharding
 from sft_dist.data.prepared import PreparedData
 from sft_dist.run import Run
 from sft_dist.sharding.spec import ShardingSpec
@@ -29,13 +29,19 @@ def summary(
             f"{_on_host(spec)}; "
             f"activation checkpointing {run.activation_checkpointing.mode}",
             f"precision compute {precision.compute}, trainable stored in {stored}, master {spec.optimizer_dtype}, "
-            f"gradients reduced in {precision.reduce}",
+            f"gradients reduced in {precision.reduce}, {_optimizer(run)}",
             f"data      {train_data.num_rows:,} rows in {train_data.num_sequences:,} {kind}, {tokens:,} tokens, "
             f"{supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
             f"schedule  {num_steps:,} steps of {batch.global_batch_size} {kind}: {_count(batch.world_size, 'rank')} x "
             f"{_count(batch.gradient_accumulation_steps, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
         ]
     )
+
+
+def _optimizer(run: Run) -> str:
+    if not isinstance(run.optim, AdamWConfig):
+        return run.optim.type
+    return f"adamw with {'paged ' if run.optim.paged else ''}moments in {run.precision.optimizer_state}"
 
 
 def _replicas(run: Run) -> str:
