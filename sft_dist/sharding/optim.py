@@ -48,7 +48,8 @@ def build_optimizer(
     if stored == "8bit" or config.paged:
         return BlockwiseAdamW(groups, **adamw, bits=8 if stored == "8bit" else 32, paged=config.paged)
     if precision.master == stored == "fp32":
-        return AdamW(groups, **adamw, fused=True)
+        # The fused form refuses tensors without data.
+        return AdamW(groups, **adamw, fused=all(p.device.type != "meta" for p in trainable))
     return MixedAdamW(groups, **adamw, state_dtype=TORCH_DTYPES[stored])
 
 
