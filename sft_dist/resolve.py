@@ -44,7 +44,10 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         sharding=sharding,
         deepspeed=deepspeed,
         precision=Precision(
-            compute=config.precision.compute, master=config.precision.master, reduce=config.precision.reduce
+            compute=config.precision.compute,
+            master=config.precision.master,
+            reduce=config.precision.reduce,
+            optimizer_state=config.precision.optimizer_state or config.precision.master,
         ),
         batch=BatchPlan(
             global_batch_size=config.train.global_batch_size,

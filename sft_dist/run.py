@@ -22,6 +22,8 @@ from sft_dist.data.batch import BatchPlan
 from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.runtime.world import WorldShape
 
+StateDtype = Literal["fp32", "bf16", "8bit"]
+
 StrategyName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 ZERO_STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -33,12 +35,14 @@ class Precision:
 
     Frozen weights are stored in ``compute`` (or packed NF4 in that dtype). Trainable parameters are ``master`` weights
     cast to ``compute`` for each forward pass: DDP and FSDP2 store the master and cast when a module runs or is
-    gathered; DeepSpeed stores the cast and keeps the master inside its optimizer.
+    gathered; DeepSpeed stores the cast and keeps the master inside its optimizer. ``optimizer_state`` is how AdamW's
+    moments are stored.
     """
 
     compute: Dtype
     master: Dtype
     reduce: Dtype
+    optimizer_state: StateDtype
 
     def stored(self, *, trainable: bool, strategy: StrategyName) -> Dtype:
         """Dtype of a parameter as the model holds it."""

@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 MAX_SHOWN_PROBLEMS = 3
 
+# A block of an 8-bit moment has one scale: ranks that share a tensor otherwise may have other blocks.
+SCALES = ("optim.exp_avg_scale.", "optim.exp_avg_sq_scale.")
+
 
 class Checkpointer:
     """The checkpoints of one run.
@@ -102,6 +105,9 @@ class Checkpointer:
         for name in sorted(mine.keys() | manifest.tensors.keys()):
             if mine.get(name) != manifest.tensors.get(name):
                 problems.append(f"{name} is {manifest.tensors.get(name)} there and {mine.get(name)} here")
+        if any(name.startswith(SCALES) and mine.get(name) != manifest.tensors.get(name) for name in mine):
+            where = f"{manifest.world_size} processes under {manifest.strategy}"
+            problems.insert(0, f"8-bit moments in blocks that are cut otherwise go on only on {where}")
         problems = [problem for part in _gathered(problems) for problem in part]
         if problems:
             raise CheckpointError(

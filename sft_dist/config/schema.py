@@ -131,6 +131,17 @@ class Fsdp2Sharding(_Sharding):
     reshard_after_forward: bool = Field(
         True, description="Free a layer's gathered weights after forward and gather them again in backward."
     )
+    cpu_offload: bool = Field(
+        False,
+        description="Keep parameters, gradients and optimizer states in host memory; the optimizer steps there, and a "
+        "layer's weights are copied to the GPU as they are gathered.",
+    )
+    dp_replicate: int = Field(
+        1,
+        ge=1,
+        description="Hold the model this many times and shard it over world size / dp_replicate ranks that follow each "
+        "other (HSDP): gathers stay among these, e.g. in a node; gradients are averaged over all.",
+    )
 
 
 class _ZeroSharding(_Sharding):
@@ -167,17 +178,26 @@ class PrecisionConfig(Section):
     compute: Literal["bf16", "fp32"] = Field(
         "bf16", description="Dtype of matrix products, activations and frozen weights."
     )
-    master: Literal["fp32", "bf16"] = Field("fp32", description="Dtype that the optimizer updates, and of its states.")
+    master: Literal["fp32", "bf16"] = Field("fp32", description="Dtype of the weights that the optimizer updates.")
     reduce: Literal["fp32", "bf16"] = Field("fp32", description="Dtype in which gradients are reduced over ranks.")
+    optimizer_state: Literal["fp32", "bf16", "8bit"] | None = Field(
+        None,
+        description="How AdamW stores its two moments: 4, 2 or 1 bytes an element each; null: as `master`. "
+        "bf16 is rounded stochastically; 8bit is bitsandbytes' blockwise form, a scale for every 256 elements.",
+    )
 
 
 class ActivationCheckpointingConfig(Section):
-    mode: Literal["auto", "none", "full", "every_k"] = Field(
+    mode: Literal["auto", "none", "full", "selective", "every_k"] = Field(
         "auto",
-        description="Recompute no layer, every layer, or every k-th layer in backward; auto: none where activations "
-        "fit, else every layer.",
+        description="Recompute no layer, every layer, or every k-th layer in backward; selective: every layer, but not "
+        "its attention and every second matrix product, whose results are kept; auto: none where activations fit, else "
+        "every layer.",
     )
     k: int | None = Field(None, ge=2, description="With mode every_k: layers 0, k, 2k, ... are recomputed.")
+    offload: bool = Field(
+        False, description="Keep the inputs of recomputed layers, from which they start anew, in host memory."
+    )
 
 
 class _Optim(Section):
@@ -195,6 +215,23 @@ class AdamWConfig(_Optim):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
+    paged: bool = Field(
+        False,
+        description="Keep the moments in CUDA's managed memory (bitsandbytes): pages that a full GPU needs for other "
+        "things move to host memory. Needs a GPU.",
+    )
+
+
+class AdafactorConfig(_Optim):
+    """Adafactor without a first moment (Shazeer & Stern 2018, arXiv 1804.04235): a mean of squares for every row and
+    column of a matrix in place of AdamW's two numbers for every element."""
+
+    type: Literal["adafactor"]
+    decay_rate: float = Field(-0.8, ge=-1, lt=0, description="The second moment's decay in step t is 1 - t^decay_rate.")
+    clip_threshold: float = Field(1.0, gt=0, description="Largest root mean square of a tensor's update, before lr.")
+    scale_parameter: bool = Field(
+        False, description="Multiply lr by the root mean square of the tensor (at least 1e-3), as in the paper."
+    )
 
 
 class SgdConfig(_Optim):
@@ -207,11 +244,13 @@ def _optim_type(value: Any) -> str:
 
 
 OptimConfig = Annotated[
-    Annotated[AdamWConfig, Tag("adamw")] | Annotated[SgdConfig, Tag("sgd")],
+    Annotated[AdamWConfig, Tag("adamw")]
+    | Annotated[AdafactorConfig, Tag("adafactor")]
+    | Annotated[SgdConfig, Tag("sgd")],
     Discriminator(
         _optim_type,
         custom_error_type="optim_type",
-        custom_error_message="type must be adamw or sgd",
+        custom_error_message="type must be adamw, adafactor or sgd",
     ),
 ]
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from sft_dist.config.schema import Config, FullMethod, LoraMethod
+from sft_dist.config.schema import AdamWConfig, Config, Fsdp2Sharding, FullMethod, LoraMethod
 from sft_dist.errors import ConfigError
 
 REGULAR_EXPRESSION = "re:"  # in front of a name that is one
@@ -79,6 +79,26 @@ def _precision(config: Config) -> Iterator[Finding]:
         )
 
 
+def _optimizer(config: Config) -> Iterator[Finding]:
+    optim, stored = config.optim, config.precision.optimizer_state
+    if not isinstance(optim, AdamWConfig):
+        if stored is not None:
+            yield (
+                f"precision.optimizer_state {stored} has no effect with optim.type {optim.type}: only AdamW reads it",
+                "remove precision.optimizer_state, or set optim.type to adamw",
+            )
+    elif optim.paged and (stored or config.precision.master) == "bf16":
+        yield (
+            "optim.paged is true, but bitsandbytes, which pages the moments, has no bf16 ones",
+            "set precision.optimizer_state to 8bit or fp32, or optim.paged to false",
+        )
+    elif optim.paged and isinstance(config.sharding, Fsdp2Sharding) and config.sharding.cpu_offload:
+        yield (
+            "optim.paged is true, but sharding.cpu_offload keeps the moments in host memory already",
+            "set optim.paged or sharding.cpu_offload to false",
+        )
+
+
 def _activation_checkpointing(config: Config) -> Iterator[Finding]:
     mode, k = config.activation_checkpointing.mode, config.activation_checkpointing.k
     if mode == "every_k" and k is None:
@@ -90,6 +110,12 @@ def _activation_checkpointing(config: Config) -> Iterator[Finding]:
         yield (
             f"activation_checkpointing.k is {k}, which has no effect with activation_checkpointing.mode {mode}",
             "remove activation_checkpointing.k, or set activation_checkpointing.mode to every_k",
+        )
+    if config.activation_checkpointing.offload and mode in ("auto", "none"):
+        yield (
+            f"activation_checkpointing.offload is true, but with activation_checkpointing.mode {mode} "
+            + ("no layer is recomputed" if mode == "none" else "there may be no layer that is recomputed"),
+            "set activation_checkpointing.mode to full, selective or every_k, or offload to false",
         )
 
 
@@ -162,6 +188,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _batch,
     _warmup,
     _precision,
+    _optimizer,
     _activation_checkpointing,
     _names,
     _adapter,

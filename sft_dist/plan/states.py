@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sft_dist.config.deepspeed import Zero3Knobs
-from sft_dist.config.schema import AdamWConfig, FullMethod, LoraMethod, OptimConfig
+from sft_dist.config.schema import AdamWConfig, FullMethod, LoraMethod
 from sft_dist.model.build import describe_model
 from sft_dist.model.loss import CHUNK_BYTES
 from sft_dist.model.sequence_parallel import shared_kv_heads
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
+from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
 
 GIB = 2**30
 
@@ -27,11 +28,14 @@ class StateBytes:
         parameters: as stored, with all buffers (quantisation state, rotary frequencies).
         gradients: as long as they are accumulated.
         optimizer: its states, and its master weights where these are not the parameters themselves.
+        paged: optimizer states in managed memory, of which the GPU holds as many pages as it has room for; not in
+            ``total``.
     """
 
     parameters: int
     gradients: int
     optimizer: int
+    paged: int = 0
 
     @property
     def total(self) -> int:
@@ -41,22 +45,19 @@ class StateBytes:
 def state_bytes(run: Run) -> StateBytes:
     """Of rank 0, which holds no less than any other rank under every strategy."""
     spec = registry.describe(run, 0)
-    numel, kinds = spec.optimizer_numel, num_state_kinds(run.optim)
-    master = DTYPE_BYTES[spec.optimizer_dtype]
-    parameters = 0 if "parameters" in spec.on_host else spec.parameter_bytes
+    parameters = (0 if "parameters" in spec.on_host else spec.parameter_bytes) + run.model.buffer_bytes
+    if "optimizer" in spec.on_host:  # gradients go there as they are reduced
+        return StateBytes(parameters, 0, 0)
+    states = spec.optimizer_state_bytes
     if run.strategy not in ZERO_STAGES:
         gradients = sum(p.local_bytes for p in spec.parameters if p.requires_grad)
-        return StateBytes(parameters + run.model.buffer_bytes, gradients, kinds * numel * master)
-    if "optimizer" in spec.on_host:  # gradients go there as they are reduced
-        return StateBytes(parameters + run.model.buffer_bytes, 0, 0)
+        if isinstance(run.optim, AdamWConfig) and run.optim.paged:
+            return StateBytes(parameters, gradients, 0, paged=states)
+        return StateBytes(parameters, gradients, states)
     # DeepSpeed accumulates in fp32: stage 1 whole gradients, the others what this rank's optimizer updates.
+    numel = spec.optimizer_numel
     gradients = DTYPE_BYTES["fp32"] * (run.model.num_trainable if run.strategy == "zero1" else numel)
-    return StateBytes(parameters + run.model.buffer_bytes, gradients, (1 + kinds) * numel * master)
-
-
-def num_state_kinds(optim: OptimConfig) -> int:
-    """States of the optimizer for each element: AdamW has two, SGD one with momentum."""
-    return 2 if isinstance(optim, AdamWConfig) else int(optim.momentum > 0)
+    return StateBytes(parameters, gradients, numel * DTYPE_BYTES[spec.optimizer_dtype] + states)
 
 
 def gather_bytes(run: Run) -> int:
@@ -109,6 +110,14 @@ def activation_bytes(run: Run) -> int:
         width += model.num_layers * model.head_dim * (model.num_heads + 2 * repeated)
     logits = 2 * min(CHUNK_BYTES, tokens * model.vocab_size * DTYPE_BYTES["fp32"])
     return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + tokens * masked + logits
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Inputs of the recomputed blocks, kept from forward to backward, for the longest micro-batch; with
+    ``activation_checkpointing.offload`` they are in host memory."""
+    blocks = checkpointed_blocks(run.activation_checkpointing, run.model.blocks)
+    tokens = -(-run.batch.micro_batch_size * run.batch.max_seq_len // run.batch.sequence_parallel)
+    return len(blocks) * tokens * run.model.hidden_size * DTYPE_BYTES[run.model.compute]
 
 
 def with_world_size(run: Run, size: int) -> Run:

@@ -89,16 +89,16 @@ def _fsdp(env: Mapping[str, str], common: AccelerateChoice) -> AccelerateChoice:
         if strategy == "NO_SHARD":
             unsupported.append((name, "start with --multi_gpu and set sharding.strategy to ddp"))
         elif strategy not in ("FULL_SHARD", "SHARD_GRAD_OP"):
-            unsupported.append((name, "parameters are sharded over all processes: set it to FULL_SHARD"))
+            unsupported.append((name, "set it to FULL_SHARD, and replicas in the configuration: sharding.dp_replicate"))
     else:
         reshard = _flag(env, "FSDP_RESHARD_AFTER_FORWARD", default=True)
         name = f"fsdp_reshard_after_forward {str(reshard).lower()}"
     if _flag(env, "FSDP_OFFLOAD_PARAMS"):
-        unsupported.append(
-            ("fsdp_offload_params true", "use DeepSpeed with configs/deepspeed/zero3_offload.json, or set it to false")
-        )
+        fix = "set it to false, and offload in the configuration: sharding.cpu_offload"
+        unsupported.append(("fsdp_offload_params true", fix))
     if _flag(env, "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"):
-        unsupported.append(("fsdp_activation_checkpointing_offload true", "set it to false"))
+        fix = "set it to false, and offload in the configuration: activation_checkpointing.offload"
+        unsupported.append(("fsdp_activation_checkpointing_offload true", fix))
     return replace(
         common,
         family="fsdp",

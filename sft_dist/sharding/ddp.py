@@ -15,6 +15,7 @@ from sft_dist.model.lora import readers
 from sft_dist.model.weights import Weights, fill
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
+from sft_dist.sharding.optimizer_states import state_bytes
 from sft_dist.sharding.spec import ParameterShard, ShardingSpec
 from sft_dist.sharding.strategy import NativeStrategy, eval_mode, store_master, whole_parameter
 
@@ -25,7 +26,8 @@ def describe(run: Run, rank: int) -> ShardingSpec:
         ParameterShard(p.name, p.numel, run.precision.stored(trainable=p.trainable, strategy="ddp"), p.trainable)
         for p in run.model.parameters
     )
-    return ShardingSpec("ddp", rank, parameters, run.model.num_trainable, run.precision.master)
+    states = sum(state_bytes(run, p, p.numel, p.numel) for p in run.model.trainable)
+    return ShardingSpec("ddp", rank, parameters, run.model.num_trainable, run.precision.master, states)
 
 
 class Ddp(NativeStrategy):
@@ -40,7 +42,7 @@ class Ddp(NativeStrategy):
         reduce_dtype = TORCH_DTYPES[run.precision.reduce]
         if reduce_dtype != TORCH_DTYPES[run.precision.master]:
             self.ddp.register_comm_hook(reduce_dtype, reduce_in_dtype)
-        self.optimizer = build_optimizer(run.optim, model.named_parameters(), device)
+        self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
         self.ddp.require_backward_grad_sync = is_last_micro_batch
@@ -52,8 +54,8 @@ class Ddp(NativeStrategy):
             return result
 
     @property
-    def gradients_are_sharded(self) -> bool:
-        return False
+    def shard_group(self) -> None:
+        return None
 
 
 def cast_while_running(model: nn.Module, dtype: torch.dtype) -> None:

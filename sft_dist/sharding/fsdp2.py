@@ -8,60 +8,88 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.spec import ParameterSpec
 from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
-from sft_dist.sharding.spec import ParameterShard, ShardingSpec, chunk_numel
+from sft_dist.sharding.optimizer_states import state_bytes
+from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec, chunk_numel
 from sft_dist.sharding.strategy import NativeStrategy, eval_mode, store_master
+
+ON_HOST: frozenset[HostPart] = frozenset({"parameters", "optimizer"})
 
 
 def describe(run: Run, rank: int) -> ShardingSpec:
-    """A chunk of dimension 0 of every parameter, frozen ones too."""
+    """A chunk of dimension 0 of every parameter, frozen ones too; ranks of one replica follow each other."""
+    sharding = _settings(run)
+    num_shards = run.world.size // sharding.dp_replicate
+
+    def chunk(parameter: ParameterSpec, shard: int) -> int:
+        return chunk_numel(parameter.shape[0], parameter.numel // parameter.shape[0], shard, num_shards)
+
+    shard = rank % num_shards
     parameters = tuple(
         ParameterShard(
-            p.name,
-            chunk_numel(p.shape[0], p.numel // p.shape[0], rank, run.world.size),
-            run.precision.stored(trainable=p.trainable, strategy="fsdp2"),
-            p.trainable,
+            p.name, chunk(p, shard), run.precision.stored(trainable=p.trainable, strategy="fsdp2"), p.trainable
         )
         for p in run.model.parameters
     )
     trainable = sum(p.local_numel for p in parameters if p.requires_grad)
-    return ShardingSpec("fsdp2", rank, parameters, trainable, run.precision.master)
+    states = sum(state_bytes(run, p, chunk(p, shard), chunk(p, 0)) for p in run.model.trainable)
+    on_host: frozenset[HostPart] = ON_HOST if sharding.cpu_offload else frozenset()
+    return ShardingSpec("fsdp2", rank, parameters, trainable, run.precision.master, states, on_host)
+
+
+def unsupported(run: Run) -> str | None:
+    """Why FSDP2 cannot do what the run asks for, or None."""
+    replicas, size = _settings(run).dp_replicate, run.world.size
+    if size % replicas:
+        return f"sharding.dp_replicate is {replicas}, which does not divide the {size} processes of this run"
+    return None
+
+
+def _settings(run: Run) -> Fsdp2Sharding:
+    assert isinstance(run.sharding, Fsdp2Sharding)
+    return run.sharding
 
 
 class Fsdp2(NativeStrategy):
     def __init__(self, run: Run, model: SftModel, device: torch.device, weights: Weights | None) -> None:
         super().__init__(run, model)
-        assert isinstance(run.sharding, Fsdp2Sharding)
+        self.sharding = _settings(run)
         store_master(model, run)
-        mesh = init_device_mesh(
-            "cpu" if weights is None else device.type, (run.world.size,), mesh_dim_names=("dp_shard",)
-        )
+        # A mesh has to be of a real device; a model that stays on the meta device needs no more than its shape.
+        self.mesh = device_mesh(run, "cpu" if weights is None else device.type)
         policy = MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPES[run.precision.compute],
             reduce_dtype=TORCH_DTYPES[run.precision.reduce],
             cast_forward_inputs=False,
         )
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if self.sharding.cpu_offload else OffloadPolicy()
+        shard = partial(fully_shard, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
         for block in model.blocks().values():
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=run.sharding.reshard_after_forward)
+            shard(block, reshard_after_forward=self.sharding.reshard_after_forward)
         # The root holds embedding, last norm and output layer: needed first in forward and first again in backward.
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        shard(model, reshard_after_forward=False)
         if weights is not None:
-            fill(model, weights, partial(_shard, device=device), device, group=mesh.get_group())
-        self.optimizer = build_optimizer(run.optim, model.named_parameters(), device)
+            home = torch.device("cpu") if self.sharding.cpu_offload else device
+            fill(model, weights, partial(_shard, device=home), device, group=self.shard_group)
+        self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
-        self.model.set_requires_gradient_sync(is_last_micro_batch)  # type: ignore[operator]
+        # Until they are reduced gradients are whole, on the GPU: with offload they are reduced at once.
+        reduce = is_last_micro_batch or self.sharding.cpu_offload
+        self.model.set_requires_gradient_sync(reduce)  # type: ignore[operator]
         return self._backward(self.model(batch), supervised_in_step)
 
     def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
@@ -74,8 +102,21 @@ class Fsdp2(NativeStrategy):
             return result
 
     @property
-    def gradients_are_sharded(self) -> bool:
-        return True
+    def shard_group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group("dp_shard")
+
+    def parts_on_host(self) -> frozenset[HostPart]:
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in self.model.modules() if isinstance(m, FSDPModule)]
+        offloaded = [isinstance(group.offload_policy, CPUOffloadPolicy) for group in groups if group is not None]
+        return ON_HOST if all(offloaded) else frozenset()
+
+
+def device_mesh(run: Run, device_type: str) -> DeviceMesh:
+    """``dp_shard``, or ``dp_replicate`` x ``dp_shard``: row i holds the ranks of replica i."""
+    replicas, size = _settings(run).dp_replicate, run.world.size
+    if replicas == 1:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(device_type, (replicas, size // replicas), mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The optimizer over a strategy's own parameters, and the learning rate as a function of the step."""
+"""The optimizer over a strategy's own parameters, its states, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from sft_dist.config.schema import AdamWConfig, OptimConfig
+from sft_dist.config.schema import AdafactorConfig, AdamWConfig, OptimConfig, SgdConfig
+from sft_dist.model.build import TORCH_DTYPES
+from sft_dist.run import Precision, Run
+from sft_dist.sharding.adafactor import Adafactor
+from sft_dist.sharding.adamw import MOMENTS, BlockwiseAdamW, MixedAdamW
+from sft_dist.sharding.shard_optimizer import ShardOptimizer, local
 
 
 def build_optimizer(
-    config: OptimConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device
+    config: OptimConfig, precision: Precision, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> Optimizer:
-    """AdamW in torch's fused form, or SGD in its multi-tensor form (it has no fused one for shards).
+    """The optimizer over a strategy's parameters, in the dtypes of ``precision``.
 
-    Weight decay is for matrices: norms and biases, which have one dimension, are left alone.
+    Torch's own where weights and states are of one dtype that needs no care: AdamW in its fused form, SGD in its
+    multi-tensor form (it has no fused one for shards). Weight decay is for matrices: norms and biases, which have one
+    dimension, are left alone.
 
     Args:
         named_parameters: after sharding; under ZeRO-3 the true shape is ``ds_shape``.
@@ -29,11 +36,57 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}]
     groups.append({"params": vectors, "weight_decay": 0.0})
     groups = [g for g in groups if g["params"]]
-    if isinstance(config, AdamWConfig):
-        return AdamW(
-            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=device.type != "meta"
-        )
-    return SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+    if isinstance(config, SgdConfig):
+        return SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+    if isinstance(config, AdafactorConfig):
+        return Adafactor(
+            groups, lr=config.lr, decay_rate=config.decay_rate, clip_threshold=config.clip_threshold,
+            scale_parameter=config.scale_parameter,
+        )  # fmt: skip
+    adamw: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    stored = precision.optimizer_state
+    if stored == "8bit" or config.paged:
+        return BlockwiseAdamW(groups, **adamw, bits=8 if stored == "8bit" else 32, paged=config.paged)
+    if precision.master == stored == "fp32":
+        # The fused form refuses tensors without data.
+        return AdamW(groups, **adamw, fused=all(p.device.type != "meta" for p in trainable))
+    return MixedAdamW(groups, **adamw, state_dtype=TORCH_DTYPES[stored])
+
+
+def unsupported_on(run: Run, device_type: str) -> str | None:
+    """Why the run's optimizer cannot step on such a device, or None."""
+    if isinstance(run.optim, AdamWConfig) and run.optim.paged and device_type != "cuda":
+        return "optim.paged is true, but CUDA's managed memory needs a GPU, and this run is on the CPU"
+    return None
+
+
+def state_kinds(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the states that are of their parameter's shape, for optimizers that keep no others."""
+    if isinstance(optimizer, AdamW | MixedAdamW):
+        return MOMENTS
+    return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
+
+
+def states_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Every state of a parameter by its kind, each whole or a ``DTensor``: what is there, or zeros before a step."""
+    if isinstance(optimizer, ShardOptimizer):
+        return optimizer.whole_states(parameter)
+    kept = optimizer.state[parameter]
+    return {kind: kept[kind] if kind in kept else torch.zeros_like(parameter) for kind in state_kinds(optimizer)}
+
+
+def put_back(optimizer: Optimizer, parameter: Tensor, kinds: dict[str, Tensor], completed_steps: int) -> None:
+    """Gives a parameter the states that ``states_of`` returned after ``completed_steps``."""
+    if isinstance(optimizer, ShardOptimizer):
+        for kind, mine in optimizer.whole_states(parameter).items():
+            local(mine).copy_(local(kinds[kind]))
+        optimizer.state[parameter]["step"] = completed_steps
+    elif isinstance(optimizer, AdamW):
+        # A fused step counts on the device.
+        step = torch.tensor(float(completed_steps), dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **kinds}
+    else:
+        optimizer.state[parameter] = dict(kinds)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -16,6 +16,7 @@ from sft_dist.sharding.strategy import Strategy
 
 # Each says why its part of a run cannot do what another part asks for, or None.
 DECLARATIONS: tuple[Callable[[Run], str | None], ...] = (
+    lambda run: fsdp2.unsupported(run) if run.strategy == "fsdp2" else None,
     lambda run: zero.unsupported(run) if run.strategy in ZERO_STAGES else None,
     sequence_parallel.unsupported,
 )

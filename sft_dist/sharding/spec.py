@@ -37,7 +37,9 @@ class ShardingSpec:
         parameters: a shard of every parameter, in the model's order.
         optimizer_numel: elements whose master weight and states this rank's optimizer holds, padding included.
         optimizer_dtype: dtype of those master weights.
-        on_host: which of ``parameters`` and ``optimizer`` are kept in host memory, even where there is a GPU.
+        optimizer_state_bytes: what the optimizer keeps for them, beside the master weights.
+        on_host: which of ``parameters`` and ``optimizer`` are kept in host memory, even where there is a GPU. Gradients
+            are where the optimizer is.
     """
 
     strategy: str
@@ -45,6 +47,7 @@ class ShardingSpec:
     parameters: tuple[ParameterShard, ...]
     optimizer_numel: int
     optimizer_dtype: Dtype
+    optimizer_state_bytes: int
     on_host: frozenset[HostPart] = frozenset()
 
     @property

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.weights import Part
 from sft_dist.run import Run
+from sft_dist.sharding.optim import put_back, states_of
+from sft_dist.sharding.shard_optimizer import local
 from sft_dist.sharding.spec import HostPart
 
 
@@ -81,6 +83,15 @@ class Strategy(ABC):
     def master_weights(self) -> list[Tensor]:
         """This rank's part of what the optimizer updates."""
 
+    def optimizer_state_bytes(self) -> int | None:
+        """What this rank's optimizer keeps beside the master weights; None before a lazy optimizer's first step."""
+        states = [v for state in self.base_optimizer().state.values() for k, v in state.items() if k != "step"]
+        return sum(tensor.numel() * tensor.element_size() for tensor in map(local, states)) if states else None
+
+    def base_optimizer(self) -> Optimizer:
+        """The optimizer that keeps the states."""
+        return self.optimizer
+
     def parts_on_host(self) -> frozenset[HostPart]:
         """What is kept in host memory, even where there is a GPU."""
         return frozenset()
@@ -129,7 +140,7 @@ class NativeStrategy(Strategy):
         return loss_sum.detach()
 
     def step(self, lr: float) -> StepResult:
-        gradients = [_local(p.grad) for p in self.trainable() if p.grad is not None]
+        gradients = [local(p.grad) for p in self.trainable() if p.grad is not None]
         norm = self._global_norm(gradients)
         if self.max_grad_norm is not None:
             # The coefficient stays on the device: reading it would make the host wait.
@@ -148,37 +159,37 @@ class NativeStrategy(Strategy):
         """The L2 norm with fp64 accumulation: torch's fp32 norm on the CPU is off by 2e-3 at 33M elements."""
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
         squares = torch.stack(norms).square().sum()
-        if self.gradients_are_sharded:
-            dist.all_reduce(squares)
+        if self.shard_group is not None:
+            dist.all_reduce(squares, group=self.shard_group)
         return squares.sqrt()
 
     @property
     @abstractmethod
-    def gradients_are_sharded(self) -> bool: ...
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold a part of each gradient; None where every rank holds the whole."""
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
         for name, parameter in self.model.named_parameters():
-            yield name, _local(parameter), parameter.requires_grad
+            yield name, local(parameter), parameter.requires_grad
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 state[f"model.{name}"] = parameter.detach()
-                for kind in state_kinds(self.optimizer):
-                    kept = self.optimizer.state[parameter].get(kind)
-                    state[f"optim.{kind}.{name}"] = torch.zeros_like(parameter) if kept is None else kept
+                for kind, tensor in states_of(self.optimizer, parameter).items():
+                    state[f"optim.{kind}.{name}"] = tensor
         return state
 
     def load_state(self, state: dict[str, Tensor], *, completed_steps: int) -> None:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.detach().copy_(state[f"model.{name}"])
-                kinds = {kind: state[f"optim.{kind}.{name}"] for kind in state_kinds(self.optimizer)}
-                self.optimizer.state[parameter] = restored(self.optimizer, kinds, completed_steps)
+                kinds = {kind: state[f"optim.{kind}.{name}"] for kind in states_of(self.optimizer, parameter)}
+                put_back(self.optimizer, parameter, kinds, completed_steps)
 
     def master_weights(self) -> list[Tensor]:
-        return [_local(p) for group in self.optimizer.param_groups for p in group["params"]]
+        return [local(p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
@@ -208,23 +219,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train()
-
-
-def state_kinds(optimizer: Optimizer) -> tuple[str, ...]:
-    """Names of the states that an optimizer keeps for each parameter, in the parameter's shape."""
-    if isinstance(optimizer, AdamW):
-        return "exp_avg", "exp_avg_sq"
-    return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
-
-
-def restored(optimizer: Optimizer, kinds: dict[str, Tensor], completed_steps: int) -> dict[str, Tensor]:
-    """The optimizer's own record of one parameter, after ``completed_steps``."""
-    if not isinstance(optimizer, AdamW):
-        return dict(kinds)
-    # A fused step counts on the device.
-    device = next(iter(kinds.values())).device
-    return {"step": torch.tensor(float(completed_steps), dtype=torch.float32, device=device), **kinds}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -15,6 +15,8 @@ from sft_dist.sharding.strategy import Strategy
 def verify_sharding(strategy: Strategy, spec: ShardingSpec) -> None:
     """Checks local numel, dtype and requires_grad of every parameter, the optimizer's share and what is offloaded.
 
+    The optimizer's states count once there are any, which is after the first step.
+
     Raises:
         ShardingMismatch: on every rank, with the first differences found on any of them.
     """
@@ -47,6 +49,9 @@ def differences_of(strategy: Strategy, spec: ShardingSpec) -> list[str]:
     wrong = {m.dtype for m in masters} - {TORCH_DTYPES[spec.optimizer_dtype]}
     if wrong:
         lines.append(f"the optimizer holds {wrong}, described {spec.optimizer_dtype}")
+    have_bytes = strategy.optimizer_state_bytes()
+    if have_bytes is not None and have_bytes != spec.optimizer_state_bytes:
+        lines.append(f"the optimizer's states take {have_bytes} bytes, described {spec.optimizer_state_bytes}")
     if strategy.parts_on_host() != spec.on_host:
         have_host, want_host = (sorted(parts) or "nothing" for parts in (strategy.parts_on_host(), spec.on_host))
         lines.append(f"{have_host} is kept in host memory, described {want_host}")

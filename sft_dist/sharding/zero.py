@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sft_dist.config.deepspeed import Zero3Knobs
+from sft_dist.config.schema import AdafactorConfig, AdamWConfig, SgdConfig
 from sft_dist.data.batch import MicroBatch
-from sft_dist.model.build import SftModel
+from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.lora import readers
 from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import ZERO_STAGES, Run
-from sft_dist.sharding.optim import build_optimizer
+from sft_dist.sharding.optim import build_optimizer, put_back, state_kinds, states_of
+from sft_dist.sharding.optimizer_states import flat_moment_bytes
 from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec
-from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, restored, state_kinds, whole_parameter
+from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, whole_parameter
 
 # DeepSpeed pads a flattened group so that each rank's partition starts at a multiple of this many elements.
 PARTITION_ALIGNMENT = 2
@@ -48,14 +50,31 @@ def describe(run: Run, rank: int) -> ShardingSpec:
         )
         unit = PARTITION_ALIGNMENT * world
         optimizer_numel = sum(-(-size // unit) * PARTITION_ALIGNMENT for size in group_sizes)
-    return ShardingSpec(run.strategy, rank, parameters, optimizer_numel, "fp32", _on_host(run))
+    kinds = (
+        2 if isinstance(run.optim, AdamWConfig) else int(isinstance(run.optim, SgdConfig) and run.optim.momentum > 0)
+    )
+    states = kinds * flat_moment_bytes(run, optimizer_numel)
+    return ShardingSpec(run.strategy, rank, parameters, optimizer_numel, "fp32", states, _on_host(run))
 
 
 def unsupported(run: Run) -> str | None:
-    """Why DeepSpeed cannot do what else the run asks for, or None.
+    """Why ZeRO cannot do what the run asks for, or None."""
+    return _unsupported_optimizer(run) or _knobs_without_effect(run)
 
-    Stage 1 with bf16 has an optimizer of its own, ``BF16_Optimizer``, which reads one knob.
-    """
+
+def _unsupported_optimizer(run: Run) -> str | None:
+    flat = f"and under {run.strategy} an optimizer sees flat partitions that begin and end inside tensors"
+    if isinstance(run.optim, AdafactorConfig):
+        return f"optim.type adafactor needs whole rows and columns of a matrix, {flat}"
+    if run.precision.optimizer_state == "8bit":
+        return f"precision.optimizer_state 8bit needs blocks of one tensor for checkpoints to read, {flat}"
+    if isinstance(run.optim, AdamWConfig) and run.optim.paged:
+        return f"optim.paged has its own way to host memory, and {run.strategy} has another, offload_optimizer"
+    return None
+
+
+def _knobs_without_effect(run: Run) -> str | None:
+    """Stage 1 with bf16 has an optimizer of its own, ``BF16_Optimizer``, which reads one knob."""
     if run.strategy != "zero1" or run.precision.compute != "bf16":
         return None
     assert run.deepspeed is not None
@@ -88,13 +107,15 @@ class Zero(Strategy):
         self.device = device
         self.world_size = run.world.size
         self.stage = ZERO_STAGES[run.strategy]
+        assert run.precision.optimizer_state != "8bit", "refused: see unsupported"
+        self.state_dtype = TORCH_DTYPES[run.precision.optimizer_state]
         deepspeed.init_distributed(dist_init_required=False)
         if self.stage == 3:
             partitioning = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(run))
             fill(model, weights, partial(_partition, partitioning), device, group=dist.group.WORLD)
         else:
             fill(model, weights, partial(whole_parameter, device=device), device, group=None)
-        optimizer = build_optimizer(run.optim, model.named_parameters(), device)
+        optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(run), dist_init_required=False
         )
@@ -137,6 +158,11 @@ class Zero(Strategy):
                 return list(getattr(self.optimizer, attribute))
         raise RuntimeError(f"{type(self.optimizer).__name__} keeps its master weights where we do not know them")
 
+    def base_optimizer(self) -> Optimizer:
+        """What DeepSpeed was handed; it holds flat partitions by now."""
+        base: Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
+        return base
+
     def parts_on_host(self) -> frozenset[HostPart]:
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
@@ -154,7 +180,7 @@ class Zero(Strategy):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state: dict[str, Tensor] = {}
-        base: Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
+        base = self.base_optimizer()
         started = bool(base.state)
         if started:
             self._link_optimizer_states()
@@ -164,17 +190,19 @@ class Zero(Strategy):
             state[f"model.{name}"] = safe_get_full_fp32_param(parameter).to("cpu", copy=True)
             for kind in state_kinds(base):
                 kept = safe_get_full_optimizer_state(parameter, kind) if started else None
-                like = state[f"model.{name}"]
-                state[f"optim.{kind}.{name}"] = torch.zeros_like(like) if kept is None else kept.to("cpu", copy=True)
+                whole = torch.zeros_like(state[f"model.{name}"]) if kept is None else kept
+                # DeepSpeed hands bf16 states out in fp32.
+                state[f"optim.{kind}.{name}"] = whole.to("cpu", self.state_dtype, copy=True)
         return state
 
     def load_state(self, state: dict[str, Tensor], *, completed_steps: int) -> None:
         from deepspeed.runtime.zero import GatheredParameters
 
-        base: Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
+        base = self.base_optimizer()
         for master in self.master_weights():
-            kinds = {kind: torch.zeros_like(master) for kind in state_kinds(base)}
-            base.state[master] = restored(base, kinds, completed_steps)
+            put_back(
+                base, master, {k: torch.zeros_like(t) for k, t in states_of(base, master).items()}, completed_steps
+            )
         self._link_optimizer_states()
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:

@@ -40,6 +40,7 @@ from sft_dist.runtime.memory import least_memory_bytes
 from sft_dist.runtime.process_group import device_of, process_group, run_on_main_first
 from sft_dist.runtime.world import World
 from sft_dist.sharding import registry
+from sft_dist.sharding.optim import unsupported_on
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.loop import Training
@@ -101,6 +102,9 @@ def decide(config: Config, world: World, device: torch.device) -> tuple[Config, 
     memory_bytes = least_memory_bytes(world, device)
     choice = choose(config, world.shape, memory_bytes=memory_bytes, accelerate=accelerate)
     run = resolve(choice.config, world.shape)
+    reason = unsupported_on(run, device.type)
+    if reason is not None:
+        raise ConfigError(reason, fix="set optim.paged to false")
     if accelerate is not None:
         check_accelerate(accelerate, run)
     if world.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sft_dist.config.schema import AdamWConfig, Fsdp2Sharding
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.prepared import PreparedData
 from sft_dist.run import Run
@@ -24,12 +25,12 @@ def summary(
         [
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} trainable "
             f"of {total:,} stored elements",
-            f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}, verified: rank 0 holds "
+            f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}{_replicas(run)}, verified: rank 0 holds "
             f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements"
             f"{_on_host(spec)}; "
             f"activation checkpointing {run.activation_checkpointing.mode}",
             f"precision compute {precision.compute}, trainable stored in {stored}, master {spec.optimizer_dtype}, "
-            f"gradients reduced in {precision.reduce}",
+            f"gradients reduced in {precision.reduce}, {_optimizer(run)}",
             f"data      {train_data.num_rows:,} rows in {train_data.num_sequences:,} {kind}, {tokens:,} tokens, "
             f"{supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
             f"schedule  {num_steps:,} steps of {batch.global_batch_size} {kind}: {_sharers(batch)} x "
@@ -43,6 +44,17 @@ def _sharers(batch: BatchPlan) -> str:
     if batch.sequence_parallel == 1:
         return _count(batch.world_size, "rank")
     return f"{_count(batch.world_size, 'group')} of {batch.sequence_parallel} ranks that share sequences"
+
+
+def _optimizer(run: Run) -> str:
+    if not isinstance(run.optim, AdamWConfig):
+        return run.optim.type
+    return f"adamw with {'paged ' if run.optim.paged else ''}moments in {run.precision.optimizer_state}"
+
+
+def _replicas(run: Run) -> str:
+    replicas = run.sharding.dp_replicate if isinstance(run.sharding, Fsdp2Sharding) else 1
+    return f" in {replicas} replicas" if replicas > 1 else ""
 
 
 def _on_host(spec: ShardingSpec) -> str:

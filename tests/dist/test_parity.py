@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from sft_dist.config.schema import Config
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
-from sft_dist.sharding import registry
+from sft_dist.sharding import activation_checkpointing, registry
 from tests.helpers import cells
 from tests.helpers.cells import Trained
 from tests.helpers.pool import WorldPool
@@ -139,6 +140,25 @@ def test_checkpointing_changes_nothing(
         "global_batch_size": 7, "micro_batch_size": 2, "max_steps": 3, "seed": 3})  # fmt: skip
     full = cells.config(str(tiny_base), method, "ddp", train=cfg.train.model_dump())
     assert_equal_runs(world(2).run(cells.train, cells.dump(cfg)), alone(full))
+
+
+def train_with_tiny_layers_kept(text: str) -> Trained:
+    """Of the tiny model's products too every second one is kept."""
+    with patch.object(activation_checkpointing, "LOW_RANK", 8):
+        return cells.train(text)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method"), [("fsdp2", "full"), ("fsdp2", "qlora"), ("zero3", "lora"), ("zero3", "qlora"), ("ddp", "lora")]
+)
+def test_selective_and_offloaded_checkpoints_change_nothing(
+    world: World, alone: Callable[..., Trained], tiny_base: Path, strategy: str, method: str
+) -> None:
+    """What is kept was computed once from the same numbers."""
+    mode = {"mode": "selective", "offload": True}
+    cfg = cells.config(str(tiny_base), method, strategy, activation_checkpointing=mode)
+    trained = world(2).run(train_with_tiny_layers_kept, cells.dump(cfg))
+    assert_equal_runs(trained, alone(cells.config(str(tiny_base), method, "ddp")))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

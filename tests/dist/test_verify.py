@@ -93,7 +93,7 @@ def stale_optimizer_message(text: str) -> str:
     stale = load_model(run.model, seed=0)
     _, strategy = cells.start(Config.model_validate(yaml.safe_load(text)))
     live = strategy.optimizer
-    strategy.optimizer = build_optimizer(run.optim, stale.named_parameters(), cells.CPU)
+    strategy.optimizer = build_optimizer(run.optim, run.precision, stale.named_parameters())
     check = MovementCheck(strategy)
     strategy.optimizer.step()
     try:

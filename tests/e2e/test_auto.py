@@ -12,6 +12,7 @@ import yaml
 
 from sft_dist import cli
 from sft_dist.config.load import load_config
+from sft_dist.config.schema import Fsdp2Sharding
 
 Train = Callable[..., tuple[int, str, str]]
 
@@ -77,7 +78,7 @@ def test_accelerate_is_honoured_under_auto(train: Train, monkeypatch: pytest.Mon
     assert code == 0, err
     assert "auto -> fsdp2: accelerate launch chose FSDP with fsdp_reshard_after_forward false" in out
     kept = load_config(tmp_path / "run/config.yaml")
-    assert kept.sharding.model_dump() == {"strategy": "fsdp2", "reshard_after_forward": False}
+    assert kept.sharding == Fsdp2Sharding(reshard_after_forward=False)
 
 
 def test_accelerate_is_contradicted_before_anything_is_written(

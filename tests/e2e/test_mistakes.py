@@ -86,6 +86,19 @@ def test_wrong_type(train: Callable[..., Result]) -> None:
     assert "many" in err
 
 
+def test_paged_moments_on_a_cpu(train: Callable[..., Result], tmp_path: Path) -> None:
+    code, err = train(optim={"paged": True}, sharding={"strategy": "ddp"})
+    assert code == 2
+    assert "optim.paged is true, but CUDA's managed memory needs a GPU" in err
+    assert list((tmp_path / "run").iterdir()) == [], "before anything is prepared"
+
+
+def test_what_deepspeed_cannot(train: Callable[..., Result]) -> None:
+    code, err = train(optim={"type": "adafactor"}, sharding={"strategy": "zero2"})
+    assert code == 2
+    assert "optim.type adafactor needs whole rows and columns of a matrix" in err
+
+
 def test_malformed_json_names_file_line_and_column(train: Callable[..., Result]) -> None:
     code, err = train(text='{"prompt": "a", "completion": "b"}\n{"prompt": "a", completion}\n')
     assert code == 4

@@ -41,11 +41,13 @@ def group() -> Iterator[None]:
 
 def losses(model: Path, method: str, strategy: str, compute: str, **sections: Any) -> list[float]:
     """Five steps and an evaluation in the middle, on the GPU."""
-    cfg = cells.config(str(model), method, strategy, precision={"compute": compute}, **sections)
+    precision = {"compute": compute, **sections.pop("precision", {})}
+    cfg = cells.config(str(model), method, strategy, precision=precision, **sections)
     run = resolve(cfg, WorldShape())
     built = registry.apply(run, CUDA)
     verify_sharding(built, registry.describe(run, 0))
-    assert all(t.device.type == "cuda" for _, t, _ in built.local_parameters())
+    where = "cpu" if built.parts_on_host() else "cuda"
+    assert all(t.device.type == where for _, t, _ in built.local_parameters())
     data = cells.synthetic_data()
     order = TrainingOrder(data, run.batch, run.seed)
     result = []

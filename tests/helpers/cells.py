@@ -98,6 +98,16 @@ def start(cfg: Config) -> tuple[Run, Strategy]:
     return run, strategy
 
 
+def start_and_step(cfg: Config) -> tuple[Run, Strategy]:
+    """A strategy after one step, still as described."""
+    run, strategy = start(cfg)
+    data = synthetic_data()
+    step = TrainingOrder(data, run.batch, run.seed).step(0)
+    train_step(strategy, data, run.batch, step, rank=dist.get_rank(), device=CPU, lr=3e-3)
+    verify_sharding(strategy, registry.describe(run, dist.get_rank()))
+    return run, strategy
+
+
 def train(
     cfg_yaml: str, data_kwargs: dict[str, Any] | None = None, evaluate_every: int = 0, eval_rows: int = 7
 ) -> Trained:

@@ -185,12 +185,12 @@ def test_wrong_override(error: Callable[..., tuple[str, str]], override: str, wh
         (
             "precision: {colour: 3}",
             "run.yaml: precision.colour is not a key",
-            "remove it; the keys here are compute, master, reduce",
+            "remove it; the keys here are compute, master, reduce, optimizer_state",
         ),
         (
             "optim: {seeds: 3, max_grad: 1}",
             "run.yaml: optim.seeds is not a key; remove it; the keys here are lr, weight_decay, schedule, warmup_ratio, "
-            "max_grad_norm, type, beta1, beta2, eps\n"
+            "max_grad_norm, type, beta1, beta2, eps, paged\n"
             "run.yaml: optim.max_grad is not a key; did you mean optim.max_grad_norm?",
             "correct these 2 places; `sft-dist config schema` describes every key",
         ),
@@ -257,8 +257,8 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
             "sharding.strategy is missing",
             "set sharding.strategy to auto, ddp, fsdp2, zero1, zero2 or zero3",
         ),
-        ("optim.type=adam", 'optim.type is "adam"', "set optim.type to adamw or sgd"),
-        ("optim=sgd", 'optim is "sgd"', "make optim a section with type: adamw or sgd"),
+        ("optim.type=adam", 'optim.type is "adam"', "set optim.type to adamw, adafactor or sgd"),
+        ("optim=sgd", 'optim is "sgd"', "make optim a section with type: adamw, adafactor or sgd"),
         (
             "logging.wandb=false",
             "logging.wandb is false",

@@ -69,6 +69,32 @@ WRONG = [
         "remove activation_checkpointing.k, or set activation_checkpointing.mode to every_k",
     ),
     (
+        {"activation_checkpointing": {"mode": "none", "offload": True}},
+        "activation_checkpointing.offload is true, but with activation_checkpointing.mode none no layer is recomputed",
+        "set activation_checkpointing.mode to full, selective or every_k, or offload to false",
+    ),
+    (
+        {"activation_checkpointing": {"offload": True}},
+        "activation_checkpointing.offload is true, but with activation_checkpointing.mode auto there may be no layer that "
+        "is recomputed",
+        "set activation_checkpointing.mode to full, selective or every_k, or offload to false",
+    ),
+    (
+        {"optim": {"type": "sgd"}, "precision": {"optimizer_state": "8bit"}},
+        "precision.optimizer_state 8bit has no effect with optim.type sgd: only AdamW reads it",
+        "remove precision.optimizer_state, or set optim.type to adamw",
+    ),
+    (
+        {"optim": {"paged": True}, "precision": {"master": "bf16"}},
+        "optim.paged is true, but bitsandbytes, which pages the moments, has no bf16 ones",
+        "set precision.optimizer_state to 8bit or fp32, or optim.paged to false",
+    ),
+    (
+        {"optim": {"paged": True}, "sharding": {"strategy": "fsdp2", "cpu_offload": True}},
+        "optim.paged is true, but sharding.cpu_offload keeps the moments in host memory already",
+        "set optim.paged or sharding.cpu_offload to false",
+    ),
+    (
         {"method": LORA | {"target_modules": []}},
         "method.target_modules is []: an adapter on nothing",
         "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
@@ -98,7 +124,9 @@ RIGHT = [
     {"precision": {"compute": "bf16", "master": "bf16"}},
     {"precision": {"reduce": "bf16"}, "sharding": {"strategy": "zero3"}},
     {"precision": {"compute": "fp32"}, "sharding": {"strategy": "zero1"}},
-    {"activation_checkpointing": {"mode": "every_k", "k": 2}},
+    {"activation_checkpointing": {"mode": "every_k", "k": 2, "offload": True}},
+    {"activation_checkpointing": {"mode": "selective"}},
+    {"optim": {"paged": True}, "precision": {"optimizer_state": "8bit"}},
     {"method": LORA | {"target_modules": ["q_proj"]}},
     {"method": LORA},
     {"eval": {"every_steps": 5}, "data": {"train": [{"path": "a"}], "eval": [{"path": "b"}]}},

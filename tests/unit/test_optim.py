@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from sft_dist.config.schema import AdamWConfig, OptimConfig, SgdConfig
+from sft_dist.run import Precision
 from sft_dist.sharding.optim import build_optimizer, learning_rate
 
-CPU = torch.device("cpu")
+FP32 = Precision(compute="fp32", master="fp32", reduce="fp32", optimizer_state="fp32")
 
 
 def rates(config: OptimConfig, num_steps: int) -> list[float]:
@@ -79,7 +80,7 @@ class Mixed(nn.Module):
 
 def groups_by_name(config: OptimConfig, model: nn.Module) -> list[tuple[set[str], float]]:
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = build_optimizer(config, model.named_parameters(), CPU)
+    optimizer = build_optimizer(config, FP32, model.named_parameters())
     return [({names[id(p)] for p in group["params"]}, group["weight_decay"]) for group in optimizer.param_groups]
 
 
@@ -104,7 +105,7 @@ def test_vectors_alone_make_one_group() -> None:
 def test_a_parameter_that_zero3_emptied_is_judged_by_its_true_shape() -> None:
     matrix, vector = nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))
     matrix.ds_shape, vector.ds_shape = torch.Size([4, 4]), torch.Size([4])  # type: ignore[attr-defined]
-    optimizer = build_optimizer(AdamWConfig(weight_decay=0.1), [("a", matrix), ("b", vector)], CPU)
+    optimizer = build_optimizer(AdamWConfig(weight_decay=0.1), FP32, [("a", matrix), ("b", vector)])
     assert [(g["params"][0] is matrix, g["weight_decay"]) for g in optimizer.param_groups] == [
         (True, 0.1),
         (False, 0.0),
@@ -113,7 +114,7 @@ def test_a_parameter_that_zero3_emptied_is_judged_by_its_true_shape() -> None:
 
 def test_adamw_gets_its_constants() -> None:
     config = AdamWConfig(lr=0.5, beta1=0.8, beta2=0.7, eps=1e-3)
-    optimizer = build_optimizer(config, nn.Linear(2, 2).named_parameters(), CPU)
+    optimizer = build_optimizer(config, FP32, nn.Linear(2, 2).named_parameters())
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.5, (0.8, 0.7), 1e-3, True)
@@ -121,7 +122,7 @@ def test_adamw_gets_its_constants() -> None:
 
 def test_sgd_gets_its_constants() -> None:
     config = SgdConfig(type="sgd", lr=0.5, momentum=0.3)
-    optimizer = build_optimizer(config, nn.Linear(2, 2).named_parameters(), CPU)
+    optimizer = build_optimizer(config, FP32, nn.Linear(2, 2).named_parameters())
     assert isinstance(optimizer, torch.optim.SGD)
     for group in optimizer.param_groups:
         assert (group["lr"], group["momentum"]) == (0.5, 0.3)
@@ -131,7 +132,7 @@ def test_sgd_gets_its_constants() -> None:
 def test_one_adamw_step_by_hand() -> None:
     weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
     config = AdamWConfig(lr=0.1, weight_decay=0.5, beta1=0.9, beta2=0.99, eps=1e-8)
-    optimizer = build_optimizer(config, [("w", weight)], CPU)
+    optimizer = build_optimizer(config, FP32, [("w", weight)])
     weight.grad = torch.tensor([[3.0, -4.0]])
     optimizer.step()
     # Decoupled decay, then lr * m / sqrt(v), which is the gradient's sign in the first step.

@@ -17,7 +17,8 @@ from sft_dist.data.loader import TrainingOrder, collate
 from sft_dist.model.build import describe_model
 from sft_dist.run import Precision, StrategyName
 from sft_dist.sharding.ddp import Ddp, cast_while_running
-from sft_dist.sharding.strategy import NativeStrategy, _local
+from sft_dist.sharding.shard_optimizer import local
+from sft_dist.sharding.strategy import NativeStrategy
 from sft_dist.train.step import train_step
 from tests.helpers.cells import CPU, config, start, synthetic_data
 from tests.helpers.loaded import load_model
@@ -72,7 +73,7 @@ class Products(TorchDispatchMode):
 def test_the_dtype_of_every_kind(
     compute: Any, master: Any, strategy: StrategyName, frozen: str, trainable: str
 ) -> None:
-    precision = Precision(compute=compute, master=master, reduce="fp32")
+    precision = Precision(compute=compute, master=master, reduce="fp32", optimizer_state=master)
     assert precision.stored(trainable=False, strategy=strategy) == frozen
     assert precision.stored(trainable=True, strategy=strategy) == trainable
 
@@ -182,7 +183,7 @@ def test_micro_batches_are_accumulated_in_fp32(name: str, tiny_base: Path) -> No
         _, strategy = native("lora", name)(tiny_base)
         for number, batch in enumerate(part):
             strategy.forward_backward(batch, supervised_in_step=7, is_last_micro_batch=number == len(part) - 1)
-        return [_local(p.grad) for p in strategy.trainable() if p.grad is not None]
+        return [local(p.grad) for p in strategy.trainable() if p.grad is not None]
 
     together = gradients(batches)
     alone = [gradients([batch]) for batch in batches]

@@ -52,6 +52,8 @@ def test_what_was_changed_is_told(tmp_path: Path) -> None:
     now["logging"]["wandb"]["mode"] = "disabled"
     assert changed_settings(tmp_path, Config.model_validate(now)) == [
         "optim.lr: 0.003 -> 0.0001",
+        "sharding.cpu_offload: None -> False",
+        "sharding.dp_replicate: None -> 1",
         "sharding.reshard_after_forward: None -> True",
         "sharding.strategy: ddp -> fsdp2",
     ]
