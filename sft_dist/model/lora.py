@@ -156,9 +156,8 @@ def lora_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, *, scaling: fl
 
     def value() -> Tensor:
         y = F.linear(x.contiguous(), _weight(stored, shape, x.dtype), base.bias)
-        # A product that is added where it is made: no tensor of y's size for the adapter.
-        y.view(-1, shape[0]).addmm_(h.reshape(-1, h.shape[-1]), b.T, alpha=scaling)
-        return y
+        # One product and sum; not in place, because selective checkpointing may keep y for the recomputation.
+        return torch.addmm(y.view(-1, shape[0]), h.reshape(-1, h.shape[-1]), b.T, alpha=scaling).view(y.shape)
 
     place = LoraMatmul.apply(x, h, mask, a, b, base.bias, scaling, dropout, shape, *stored)
     result: Tensor = _FillIn.apply(place, value)

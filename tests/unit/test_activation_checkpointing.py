@@ -72,8 +72,8 @@ def test_selective_repeats_half_of_the_products_and_no_attention(tiny_base: Path
     products = {shape: count for (_, shape), count in _products(spared).items()}
     assert products == {(64, 32): 2, (64, 64): 2, (64, 160): 2}
     base = {s: n for (_, s), n in _products(repeated).items() if min(s) > 4}
-    # k and v, q and o, gate and up: backward does not need down_proj's result, but an adapter's own forward does.
-    assert base == {(64, 32): 4, (64, 64): 4, (64, 160): 4} | ({} if method == "full" else {(160, 64): 2})
+    # k and v, q and o, gate and up: backward does not need down_proj's result.
+    assert base == {(64, 32): 4, (64, 64): 4, (64, 160): 4}
 
 
 def _products(counts: Counter[Any]) -> dict[Any, int]:
