@@ -87,9 +87,7 @@ class Fsdp2(NativeStrategy):
         self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
-        # Until they are reduced gradients are whole, on the GPU: with offload they are reduced at once.
-        reduce = is_last_micro_batch or self.sharding.cpu_offload
-        self.model.set_requires_gradient_sync(reduce)  # type: ignore[operator]
+        # Every micro-batch reduces: gradients that wait for the last one would be whole on every rank.
         return self._backward(self.model(batch), supervised_in_step)
 
     def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_dist.config.schema import Config
@@ -95,12 +96,12 @@ def heard_by(world: World, cfg: Config) -> list[Traffic]:
 def test_gradients_travel_when_and_as_they_should(
     world: World, tiny_base: Path, strategy: str, compute: str, master: str, reduce: str
 ) -> None:
-    """ZeRO-2 and 3 keep no whole gradient, so they reduce in every micro-batch; the others only in the last."""
+    """FSDP2, ZeRO-2 and 3 keep no whole gradient, so they reduce in every micro-batch; the others only in the last."""
     cfg = cells.config(
         str(tiny_base), "lora", strategy, precision={"compute": compute, "master": master, "reduce": reduce}
     )
     traffic = heard_by(world, cfg)
-    every_time = strategy in ("zero2", "zero3")
+    every_time = strategy in ("fsdp2", "zero2", "zero3")
     assert [bool(t.reduced) for t in traffic] == [every_time, every_time, True]
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[reduce]
     assert {d for t in traffic for d, _ in t.reduced} == {dtype}
@@ -128,6 +129,33 @@ def test_fsdp2_gathers_a_block_at_a_time(world: World, tiny_base: Path, reshard:
         # Dimensions that two divides unevenly are padded.
         sizes = sorted(numel for _, numel in traffic.gathered)
         assert sizes == pytest.approx(twice if reshard else once, rel=0.01)
+
+
+def gradient_numel_between_micro_batches(text: str) -> int:
+    _, strategy = cells.start(Config.model_validate(yaml.safe_load(text)))
+    rank = dist.get_rank()
+    try:
+        batch = collate(cells.synthetic_data(rows=2, packing=False), [rank])
+        strategy.forward_backward(batch, supervised_in_step=20, is_last_micro_batch=False)
+        gradients = [p.grad for p in strategy.model.parameters() if p.grad is not None]
+        waiting = [g for m in strategy.model.modules() if isinstance(m, FSDPModule) for g in _unsharded_gradients(m)]
+        return sum(g.to_local().numel() for g in gradients) + sum(g.numel() for g in waiting)
+    finally:
+        strategy.close()
+
+
+def _unsharded_gradients(module: FSDPModule) -> list[torch.Tensor]:
+    group = module._get_fsdp_state()._fsdp_param_group
+    parameters = [] if group is None else group.fsdp_params
+    return [p.unsharded_accumulated_grad for p in parameters if p.unsharded_accumulated_grad is not None]
+
+
+def test_fsdp2_holds_its_shard_of_the_gradients(world: World, tiny_base: Path) -> None:
+    """Between micro-batches too, where waiting for the last one would leave each rank with all of them."""
+    cfg = cells.config(str(tiny_base), "full", "fsdp2")
+    run = resolve(cfg, WorldShape(1, 2))
+    held = world(2).run(gradient_numel_between_micro_batches, cells.dump(cfg))
+    assert held == [registry.describe(run, rank).optimizer_numel for rank in (0, 1)]
 
 
 def evaluate_and_verify(text: str) -> None:
