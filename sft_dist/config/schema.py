@@ -206,6 +206,9 @@ class _Optim(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up, to 0.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of all steps over which lr rises linearly.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip gradients to this L2 norm; null: measure only.")
+    lora_plus_ratio: float = Field(
+        1.0, ge=1, description="The learning rate of LoRA's B is this many times lr (LoRA+, arXiv 2402.12354: 16)."
+    )
 
 
 class AdamWConfig(_Optim):

@@ -99,6 +99,15 @@ def _optimizer(config: Config) -> Iterator[Finding]:
         )
 
 
+def _lora_plus(config: Config) -> Iterator[Finding]:
+    if config.optim.lora_plus_ratio != 1 and not isinstance(config.method, LoraMethod):
+        yield (
+            f"optim.lora_plus_ratio is {config.optim.lora_plus_ratio}, but with method.type {config.method.type} there is "
+            "no LoRA",
+            "remove optim.lora_plus_ratio, or set method.type to lora or qlora",
+        )
+
+
 def _activation_checkpointing(config: Config) -> Iterator[Finding]:
     mode, k = config.activation_checkpointing.mode, config.activation_checkpointing.k
     if mode == "every_k" and k is None:
@@ -189,6 +198,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _warmup,
     _precision,
     _optimizer,
+    _lora_plus,
     _activation_checkpointing,
     _names,
     _adapter,

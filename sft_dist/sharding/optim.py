@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,24 +19,47 @@ from sft_dist.sharding.adamw import MOMENTS, BlockwiseAdamW, MixedAdamW
 from sft_dist.sharding.shard_optimizer import ShardOptimizer, local
 
 
+@dataclass(frozen=True)
+class Group:
+    """What the optimizer does with a parameter; those with the same are one of its groups."""
+
+    weight_decay: float
+    lr_factor: float
+
+
+def group_of(name: str, dimensions: int, config: OptimConfig) -> Group:
+    """Weight decay is for matrices: norms and biases, which have one dimension, are left alone."""
+    decay = config.weight_decay if dimensions >= 2 else 0.0
+    return Group(decay, config.lora_plus_ratio if ".lora_B." in name else 1.0)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Gives every group its rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
 def build_optimizer(
     config: OptimConfig, precision: Precision, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> Optimizer:
     """The optimizer over a strategy's parameters, in the dtypes of ``precision``.
 
     Torch's own where weights and states are of one dtype that needs no care: AdamW in its fused form, SGD in its
-    multi-tensor form (it has no fused one for shards). Weight decay is for matrices: norms and biases, which have one
-    dimension, are left alone.
+    multi-tensor form (it has no fused one for shards).
 
     Args:
         named_parameters: after sharding; under ZeRO-3 the true shape is ``ds_shape``.
     """
-    trainable = [p for _, p in named_parameters if p.requires_grad]
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}]
-    groups.append({"params": vectors, "weight_decay": 0.0})
-    groups = [g for g in groups if g["params"]]
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+    members: dict[Group, list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        group = group_of(name, len(getattr(parameter, "ds_shape", parameter.shape)), config)
+        members.setdefault(group, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": group.weight_decay, "lr": group.lr_factor * config.lr,
+         "lr_factor": group.lr_factor}
+        for group, parameters in members.items()
+    ]  # fmt: skip
     if isinstance(config, SgdConfig):
         return SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
     if isinstance(config, AdafactorConfig):
@@ -49,7 +73,7 @@ def build_optimizer(
         return BlockwiseAdamW(groups, **adamw, bits=8 if stored == "8bit" else 32, paged=config.paged)
     if precision.master == stored == "fp32":
         # The fused form refuses tensors without data.
-        return AdamW(groups, **adamw, fused=all(p.device.type != "meta" for p in trainable))
+        return AdamW(groups, **adamw, fused=all(p.device.type != "meta" for _, p in trainable))
     return MixedAdamW(groups, **adamw, state_dtype=TORCH_DTYPES[stored])
 
 

@@ -17,7 +17,7 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.weights import Part
 from sft_dist.run import Run
-from sft_dist.sharding.optim import put_back, states_of
+from sft_dist.sharding.optim import put_back, set_lr, states_of
 from sft_dist.sharding.shard_optimizer import local
 from sft_dist.sharding.spec import HostPart
 
@@ -146,8 +146,7 @@ class NativeStrategy(Strategy):
             # The coefficient stays on the device: reading it would make the host wait.
             coefficient = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, coefficient)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm=norm)

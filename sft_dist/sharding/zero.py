@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.lora import readers
 from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import ZERO_STAGES, Run
-from sft_dist.sharding.optim import build_optimizer, put_back, state_kinds, states_of
+from sft_dist.sharding.optim import Group, build_optimizer, group_of, put_back, set_lr, state_kinds, states_of
 from sft_dist.sharding.optimizer_states import flat_moment_bytes
 from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec
 from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, whole_parameter
@@ -45,11 +46,11 @@ def describe(run: Run, rank: int) -> ShardingSpec:
     if stage == 3:
         optimizer_numel = sum(p.local_numel for p in parameters if p.requires_grad)
     else:
-        group_sizes = (
-            sum(p.numel for p in run.model.trainable if (len(p.shape) >= 2) == matrices) for matrices in (True, False)
-        )
+        sizes: Counter[Group] = Counter()
+        for p in run.model.trainable:
+            sizes[group_of(p.name, len(p.shape), run.optim)] += p.numel
         unit = PARTITION_ALIGNMENT * world
-        optimizer_numel = sum(-(-size // unit) * PARTITION_ALIGNMENT for size in group_sizes)
+        optimizer_numel = sum(-(-size // unit) * PARTITION_ALIGNMENT for size in sizes.values())
     kinds = (
         2 if isinstance(run.optim, AdamWConfig) else int(isinstance(run.optim, SgdConfig) and run.optim.momentum > 0)
     )
@@ -136,8 +137,7 @@ class Zero(Strategy):
             return result
 
     def step(self, lr: float) -> StepResult:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.engine.step()
         return StepResult(grad_norm=torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64))
 

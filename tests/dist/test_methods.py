@@ -56,6 +56,20 @@ def test_variants_equal_one_process(world: World, tiny_base: Path, variant: str,
     assert trained[0].weights.keys() == alone.weights.keys()
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero3"])
+def test_lora_plus(world: World, tiny_base: Path, strategy: str) -> None:
+    """One step of plain SGD: B moves as many times as far, A (whose gradient is 0 beside a B of 0) not at all."""
+    moved = {}
+    for ratio in (1.0, 16.0):
+        optim = {"type": "sgd", "lr": 0.01, "lora_plus_ratio": ratio, "warmup_ratio": 0}
+        cfg = cells.config(str(tiny_base), "lora", strategy, optim=optim, train={**TRAIN, "max_steps": 1})
+        moved[ratio] = world(2).run(cells.train, cells.dump(cfg))[0].weights
+    for name, weight in moved[16.0].items():
+        expected = moved[1.0][name] * (16 if ".lora_B." in name else 1)
+        np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-9)
+        assert weight.any()
+
+
 def test_what_is_trained(tiny_base: Path) -> None:
     def trainable(method: dict[str, Any]) -> set[str]:
         run = resolve(cells.config(str(tiny_base), method), WorldShape())
