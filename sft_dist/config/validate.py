@@ -102,8 +102,7 @@ def _optimizer(config: Config) -> Iterator[Finding]:
 def _lora_plus(config: Config) -> Iterator[Finding]:
     if config.optim.lora_plus_ratio != 1 and not isinstance(config.method, LoraMethod):
         yield (
-            f"optim.lora_plus_ratio is {config.optim.lora_plus_ratio}, but with method.type {config.method.type} there is "
-            "no LoRA",
+            f"optim.lora_plus_ratio is {config.optim.lora_plus_ratio}, but method.type {config.method.type} has no B",
             "remove optim.lora_plus_ratio, or set method.type to lora or qlora",
         )
 

@@ -37,25 +37,33 @@ AXES: dict[str, dict[str, Settings]] = {
         "full": {"method": {"type": "full"}},
         "lora": {"method": {"type": "lora", "r": 4}},
         "qlora": {"method": {"type": "qlora", "r": 4}},
+        "qlora, dora": {"method": {"type": "qlora", "r": 4, "dora": True}},
     },
     "strategy": {
         "ddp": {"sharding": {"strategy": "ddp"}},
         "fsdp2": {"sharding": {"strategy": "fsdp2"}},
+        "fsdp2, dp_replicate: 2": {"sharding": {"strategy": "fsdp2", "dp_replicate": 2}},
         "zero1": {"sharding": {"strategy": "zero1"}},
         "zero2": {"sharding": {"strategy": "zero2"}},
         "zero3": {"sharding": {"strategy": "zero3"}},
     },
     "optimizer": {
         "adamw": {"optim": {"type": "adamw"}},
+        "adamw, bf16 states": {"optim": {"type": "adamw"}, "precision": {"optimizer_state": "bf16"}},
+        "adamw, 8bit states": {"optim": {"type": "adamw"}, "precision": {"optimizer_state": "8bit"}},
+        "adafactor": {"optim": {"type": "adafactor"}},
         "sgd": {"optim": {"type": "sgd", "momentum": 0.9}},
     },
     "activation checkpointing": {
         "none": {"activation_checkpointing": {"mode": "none"}},
         "full": {"activation_checkpointing": {"mode": "full"}},
+        "selective": {"activation_checkpointing": {"mode": "selective"}},
         "every_k": {"activation_checkpointing": {"mode": "every_k", "k": 2}},
+        "full, offload": {"activation_checkpointing": {"mode": "full", "offload": True}},
     },
     "offload": {
         "none": {},
+        "cpu_offload": {"sharding": {"cpu_offload": True}},
         "offload_optimizer": {"sharding": {"deepspeed_config": {"zero_optimization": OPTIMIZER_ON_HOST}}},
         "offload_param": {"sharding": {"deepspeed_config": {"zero_optimization": PARAMETERS_ON_HOST}}},
         "both": {"sharding": {"deepspeed_config": {"zero_optimization": OPTIMIZER_ON_HOST | PARAMETERS_ON_HOST}}},
@@ -65,7 +73,14 @@ AXES: dict[str, dict[str, Settings]] = {
         "fp32": {"precision": {"compute": "fp32", "master": "fp32"}},
         "bf16, master: bf16": {"precision": {"compute": "bf16", "master": "bf16"}},
     },
+    "sequence_parallel": {
+        "1": {},
+        "2": {"sharding": {"sequence_parallel": 2}},
+    },
 }
+
+# Of a cell's values, that are not the first of their axis.
+MOST_UNUSUAL = 3
 
 BASE: Settings = {
     "data": {"train": [{"path": "unused"}], "max_seq_len": 48},
@@ -87,8 +102,14 @@ Cell = tuple[tuple[str, str], ...]
 
 
 def cells() -> list[Cell]:
-    """Every combination."""
-    return list(itertools.product(*(tuple((axis, value) for value in values) for axis, values in AXES.items())))
+    """Every combination of up to ``MOST_UNUSUAL`` values, the others being the first of their axes."""
+    first = {axis: next(iter(values)) for axis, values in AXES.items()}
+    found = []
+    for size in range(MOST_UNUSUAL + 1):
+        for axes in itertools.combinations(AXES, size):
+            for values in itertools.product(*(list(AXES[axis])[1:] for axis in axes)):
+                found.append(tuple({**first, **dict(zip(axes, values, strict=True))}.items()))
+    return found
 
 
 def settings_of(cell: Cell, model: str) -> dict[str, Any]:
@@ -148,7 +169,7 @@ def rules(table: Mapping[Cell, str | None]) -> list[Rule]:
             for values in itertools.product(*(tuple((axis, value) for value in AXES[axis]) for axis in axes)):
                 common = _common(having[value] for value in values)
                 is_new = not any(set(smaller) <= set(values) for smaller in found)
-                if is_new and common & refused == common:
+                if is_new and common and common & refused == common:
                     found[values] = common
                     explained |= common
     # What follows from others: with bf16 masters only ddp and fsdp2 are left, and neither offloads.
@@ -179,9 +200,10 @@ def page() -> str:
     lines = [
         "# What goes together",
         "",
-        "Made by `python -m sft_dist.plan.combinations`: every combination of the values below was put to the checks",
-        "of `sft-dist config check`, which run before anything loads and end with exit code 2. A test compares this",
-        "page with them, and others train what it does not refuse.",
+        "Made by `python -m sft_dist.plan.combinations`: combinations of the values below were put to the checks of",
+        "`sft-dist config check`, which run before anything loads and end with exit code 2: all those in which up to",
+        f"{MOST_UNUSUAL} values are not the first of their axis. A test compares this page with them, and others train",
+        "what it does not refuse.",
         "",
         "| axis | values |",
         "|---|---|",

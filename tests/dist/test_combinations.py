@@ -25,7 +25,8 @@ World = Callable[[int], WorldPool]
 
 # What decides the losses; the other axes say how they are computed. bf16 regroups its roundings: see the parity tests.
 DECIDING = ("method", "optimizer", "precision")
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "bf16, master: bf16": 2e-2}
+# States in bf16 and 8 bits are rounded by their place in a shard, and what is rounded is 2^-8 of them.
+COARSE = {"bf16", "bf16, master: bf16", "adamw, bf16 states", "adamw, 8bit states"}
 
 
 @cache
@@ -67,7 +68,7 @@ def assert_trains(cell: Cell, world: World, reference: Callable[[Cell], Trained]
     trained = world(2).run(worker.train, worker.dump(cfg))
     assert len(trained[0].losses) == 3
     for rank in trained:
-        tolerance = TOLERANCE[dict(cell)["precision"]]
+        tolerance = 2e-2 if COARSE & set(dict(cell).values()) else 1e-5
         np.testing.assert_allclose(rank.losses, reference(cell).losses, rtol=tolerance, err_msg=str(cell))
     assert_sharded_as_described(cfg, trained)
 
