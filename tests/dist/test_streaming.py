@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +25,11 @@ from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
 from tests.helpers import cells, figures
 from tests.helpers.big_model import LLAMA_2B, LLAMA_200M, write_checkpoint
+from tests.helpers.host_memory import peak_anonymous_memory
 from tests.helpers.pool import WorldPool
 
 World = Callable[[int], WorldPool]
 
-SAMPLE_EVERY_S = 0.002
 GB = 10**9
 
 # Of the micro-batch whose loss is compared.
@@ -71,34 +67,6 @@ def load(cfg_yaml: str) -> Loaded:
     finally:
         strategy.close()
     return Loaded(peak[0], spec.parameter_bytes, run.model.buffer_bytes, sum(read), loss)
-
-
-@contextmanager
-def peak_anonymous_memory() -> Iterator[list[int]]:
-    """A list that at the end holds the growth of memory that is neither a file's nor shared, sampled, at its peak."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed would hide what this one takes
-    before, peak, ended = anonymous_bytes(), [0], threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(SAMPLE_EVERY_S):
-            peak[0] = max(peak[0], anonymous_bytes() - before)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        sampler.join()
-        peak[0] = max(peak[0], anonymous_bytes() - before)
-
-
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/self/status has no RssAnon")
 
 
 @pytest.fixture(scope="module")
