@@ -40,6 +40,9 @@ UNDER_ADAPTER = ".base_layer"
 # Blocks; bitsandbytes on a CPU needs 4 KiB for each of them while it quantises.
 QUANTIZED_AT_ONCE = 1 << 13
 
+# Files of older versions of Transformers hold what a model computes when it is made.
+COMPUTED_HERE = r"rotary_emb\.inv_freq"
+
 # Elements of a tied pair that are compared at a time.
 COMPARED_AT_ONCE = 1 << 24
 
@@ -265,12 +268,12 @@ def _matched(folder: SafetensorsFolder, model: SftModel) -> dict[str, str]:
     transforms = get_model_conversion_mapping(model.causal_lm)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
-    ignored = [re.compile(pattern) for pattern in model.causal_lm._keys_to_ignore_on_load_unexpected or ()]
+    ignored = [re.compile(p) for p in (*(model.causal_lm._keys_to_ignore_on_load_unexpected or ()), COMPUTED_HERE)]
     keys: dict[str, str] = {}
     unexpected, mismatched = [], []
     for key, stored in folder.tensors.items():
         hf_name, converter = rename_source_key(
-            key, renamings, converters, model.causal_lm.base_model_prefix, dict.fromkeys(by_hf_name)
+            key, renamings, converters, model.causal_lm.base_model_prefix, by_hf_name
         )
         if converter is not None or hf_name not in by_hf_name:
             if not any(pattern.search(key) for pattern in ignored):
