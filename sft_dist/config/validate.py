@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from sft_dist.config.schema import Config, LoraMethod
+from sft_dist.config.schema import Config, LoraMethod, PrefixMethod, PromptMethod, PTuningMethod, VirtualTokensMethod
 from sft_dist.errors import ConfigError
 
 Finding = tuple[str, str]  # (what is wrong, how to fix it), each one line
@@ -101,6 +101,30 @@ def _adapter(config: Config) -> Iterator[Finding]:
         )
 
 
+def _virtual_tokens(config: Config) -> Iterator[Finding]:
+    method = config.method
+    if not isinstance(method, VirtualTokensMethod):
+        return
+    if config.data.packing != "none":
+        yield (
+            f"data.packing is {config.data.packing}, but method.type {method.type} puts {method.num_virtual_tokens} "
+            "virtual tokens in front of every row: a pack would exceed data.max_seq_len by as many for each row in it",
+            "set data.packing to none",
+        )
+    if isinstance(method, PromptMethod) and method.init_text is not None and not method.init_text.strip():
+        yield "method.init_text is empty", "remove method.init_text, or give a text to start from"
+    if isinstance(method, PTuningMethod) and method.encoder == "mlp" and method.encoder_num_layers is not None:
+        yield (
+            f"method.encoder_num_layers is {method.encoder_num_layers}, which has no effect with method.encoder mlp",
+            "remove method.encoder_num_layers, or set method.encoder to lstm",
+        )
+    if isinstance(method, PrefixMethod) and not method.projection and method.encoder_hidden_size is not None:
+        yield (
+            f"method.encoder_hidden_size is {method.encoder_hidden_size}, which has no effect without projection",
+            "remove method.encoder_hidden_size, or set method.projection to true",
+        )
+
+
 def _evaluation(config: Config) -> Iterator[Finding]:
     if config.eval.every_steps is not None and not config.data.eval:
         yield (
@@ -127,5 +151,6 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _precision,
     _activation_checkpointing,
     _adapter,
+    _virtual_tokens,
     _evaluation,
 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from sft_dist.errors import ConfigError
+from sft_dist.model.virtual_tokens import Prefix
 
 ATTENTION_NAME = "sft_dist_packed"
 
@@ -164,12 +165,16 @@ def packed_attention_forward(
     seq_lens: tuple[int, ...] | None = None,
     max_seq_len: int | None = None,
     cu_seqlens: Tensor | None = None,
+    prefix: Prefix | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What Transformers calls: query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]."""
+    """What Transformers calls: query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d].
+
+    With a ``prefix`` the bounds are those of the rows with their virtual tokens, of which the T tokens are not.
+    """
     if seq_lens is None or max_seq_len is None or cu_seqlens is None:
         raise ConfigError(
             f"model.path: {type(module).__name__} does not pass the bounds of the rows on to its attention",
@@ -184,12 +189,16 @@ def packed_attention_forward(
     # A window that no segment exceeds is plain causal attention, which has the faster kernel.
     window = sliding_window if sliding_window is not None and sliding_window < max_seq_len else 0
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if prefix is not None:
+        q, k, v = prefix.put_before(module.layer_idx, q, k, v, seq_lens)  # type: ignore[arg-type]
     if q.device.type != "cuda":
         out, _lse = packed_attention(q, k, v, seq_lens, scale, window)
     elif q.dtype == torch.float32:
         out = per_segment_sdpa(q, k, v, seq_lens, scale, window)
     else:
         out = _varlen(q, k, v, cu_seqlens, max_seq_len, scale, window)
+    if prefix is not None:
+        out = prefix.cut_off(out, seq_lens)
     return out.unsqueeze(0), None
 
 

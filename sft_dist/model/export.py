@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sft_dist.config.schema import LoraMethod
+from sft_dist.config.schema import LoraMethod, VirtualTokensMethod
 from sft_dist.errors import CheckpointError
 from sft_dist.model.adapters import lora_config
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.spec import ModelSpec
+from sft_dist.model.virtual_tokens import LOADED_NAME, SAVED_NAME, peft_config, to_save
 
 # SftModel's own attribute, in front of every name that Transformers and PEFT know.
 PREFIX = "hf."
@@ -36,7 +37,8 @@ def export(
 ) -> dict[str, Tensor]:
     """Writes an artefact as ``folder`` with ``.unfinished`` behind its name. Every rank must call it; rank 0 writes.
 
-    A whole model is saved in the dtype it computed in, an adapter in that of its master weights.
+    A whole model is saved in the dtype it computed in, an adapter in that of its master weights. Virtual tokens are
+    saved without the encoder that made them.
 
     Args:
         parameters: (name, full tensor) of every trainable parameter, of the others too when the method is full.
@@ -60,6 +62,8 @@ def export(
         unfinished.mkdir(parents=True)
         if isinstance(spec.method, LoraMethod):
             _save_adapter(unfinished, spec, model, gathered)
+        elif isinstance(spec.method, VirtualTokensMethod):
+            gathered = _save_virtual_tokens(unfinished, spec, model, gathered)
         else:
             gathered = {name: tensor.to(TORCH_DTYPES[spec.compute]) for name, tensor in gathered.items()}
             _save_model(unfinished, model, gathered, tokenizer)
@@ -108,3 +112,16 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
     config.target_modules = model.hf.peft_config["default"].target_modules
     config.inference_mode = True
     config.save_pretrained(folder)
+
+
+def _save_virtual_tokens(folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what was saved, by the name that PEFT loads it under."""
+    assert isinstance(spec.method, VirtualTokensMethod)
+    base = model.causal_lm.config
+    state = {name.removeprefix("prompt."): tensor for name, tensor in state.items()}
+    tokens = to_save(spec.method, base, state, TORCH_DTYPES[spec.compute])
+    save_file({SAVED_NAME: tokens}, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = peft_config(spec.method, base, base_model=spec.path, revision=spec.revision)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    return {LOADED_NAME: tokens}

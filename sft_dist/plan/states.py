@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sft_dist.config.deepspeed import Zero3Knobs
-from sft_dist.config.schema import AdamWConfig, FullMethod, OptimConfig
+from sft_dist.config.schema import AdamWConfig, FullMethod, OptimConfig, VirtualTokensMethod
 from sft_dist.model.build import describe_model
 from sft_dist.model.loss import CHUNK_BYTES
 from sft_dist.model.spec import DTYPE_BYTES, ModelSpec
@@ -88,13 +88,15 @@ def activation_bytes(run: Run) -> int:
     """An upper estimate of what forward keeps for backward when no block is recomputed, for the longest micro-batch.
 
     For each token and layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers, adapters
-    among them, in ``compute``; and the logits of one chunk of the loss with their gradient.
+    among them, in ``compute``; and the logits of one chunk of the loss with their gradient. Virtual tokens count as
+    tokens of the row that they stand before.
     """
     model = run.model
     width = sum(sum(shape) for shape in _linear_layers(model))
-    tokens = run.batch.micro_batch_size * run.batch.max_seq_len
-    logits = 2 * min(CHUNK_BYTES, tokens * model.vocab_size * DTYPE_BYTES["fp32"])
-    return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + logits
+    rows, row_len = run.batch.micro_batch_size, run.batch.max_seq_len
+    virtual = model.method.num_virtual_tokens if isinstance(model.method, VirtualTokensMethod) else 0
+    kept = int(ACTIVATION_FACTOR * rows * (row_len + virtual) * width * DTYPE_BYTES[model.compute])
+    return kept + 2 * min(CHUNK_BYTES, rows * row_len * model.vocab_size * DTYPE_BYTES["fp32"])
 
 
 def _linear_layers(model: ModelSpec) -> list[tuple[int, ...]]:
