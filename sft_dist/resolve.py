@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sft_dist.config.deepspeed import check_effect, load_knobs
 from sft_dist.config.schema import AutoSharding, Config, Zero1Sharding, Zero2Sharding, Zero3Sharding
+from sft_dist.errors import ConfigError
 from sft_dist.run import ZERO_STAGES, BatchPlan, Precision, Run
 from sft_dist.runtime.world import WorldShape
 
@@ -15,10 +16,11 @@ def resolve(config: Config, world: WorldShape) -> Run:
 
     Raises:
         ConfigError: the model's configuration cannot be read, or asks for what is not supported; the DeepSpeed file is
-            wrong.
+            wrong; the parts of the run do not go together.
         ValueError: something is still ``auto``; ``plan.choose`` makes it concrete.
     """
     from sft_dist.model.build import describe_model
+    from sft_dist.sharding import registry
 
     sharding = config.sharding
     if isinstance(sharding, AutoSharding) or config.activation_checkpointing.mode == "auto":
@@ -27,7 +29,7 @@ def resolve(config: Config, world: WorldShape) -> Run:
     if isinstance(sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding):
         deepspeed = load_knobs(sharding.deepspeed_config, ZERO_STAGES[sharding.strategy])
         check_effect(deepspeed, ZERO_STAGES[sharding.strategy], config.precision.compute)
-    return Run(
+    run = Run(
         model=describe_model(config.model.path, config.model.revision, config.method, config.precision.compute),
         world=world,
         sharding=sharding,
@@ -52,3 +54,7 @@ def resolve(config: Config, world: WorldShape) -> Run:
         seed=config.train.seed,
         output_dir=config.output_dir,
     )
+    reason = registry.unsupported(run)
+    if reason is not None:
+        raise ConfigError(reason, fix="change one of the keys that are named")
+    return run

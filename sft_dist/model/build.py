@@ -197,7 +197,7 @@ def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) 
     elif isinstance(method, VirtualTokensMethod):
         model.requires_grad_(False)
         check_base(method, model)
-        prompt = VirtualTokens(method, model.config).to(dtype)
+        prompt = VirtualTokens(method, model.config, dtype)
     base = {f"hf.{n}": base[hf_names[id(t)]] for n, t in _stored_tensors(hf) if id(t) in hf_names}
     return SftModel(hf, base, prompt)
 

@@ -134,7 +134,7 @@ class VirtualTokens(nn.Module):
         encoder: PEFT's, so that what is trained is what PEFT would train.
     """
 
-    def __init__(self, method: VirtualTokensMethod, config: PretrainedConfig) -> None:
+    def __init__(self, method: VirtualTokensMethod, config: PretrainedConfig, dtype: torch.dtype) -> None:
         super().__init__()
         described = peft_config(method, config)
         self.count = method.num_virtual_tokens
@@ -152,6 +152,9 @@ class VirtualTokens(nn.Module):
                 # Or PEFT would read the embeddings of the text, which are not there yet.
                 described.inference_mode = True
                 self.encoder = PromptEmbedding(described, None)
+        for parameter in self.parameters():
+            # Module.to cannot swap parameters where a trace makes fake ones.
+            parameter.data = parameter.data.to(dtype)
 
     def forward(self) -> Tensor:
         """[P, h] embeddings, or for a prefix [P, layers * 2 * kv_heads * d]: what PEFT saves."""
@@ -310,7 +313,7 @@ def to_save(
         trained: parameters of ``VirtualTokens`` by name, whole, on the CPU.
     """
     with torch.device("meta"):
-        virtual = VirtualTokens(method, config)
+        virtual = VirtualTokens(method, config, dtype)
     if len(trained) > 1:
         trained = {name: tensor.to(dtype) for name, tensor in trained.items()}
     virtual.load_state_dict(trained, assign=True)

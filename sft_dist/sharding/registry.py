@@ -9,10 +9,18 @@ import torch
 from sft_dist.model.build import SftModel, build_model
 from sft_dist.model.weights import Weights
 from sft_dist.run import Run
-from sft_dist.sharding import ddp, fsdp2, zero
+from sft_dist.sharding import ddp, fsdp2, virtual_tokens, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
+
+# Each says why its part of a run cannot do what another part asks for, or None.
+DECLARATIONS: tuple[Callable[[Run], str | None], ...] = (virtual_tokens.unsupported,)
+
+
+def unsupported(run: Run) -> str | None:
+    """Why the parts of a run do not go together, in a line; None where they do."""
+    return next((reason for declared in DECLARATIONS if (reason := declared(run)) is not None), None)
 
 
 def describe(run: Run, rank: int) -> ShardingSpec:

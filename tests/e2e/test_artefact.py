@@ -20,7 +20,8 @@ Logits = list[np.ndarray[Any, Any]]
 
 CELLS = [
     "full-fsdp2", "lora-fsdp2", "qlora-fsdp2", "full-zero3", "qlora-zero3", "lora-ddp", "full-zero1", "lora-zero2",
-    "full-fsdp2-tied",
+    "full-fsdp2-tied", "prompt text-ddp", "p_tuning-fsdp2", "p_tuning lstm-zero3", "prefix-fsdp2-tied",
+    "prefix projection-zero2",
 ]  # fmt: skip
 
 

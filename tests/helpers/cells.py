@@ -59,12 +59,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(model: str, method: str = "full", strategy: str = "ddp", **sections: dict[str, Any]) -> Config:
-    """A config for tests in fp32; ``method`` is a key of ``METHODS``, ``sections`` are merged over it."""
-    packing = "none" if "num_virtual_tokens" in METHODS[method] else "best_fit"
+def config(
+    model: str, method: str | dict[str, Any] = "full", strategy: str = "ddp", **sections: dict[str, Any]
+) -> Config:
+    """A config for tests in fp32; ``method`` may be a key of ``METHODS``, ``sections`` are merged over it."""
+    method = METHODS[method] if isinstance(method, str) else method
+    packing = "none" if "num_virtual_tokens" in method else "best_fit"
     base: dict[str, Any] = {
         "model": {"path": model},
-        "method": METHODS[method],
+        "method": method,
         "data": {"train": [{"path": "unused"}], "max_seq_len": 48, "packing": packing},
         "sharding": {"strategy": strategy},
         "precision": {"compute": "fp32"},
