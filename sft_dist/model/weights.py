@@ -68,6 +68,7 @@ class Weights:
 
     Raises:
         CheckpointError: weights are missing, too many, of another shape, or damaged; before any of them is read.
+        ConfigError: virtual tokens cannot start from ``method.init_text``.
     """
 
     def __init__(
@@ -223,7 +224,9 @@ def check_weights(spec: ModelSpec) -> None:
 
     Raises:
         CheckpointError: the weights are not those of the model.
+        ConfigError: as ``Weights``.
     """
+    virtual_tokens.init_token_ids(spec)
     model = build_model(spec)
     folder = SafetensorsFolder(model_folder(spec.path, spec.revision))
     _matched(folder, model)

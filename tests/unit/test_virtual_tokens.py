@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -25,8 +26,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.data.loader import collate
 from sft_dist.errors import ConfigError
-from sft_dist.model.build import SftModel
-from sft_dist.model.virtual_tokens import cut_off, init_token_ids, put_before
+from sft_dist.model.build import SftModel, build_model
+from sft_dist.model.virtual_tokens import LongRows, cut_off, init_token_ids, put_before
+from sft_dist.model.weights import Part, Weights
 from sft_dist.plan.states import activation_bytes
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
@@ -124,6 +126,20 @@ def test_putting_before_and_cutting_off() -> None:
     assert cut_off(long_rows, 2, (4, 5)).tolist() == rows.tolist()
 
 
+def test_the_bounds_of_rows_that_have_grown() -> None:
+    """Attention on a GPU reads ``cu_seqlens``, on a CPU ``seq_lens``."""
+    batch = collate(cells.synthetic_data(packing=False), ROWS)
+    for with_virtual in (False, True):
+        grown = LongRows.of(batch, COUNT, with_virtual=with_virtual)
+        assert grown.seq_lens == tuple(n + COUNT for n in batch.seq_lens)
+        assert grown.max_seq_len == batch.max_seq_len + COUNT
+        assert grown.cu_seqlens.dtype == torch.int32
+        assert grown.cu_seqlens.diff().tolist() == list(grown.seq_lens)
+        first = 0 if with_virtual else COUNT
+        positions = [list(range(first, n + COUNT)) for n in batch.seq_lens]
+        assert grown.position_ids.tolist() == [list(itertools.chain(*positions))]
+
+
 @pytest.mark.parametrize("text", ["Say: ", "A text of more tokens than there are virtual ones"])
 def test_text_starts_it_as_in_peft(tiny_base: Path, text: str) -> None:
     config = PromptTuningConfig(
@@ -135,6 +151,20 @@ def test_text_starts_it_as_in_peft(tiny_base: Path, text: str) -> None:
     expected = plain(tiny_base, config).prompt_encoder.default.embedding.weight
     assert torch.equal(model.get_parameter("prompt.encoder.embedding.weight"), expected)
     assert len({tuple(row) for row in expected.tolist()}) > 2
+
+
+def test_a_rank_reads_its_own_part_of_the_text_alone(tiny_base: Path) -> None:
+    """A flat half of five embeddings of 64: the last half of the third, and two more."""
+    run = resolve(cells.config(str(tiny_base), "prompt text"), WorldShape())
+    model, read = build_model(run.model), list[int]()
+    weights = Weights(model, run.model, seed=7, on_bytes=read.append)
+    name = "prompt.encoder.embedding.weight"
+    whole, half = torch.empty(320), torch.empty(160)
+    weights.read_into(name, Part(model.get_parameter(name), whole, 0))
+    read.clear()
+    weights.read_into(name, Part(model.get_parameter(name), half, 160))
+    assert torch.equal(half, whole[160:])
+    assert sum(read) == half.nbytes
 
 
 def test_first_values_are_drawn_as_torch_draws_them(tiny_base: Path) -> None:
