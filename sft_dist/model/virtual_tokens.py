@@ -186,7 +186,9 @@ class Lstm(nn.Module):
         """[1, P, in] -> [1, P, 2 * hidden], in a tuple as from ``nn.LSTM``."""
         weights = [getattr(self, name) for name in self._names]
         start = x.new_zeros(2 * self.num_layers, x.shape[0], self.hidden_size)
-        out, *_ = torch.lstm(x, (start, start), weights, True, self.num_layers, 0.0, self.training, True, True)
+        # cuDNN's would multiply fp32 in TF32, and wants all weights in one piece of memory.
+        with torch.backends.cudnn.flags(enabled=False):
+            out, *_ = torch.lstm(x, (start, start), weights, True, self.num_layers, 0.0, self.training, True, True)
         return (out,)
 
 

@@ -23,11 +23,11 @@ from peft import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from sft_dist.config.schema import Fsdp2Sharding
+from sft_dist.config.schema import Fsdp2Sharding, VirtualTokensMethod
 from sft_dist.data.loader import collate
 from sft_dist.errors import ConfigError
 from sft_dist.model.build import SftModel, build_model
-from sft_dist.model.virtual_tokens import LongRows, cut_off, init_token_ids, put_before
+from sft_dist.model.virtual_tokens import LongRows, cut_off, init_token_ids, put_before, to_save
 from sft_dist.model.weights import Part, Weights
 from sft_dist.plan.states import activation_bytes
 from sft_dist.resolve import resolve
@@ -192,6 +192,21 @@ def test_bf16_computes_in_bf16(tiny_base: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     hidden = model.hidden_states(collate(cells.synthetic_data(packing=False), ROWS))
     assert hidden.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["prompt", "p_tuning lstm", "prefix", "prefix projection"])
+def test_what_is_saved_is_what_the_model_runs_on(tiny_base: Path, method: str) -> None:
+    """Masters of more bits than bf16 has: an encoder sees them cast, as in training; without one they are kept."""
+    run = resolve(cells.config(str(tiny_base), method, precision={"compute": "bf16"}), WorldShape())
+    model = load_model(run.model, seed=7)
+    assert model.prompt is not None
+    assert isinstance(run.model.method, VirtualTokensMethod)
+    masters = {name: p.detach().float() * 1.001 for name, p in model.prompt.named_parameters()}
+    saved = to_save(run.model.method, model.causal_lm.config, masters, torch.bfloat16)
+    for name, parameter in model.prompt.named_parameters():
+        parameter.data.copy_(masters[name])
+    assert torch.equal(saved.to(torch.bfloat16), model.prompt())
+    assert saved.dtype == (torch.float32 if len(masters) == 1 else torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
