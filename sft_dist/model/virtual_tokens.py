@@ -10,6 +10,7 @@ Rows are cut and joined by their lengths, which the host knows, so nothing here 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,26 +262,51 @@ def peft_config(
     return prepared
 
 
-def initial_value(owner: nn.Module, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The first value of a parameter of the encoder, as torch draws it for such a module and PEFT leaves it.
+class InitialVirtualTokens:
+    """What each parameter of the encoder starts from: the embeddings of a text, or what torch draws and PEFT leaves.
 
-    A function of the seed and the name, so that every rank draws the same whatever else it draws.
+    A draw is a function of the seed and the parameter's name, so that every rank draws the same whatever else it draws.
 
     Args:
-        owner: the module that the parameter is in.
+        virtual: ``SftModel.prompt``.
+        read_embedding: the flat elements from one number to another of the base model's embedding.
+
+    Raises:
+        ConfigError: as ``init_token_ids``.
     """
-    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed} {name}".encode()) >> 1)
-    value = torch.empty(shape)
-    match owner:
-        case nn.Embedding():
-            return value.normal_(generator=generator)
-        case nn.Linear():
-            bound = 1 / math.sqrt(owner.in_features)
-        case Lstm():
-            bound = 1 / math.sqrt(owner.hidden_size)
-        case _:
-            raise TypeError(f"{name} is in a {type(owner).__name__}")
-    return value.uniform_(-bound, bound, generator=generator)
+
+    def __init__(
+        self, virtual: VirtualTokens, spec: ModelSpec, *, seed: int, read_embedding: Callable[[int, int], Tensor]
+    ) -> None:
+        modules = virtual.named_modules(prefix="prompt")
+        self._owners = {f"{path}.{name}": module for path, module in modules for name in module._parameters}
+        self._shapes = {p.name: p.shape for p in spec.trainable}
+        self._ids = init_token_ids(spec)
+        self._seed, self._read_embedding = seed, read_embedding
+
+    def values(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start] flat elements of a parameter's first value."""
+        return self._of_text(name, start, stop) if self._ids else self._drawn(name)[start:stop]
+
+    def _of_text(self, name: str, start: int, stop: int) -> Tensor:
+        width = self._shapes[name][1]
+        parts = [torch.empty(0)]
+        for number in range(start // width, -(-stop // width)):
+            low, high = max(start, number * width), min(stop, (number + 1) * width)
+            offset = (self._ids[number] - number) * width
+            parts.append(self._read_embedding(offset + low, offset + high))
+        return torch.cat(parts)
+
+    def _drawn(self, name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{self._seed} {name}".encode()) >> 1)
+        value = torch.empty(math.prod(self._shapes[name]))
+        match self._owners[name]:
+            case nn.Embedding():
+                return value.normal_(generator=generator)
+            case nn.Linear(in_features=width) | Lstm(hidden_size=width):
+                return value.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+            case owner:
+                raise TypeError(f"{name} is in a {type(owner).__name__}")
 
 
 def init_token_ids(spec: ModelSpec) -> list[int]:

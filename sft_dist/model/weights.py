@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from sft_dist.errors import CheckpointError
-from sft_dist.model import adapters, virtual_tokens
+from sft_dist.model.adapters import initial_value
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
 from sft_dist.model.hub import model_folder
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear, quantize_blocks
 from sft_dist.model.safetensors_folder import SafetensorsFolder, torch_dtype
 from sft_dist.model.spec import ModelSpec
+from sft_dist.model.virtual_tokens import InitialVirtualTokens, init_token_ids
 from sft_dist.runtime.memory import release_freed_memory
 
 SAME_MODEL_FIX = "config.json and the weights must come from the same model"
@@ -80,10 +82,12 @@ class Weights:
         self._compute, self._seed, self._on_bytes = TORCH_DTYPES[spec.compute], seed, on_bytes
         self._quantized = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self._prompt_owners = {f"{n}.{p}": m for n, m in _modules_of(model.prompt) for p in m._parameters}
-        self._init_ids = virtual_tokens.init_token_ids(spec)
-        embedding = model.causal_lm.get_input_embeddings().weight
-        self._embedding = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+        self._virtual: InitialVirtualTokens | None = None
+        if model.prompt is not None:
+            embedding = model.causal_lm.get_input_embeddings().weight
+            name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+            read_embedding = partial(self._read, name)
+            self._virtual = InitialVirtualTokens(model.prompt, spec, seed=seed, read_embedding=read_embedding)
 
     @property
     def num_bytes(self) -> int:
@@ -101,8 +105,10 @@ class Weights:
             return self._quantize_into(name, part)
         if name in self._base:
             values = self._read(name, start, stop)
+        elif self._virtual is not None:
+            values = self._virtual.values(name, start, stop)
         else:
-            values = self._first_values(name, start, stop)
+            values = initial_value(name, tuple(self._shapes[name]), self._seed).flatten()[start:stop]
         if self._compute not in (values.dtype, part.local.dtype):
             # All strategies start from the same values, those that keep the master weight in a finer dtype too.
             values = values.to(self._compute)
@@ -132,25 +138,6 @@ class Weights:
         self._on_bytes(values.numel() * values.element_size())
         return values
 
-    def _first_values(self, name: str, start: int, stop: int) -> Tensor:
-        """Of what is not in the files."""
-        if self._init_ids:
-            return self._embeddings(self._init_ids, start, stop)
-        shape, owner = tuple(self._shapes[name]), self._prompt_owners.get(name)
-        if owner is None:
-            return adapters.initial_value(name, shape, self._seed).flatten()[start:stop]
-        return virtual_tokens.initial_value(owner, name, shape, self._seed).flatten()[start:stop]
-
-    def _embeddings(self, ids: list[int], start: int, stop: int) -> Tensor:
-        """[stop - start] flat elements of the embeddings of ``ids``."""
-        width = self._shapes[self._embedding][1]
-        parts = [torch.empty(0)]
-        for number in range(start // width, -(-stop // width)):
-            low, high = max(start, number * width), min(stop, (number + 1) * width)
-            offset = (ids[number] - number) * width
-            parts.append(self._read(self._embedding, offset + low, offset + high))
-        return torch.cat(parts)
-
     def _quantize_into(self, name: str, part: Part) -> _Scales:
         """Quantises whole blocks: those at the part's ends also where they reach over them."""
         block = BLOCK_SIZE // (2 * part.local.element_size())  # in packed elements
@@ -168,10 +155,6 @@ class Weights:
             part.local[low - start : high - start] = packed.flatten()[low - chunk * block : high - chunk * block]
             absmax.append(scales)
         return _Scales(begin, torch.cat(absmax)[begin - first :])
-
-
-def _modules_of(prompt: nn.Module | None) -> list[tuple[str, nn.Module]]:
-    return [] if prompt is None else list(prompt.named_modules(prefix="prompt"))
 
 
 @dataclass(frozen=True)
@@ -226,7 +209,7 @@ def check_weights(spec: ModelSpec) -> None:
         CheckpointError: the weights are not those of the model.
         ConfigError: as ``Weights``.
     """
-    virtual_tokens.init_token_ids(spec)
+    init_token_ids(spec)
     model = build_model(spec)
     folder = SafetensorsFolder(model_folder(spec.path, spec.revision))
     _matched(folder, model)
