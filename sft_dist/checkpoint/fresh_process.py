@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 EXPECTED, LOGITS, FINDINGS = "expected.json", "logits.safetensors", "findings.json"
+
+# Names that PEFT gives to what an adapter holds: low-rank factors, or what virtual tokens are.
+ADAPTER = re.compile(r"\.lora_|\.modules_to_save\.|^prompt_encoder\.")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHOWN = 3
@@ -99,8 +103,7 @@ def load(artefact: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, li
 
 def weight_findings(model: nn.Module, expected: dict[str, str], *, is_adapter: bool) -> Iterator[str]:
     """Every trained weight must be there, bit for bit, and no other; adapters must have moved."""
-    own = (".lora_", ".modules_to_save.")
-    actual = {n: p.detach() for n, p in model.named_parameters() if not is_adapter or any(part in n for part in own)}
+    actual = {name: p.detach() for name, p in model.named_parameters() if not is_adapter or ADAPTER.search(name)}
     lost, strange = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     if lost:
         yield f"{len(lost)} trained weights are not in the loaded model, such as {lost[0]}"
@@ -132,7 +135,9 @@ def logit_findings(model: nn.Module, expected: dict[str, Any], logits: dict[str,
     """
     for number, probe in enumerate(expected["probes"]):
         with torch.no_grad():
-            output = model(input_ids=torch.tensor([probe["input_ids"]])).logits[0, probe["positions"]].float()
+            output = model(input_ids=torch.tensor([probe["input_ids"]])).logits[0].float()
+        # PEFT returns logits at virtual tokens too; they come first.
+        output = output[-len(probe["input_ids"]) :][probe["positions"]]
         trained = logits[str(number)].float()
         difference = _rms(output - trained) / max(_rms(trained), 1e-30)
         if not difference <= expected["tolerance"]:

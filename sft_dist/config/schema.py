@@ -81,7 +81,55 @@ class QloraMethod(LoraMethod):
     type: Literal["qlora"]  # type: ignore[assignment]
 
 
-MethodConfig = Annotated[FullMethod | LoraMethod | QloraMethod, Field(discriminator="type")]
+class _VirtualTokens(Section):
+    """Trained vectors in front of every row, on a frozen model. Needs data.packing none."""
+
+    num_virtual_tokens: int = Field(
+        20, ge=1, description="Virtual tokens in front of every row; they come on top of data.max_seq_len."
+    )
+
+
+class PromptMethod(_VirtualTokens):
+    """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): the embeddings of the virtual tokens are trained."""
+
+    type: Literal["prompt"]
+    init_text: str | None = Field(
+        None,
+        description="Start from the embeddings of this text's tokens, repeated or cut to num_virtual_tokens; null: "
+        "drawn at random.",
+    )
+
+
+class PTuningMethod(_VirtualTokens):
+    """P-tuning (Liu et al. 2021, arXiv 2103.10385): the embeddings of the virtual tokens are what an encoder makes."""
+
+    type: Literal["p_tuning"]
+    encoder: Literal["mlp", "lstm"] = Field(
+        "mlp", description="A perceptron of three layers, or a bidirectional LSTM and a perceptron of two layers."
+    )
+    encoder_hidden_size: int | None = Field(
+        None, ge=1, description="Width of the encoder; null: the model's hidden size."
+    )
+    encoder_num_layers: int | None = Field(None, ge=1, description="Layers of the LSTM, with encoder lstm; null: 2.")
+
+
+class PrefixMethod(_VirtualTokens):
+    """Prefix tuning (Li & Liang 2021, arXiv 2101.00190): keys and values of the virtual tokens in every layer."""
+
+    type: Literal["prefix"]
+    projection: bool = Field(
+        False, description="Make them by a perceptron of two layers from one vector a virtual token, as the paper does."
+    )
+    encoder_hidden_size: int | None = Field(
+        None, ge=1, description="Width of that perceptron, with projection; null: 512."
+    )
+
+
+VirtualTokensMethod = PromptMethod | PTuningMethod | PrefixMethod
+
+MethodConfig = Annotated[
+    FullMethod | LoraMethod | QloraMethod | PromptMethod | PTuningMethod | PrefixMethod, Field(discriminator="type")
+]
 
 
 class SourceConfig(Section):

@@ -9,7 +9,17 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from sft_dist.config.schema import AdamWConfig, Config, Fsdp2Sharding, FullMethod, LoraMethod
+from sft_dist.config.schema import (
+    AdamWConfig,
+    Config,
+    Fsdp2Sharding,
+    FullMethod,
+    LoraMethod,
+    PrefixMethod,
+    PromptMethod,
+    PTuningMethod,
+    VirtualTokensMethod,
+)
 from sft_dist.errors import ConfigError
 
 REGULAR_EXPRESSION = "re:"  # in front of a name that is one
@@ -129,7 +139,11 @@ def _activation_checkpointing(config: Config) -> Iterator[Finding]:
 
 def _names(config: Config) -> Iterator[Finding]:
     method = config.method
-    lists = {"freeze": method.freeze} if isinstance(method, FullMethod) else {"modules_to_save": method.modules_to_save}
+    lists: dict[str, list[str]] = {}
+    if isinstance(method, FullMethod):
+        lists["freeze"] = method.freeze
+    elif isinstance(method, LoraMethod):
+        lists["modules_to_save"] = method.modules_to_save
     if isinstance(method, LoraMethod) and isinstance(method.target_modules, list):
         lists["target_modules"] = method.target_modules
         if not method.target_modules:
@@ -172,6 +186,30 @@ def _adapter(config: Config) -> Iterator[Finding]:
         )
 
 
+def _virtual_tokens(config: Config) -> Iterator[Finding]:
+    method = config.method
+    if not isinstance(method, VirtualTokensMethod):
+        return
+    if config.data.packing != "none":
+        yield (
+            f"data.packing is {config.data.packing}, but method.type {method.type} puts {method.num_virtual_tokens} "
+            "virtual tokens in front of every row: a pack would exceed data.max_seq_len by as many for each row in it",
+            "set data.packing to none",
+        )
+    if isinstance(method, PromptMethod) and method.init_text is not None and not method.init_text.strip():
+        yield "method.init_text is empty", "remove method.init_text, or give a text to start from"
+    if isinstance(method, PTuningMethod) and method.encoder == "mlp" and method.encoder_num_layers is not None:
+        yield (
+            f"method.encoder_num_layers is {method.encoder_num_layers}, which has no effect with method.encoder mlp",
+            "remove method.encoder_num_layers, or set method.encoder to lstm",
+        )
+    if isinstance(method, PrefixMethod) and not method.projection and method.encoder_hidden_size is not None:
+        yield (
+            f"method.encoder_hidden_size is {method.encoder_hidden_size}, which has no effect without projection",
+            "remove method.encoder_hidden_size, or set method.projection to true",
+        )
+
+
 def _evaluation(config: Config) -> Iterator[Finding]:
     if config.eval.every_steps is not None and not config.data.eval:
         yield (
@@ -201,5 +239,6 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _activation_checkpointing,
     _names,
     _adapter,
+    _virtual_tokens,
     _evaluation,
 )

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from sft_dist.errors import ConfigError
 from sft_dist.model.sequence_parallel import SequenceParallel
+from sft_dist.model.virtual_tokens import Prefix
 
 ATTENTION_NAME = "sft_dist_packed"
 
@@ -166,6 +167,7 @@ def packed_attention_forward(
     max_seq_len: int | None = None,
     cu_seqlens: Tensor | None = None,
     sequence_parallel: SequenceParallel | None = None,
+    prefix: Prefix | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -174,6 +176,7 @@ def packed_attention_forward(
     """What Transformers calls: query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d].
 
     Where ranks share the T tokens, these are the rank's own; the bounds are those of all tokens in any case.
+    With a ``prefix`` the bounds are those of the rows with their virtual tokens, of which the T tokens are not.
     """
     if seq_lens is None or max_seq_len is None or cu_seqlens is None:
         raise ConfigError(
@@ -191,6 +194,8 @@ def packed_attention_forward(
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if sequence_parallel is not None:
         q, k, v = sequence_parallel.to_heads(q, k, v)
+    if prefix is not None:
+        q, k, v = prefix.put_before(module.layer_idx, q, k, v, seq_lens)  # type: ignore[arg-type]
     if q.device.type != "cuda":
         out, _lse = packed_attention(q, k, v, seq_lens, scale, window)
     elif q.dtype == torch.float32:
@@ -199,6 +204,8 @@ def packed_attention_forward(
         out = _varlen(q, k, v, cu_seqlens, max_seq_len, scale, window)
     if sequence_parallel is not None:
         out = sequence_parallel.to_tokens(out)
+    if prefix is not None:
+        out = prefix.cut_off(out, seq_lens)
     return out.unsqueeze(0), None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod
+from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod, VirtualTokensMethod
 from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import ConfigError
 from sft_dist.model.adapters import add_lora
@@ -29,6 +30,7 @@ from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
 from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
 from sft_dist.model.support import has_dynamic_rope, heads_of, load_model_config
+from sft_dist.model.virtual_tokens import LongRows, VirtualTokens, check_base, cut_off, put_before
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,16 +61,18 @@ class SftModel(nn.Module):
     Args:
         hf: the Transformers model, wrapped by PEFT when there are adapters; its ``lm_head`` is a ``LossHead``.
         base: the tensors that come from the base model's files, by their names here.
+        prompt: what stands in front of every row, with a method of virtual tokens.
 
     Attributes:
         sequence_group: the ranks that share the sequences of a micro-batch, set where some do; a micro-batch that is
             not split is computed by each rank alone in any case.
     """
 
-    def __init__(self, hf: nn.Module, base: dict[str, BaseTensor]) -> None:
+    def __init__(self, hf: nn.Module, base: dict[str, BaseTensor], prompt: VirtualTokens | None = None) -> None:
         super().__init__()
         self.hf = hf
         self.base = base
+        self.prompt = prompt
         self.sequence_group: dist.ProcessGroup | None = None
 
     @property
@@ -101,15 +105,28 @@ class SftModel(nn.Module):
         return head
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
-        """[t, h] what the output layer reads, of the tokens that are here."""
+        """[t, h] what the output layer reads, of the batch's own tokens that are here."""
+        if self.prompt is None:
+            return self._trunk(batch, input_ids=batch.input_ids, sequence_parallel=self._sequence_parallel(batch))
+        # Called in here, because sharded strategies gather its weights while this module runs.
+        if self.prompt.is_prefix:
+            long_rows = LongRows.of(batch, self.prompt.count, with_virtual=False)
+            return self._trunk(long_rows, input_ids=batch.input_ids, prefix=self.prompt.prefix())
+        embeddings = self.causal_lm.get_input_embeddings()(batch.input_ids)[0]
+        embeddings = put_before(self.prompt(), embeddings, batch.seq_lens)
+        long_rows = LongRows.of(batch, self.prompt.count, with_virtual=True)
+        hidden = self._trunk(long_rows, inputs_embeds=embeddings[None])
+        return cut_off(hidden, self.prompt.count, long_rows.seq_lens)
+
+    def _trunk(self, rows: MicroBatch | LongRows, **inputs: Any) -> Tensor:
+        """[t, h] for as many tokens as ``inputs`` have."""
         output = self.causal_lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
+            position_ids=rows.position_ids,
             use_cache=False,
-            seq_lens=batch.seq_lens,
-            max_seq_len=batch.max_seq_len,
-            cu_seqlens=batch.cu_seqlens,
-            sequence_parallel=self._sequence_parallel(batch),
+            seq_lens=rows.seq_lens,
+            max_seq_len=rows.max_seq_len,
+            cu_seqlens=rows.cu_seqlens,
+            **inputs,
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
@@ -194,11 +211,17 @@ def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) 
         _quantize_linears(model, dtype)
     hf_names = {id(tensor): name for name, tensor in _stored_tensors(model)}
     hf: nn.Module = model
+    prompt = None
     if isinstance(method, LoraMethod):
         hf = add_lora(model, method, dtype)
+    elif isinstance(method, VirtualTokensMethod):
+        model.requires_grad_(False)
+        check_base(method, model)
+        prompt = VirtualTokens(method, model.config, dtype)
     elif method.freeze:
         _freeze(model, method.freeze)
-    return SftModel(hf, {f"hf.{n}": base[hf_names[id(t)]] for n, t in _stored_tensors(hf) if id(t) in hf_names})
+    base = {f"hf.{n}": base[hf_names[id(t)]] for n, t in _stored_tensors(hf) if id(t) in hf_names}
+    return SftModel(hf, base, prompt)
 
 
 def _freeze(model: PreTrainedModel, patterns: list[str]) -> None:

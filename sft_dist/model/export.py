@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sft_dist.config.schema import LoraMethod
+from sft_dist.config.schema import LoraMethod, VirtualTokensMethod
 from sft_dist.errors import CheckpointError
 from sft_dist.model.adapters import lora_config
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.spec import ModelSpec
+from sft_dist.model.virtual_tokens import LOADED_NAME, SAVED_NAME, peft_config, to_save
 from sft_dist.model.weights import Weights
 
 # SftModel's own attribute, in front of every name that Transformers and PEFT know.
@@ -43,7 +44,8 @@ def export(
 ) -> dict[str, Tensor]:
     """Writes an artefact as ``folder`` with ``.unfinished`` behind its name. Every rank must call it; rank 0 writes.
 
-    A whole model is saved in the dtype it computed in, an adapter in that of its master weights.
+    A whole model is saved in the dtype it computed in, an adapter in that of its master weights. Virtual tokens are
+    saved without the encoder that made them.
 
     Args:
         parameters: (name, full tensor) of every trainable parameter, of the others too when the method is full.
@@ -68,6 +70,8 @@ def export(
         unfinished.mkdir(parents=True)
         if isinstance(spec.method, LoraMethod):
             _save_adapter(unfinished, spec, model, gathered, seed)
+        elif isinstance(spec.method, VirtualTokensMethod):
+            gathered = _save_virtual_tokens(unfinished, spec, model, gathered)
         else:
             gathered = {name: tensor.to(TORCH_DTYPES[spec.compute]) for name, tensor in gathered.items()}
             _save_model(unfinished, model, gathered, tokenizer)
@@ -144,3 +148,16 @@ def _from_the_base_as_it_was(state: dict[str, Tensor], config: LoraConfig, weigh
         state[other] = torch.cat([state[other], b.to(state[other])], dim=1)
     config.r *= 2
     config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # type: ignore[assignment]
+
+
+def _save_virtual_tokens(folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what was saved, by the name that PEFT loads it under."""
+    assert isinstance(spec.method, VirtualTokensMethod)
+    base = model.causal_lm.config
+    state = {name.removeprefix("prompt."): tensor for name, tensor in state.items()}
+    tokens = to_save(spec.method, base, state, TORCH_DTYPES[spec.compute])
+    save_file({SAVED_NAME: tokens}, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = peft_config(spec.method, base, base_model=spec.path, revision=spec.revision)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    return {LOADED_NAME: tokens}

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from sft_dist.model.initial import InitialAdapters
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear, dequantize, quantize_blocks
 from sft_dist.model.safetensors_folder import SafetensorsFolder, torch_dtype
 from sft_dist.model.spec import ModelSpec
+from sft_dist.model.virtual_tokens import InitialVirtualTokens, init_token_ids
 from sft_dist.runtime.memory import release_freed_memory
 
 SAME_MODEL_FIX = "config.json and the weights must come from the same model"
@@ -70,11 +72,12 @@ class Weights:
 
     Args:
         model: on the meta device.
-        seed: of the adapters' first values.
+        seed: of the first values of adapters and virtual tokens.
         on_bytes: is told how many bytes were read.
 
     Raises:
         CheckpointError: weights are missing, too many, of another shape, or damaged; before any of them is read.
+        ConfigError: virtual tokens cannot start from ``method.init_text``.
     """
 
     def __init__(
@@ -91,6 +94,12 @@ class Weights:
             self._adapters = InitialAdapters(spec.method, seed=seed, dense=self._dense, stored=self._stored)
             self._adapters.check({p.name: p.shape for p in spec.trainable})
         self._splits_weights = isinstance(spec.method, LoraMethod) and spec.method.init == "pissa"
+        self._virtual: InitialVirtualTokens | None = None
+        if model.prompt is not None:
+            embedding = model.causal_lm.get_input_embeddings().weight
+            name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+            read_embedding = partial(self._read, name)
+            self._virtual = InitialVirtualTokens(model.prompt, spec, seed=seed, read_embedding=read_embedding)
 
     @property
     def num_bytes(self) -> int:
@@ -138,6 +147,8 @@ class Weights:
 
     def _values(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start] what a parameter starts from."""
+        if self._virtual is not None and name not in self._base:
+            return self._virtual.values(name, start, stop)
         if self._adapters is None:
             return self._read(name, start, stop)
         if self._adapters.has(name):
@@ -242,7 +253,9 @@ def check_weights(spec: ModelSpec) -> None:
 
     Raises:
         CheckpointError: the weights are not those of the model.
+        ConfigError: as ``Weights``.
     """
+    init_token_ids(spec)
     model = build_model(spec)
     folder = Weights(model, spec, seed=0)._folder
     for tensor in model.base.values():

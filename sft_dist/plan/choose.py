@@ -153,7 +153,7 @@ def _does_not_fit(run: Run, needed: int, memory_bytes: int) -> PlanError:
             helps.append(f"{size} processes of this memory")
             break
     if run.model.method.type != "qlora":
-        helps.append("method.type qlora" if run.model.method.type == "lora" else "method.type lora or qlora")
+        helps.append("method.type lora or qlora" if run.model.method.type == "full" else "method.type qlora")
     helps.append("sharding.strategy zero3 with sharding.deepspeed_config configs/deepspeed/zero3_offload.json")
     return PlanError(
         f"parameters, gradients and optimizer need {gib(needed)} a process even when fsdp2 shards them over "

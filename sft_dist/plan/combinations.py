@@ -38,6 +38,9 @@ AXES: dict[str, dict[str, Settings]] = {
         "lora": {"method": {"type": "lora", "r": 4}},
         "qlora": {"method": {"type": "qlora", "r": 4}},
         "qlora, dora": {"method": {"type": "qlora", "r": 4, "dora": True}},
+        "prompt": {"method": {"type": "prompt", "num_virtual_tokens": 4}, "data": {"packing": "none"}},
+        "p_tuning": {"method": {"type": "p_tuning", "num_virtual_tokens": 4}, "data": {"packing": "none"}},
+        "prefix": {"method": {"type": "prefix", "num_virtual_tokens": 4}, "data": {"packing": "none"}},
     },
     "strategy": {
         "ddp": {"sharding": {"strategy": "ddp"}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sft_dist.config.deepspeed import Zero3Knobs
-from sft_dist.config.schema import AdamWConfig, FullMethod, LoraMethod
+from sft_dist.config.schema import AdamWConfig, FullMethod, LoraMethod, VirtualTokensMethod
 from sft_dist.model.build import describe_model
 from sft_dist.model.loss import CHUNK_BYTES
 from sft_dist.model.sequence_parallel import shared_kv_heads
@@ -91,7 +91,8 @@ def activation_bytes(run: Run) -> int:
 
     For each token here and each layer ``ACTIVATION_FACTOR`` times the inputs and outputs of the block's linear layers
     and what adapters keep beside them: their r numbers in ``compute`` and, with dropout, a mask of one byte an input.
-    And the logits of one chunk of the loss with their gradient.
+    And the logits of one chunk of the loss with their gradient. Virtual tokens count as tokens of the row that they
+    stand before.
     """
     model, parts = run.model, run.batch.sequence_parallel
     # NF4 weights have lost their shape: the base is described anew.
@@ -109,6 +110,7 @@ def activation_bytes(run: Run) -> int:
         repeated = shared_kv_heads(model.num_kv_heads, parts) - model.num_kv_heads
         width += model.num_layers * model.head_dim * (model.num_heads + 2 * repeated)
     logits = 2 * min(CHUNK_BYTES, tokens * model.vocab_size * DTYPE_BYTES["fp32"])
+    tokens += _virtual_tokens(run)
     return int(ACTIVATION_FACTOR * tokens * width * DTYPE_BYTES[model.compute]) + tokens * masked + logits
 
 
@@ -116,8 +118,16 @@ def checkpoint_bytes(run: Run) -> int:
     """Inputs of the recomputed blocks, kept from forward to backward, for the longest micro-batch; with
     ``activation_checkpointing.offload`` they are in host memory."""
     blocks = checkpointed_blocks(run.activation_checkpointing, run.model.blocks)
-    tokens = -(-run.batch.micro_batch_size * run.batch.max_seq_len // run.batch.sequence_parallel)
+    tokens = -(-run.batch.micro_batch_size * run.batch.max_seq_len // run.batch.sequence_parallel) + _virtual_tokens(
+        run
+    )
     return len(blocks) * tokens * run.model.hidden_size * DTYPE_BYTES[run.model.compute]
+
+
+def _virtual_tokens(run: Run) -> int:
+    """Of a micro-batch."""
+    method = run.model.method
+    return run.batch.micro_batch_size * method.num_virtual_tokens if isinstance(method, VirtualTokensMethod) else 0
 
 
 def with_world_size(run: Run, size: int) -> Run:

@@ -62,7 +62,7 @@ def run_part(cfg_yaml: str, start: str | None) -> Part:
 
     with patch.object(train_step, "micro_batches", watched):
         inputs = train_run.Inputs(
-            cells.synthetic_data(rows=60), held_out, load_renderer(run.model.path, None, None), None
+            cells.synthetic_data(rows=60, packing=run.data.packing != "none"), held_out, load_renderer(run.model.path, None, None), None
         )
         process = train_run.Process(world, cells.CPU, cells.store())
         train_run.train(run, cfg, process, inputs, start=None if start is None else Path(start))
@@ -124,7 +124,7 @@ def test_resumed_equals_uninterrupted(
 def uninterrupted(world: Worlds, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Part]:
     """By method, the run that never stopped, in one process."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    methods = ("full", "lora", "qlora")
+    methods = ("full", "lora", "qlora", "p_tuning lstm", "prefix")
     return {m: world(1).run(run_part, config(tiny_base, folder / m, m, "ddp"), None)[0] for m in methods}
 
 
@@ -143,6 +143,8 @@ def uninterrupted(world: Worlds, tiny_base: Path, tmp_path_factory: pytest.TempP
         "qlora: fsdp2x2 -> zero3x2 -> ddpx1",
         "lora: zero1x3 -> fsdp2x2 -> zero2x2",
         "qlora: zero3x2 -> fsdp2x3",
+        "prefix: fsdp2x2 -> zero3x3",
+        pytest.param("p_tuning lstm: zero3x2 -> fsdp2x3 -> ddpx1", marks=pytest.mark.ci),
     ],
 )
 def test_another_strategy_or_world_goes_on_with_it(

@@ -34,6 +34,7 @@ CELLS = [
     "full-fsdp2-tied", "full-zero3-frozen", "lora-zero3-attention", "lora-fsdp2-layers", "lora-fsdp2-dora",
     "qlora-zero3-dora", "lora-ddp-pissa", "lora-zero3-pissa rslora", "qlora-fsdp2-loftq", "lora-fsdp2-whole",
     "qlora-zero3-whole",
+    "prompt text-ddp", "p_tuning-fsdp2", "p_tuning lstm-zero3", "prefix-fsdp2-tied", "prefix projection-zero2",
 ]  # fmt: skip
 
 

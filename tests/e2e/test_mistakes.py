@@ -99,6 +99,13 @@ def test_what_deepspeed_cannot(train: Callable[..., Result]) -> None:
     assert "optim.type adafactor needs whole rows and columns of a matrix" in err
 
 
+def test_virtual_tokens_before_packed_rows(train: Callable[..., Result]) -> None:
+    code, err = train(method={"type": "prompt", "num_virtual_tokens": 4})
+    assert code == 2
+    assert "data.packing is best_fit, but method.type prompt puts 4 virtual tokens in front of every row" in err
+    assert "set data.packing to none" in err
+
+
 def test_malformed_json_names_file_line_and_column(train: Callable[..., Result]) -> None:
     code, err = train(text='{"prompt": "a", "completion": "b"}\n{"prompt": "a", completion}\n')
     assert code == 4

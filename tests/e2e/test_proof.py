@@ -132,7 +132,8 @@ def template(change: Callable[[str], str]) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize(
     ("method", "compute"),
-    [("full", "fp32"), ("lora", "fp32"), ("qlora", "fp32"), ("tied", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("qlora", "bf16")],
+    [("full", "fp32"), ("lora", "fp32"), ("qlora", "fp32"), ("tied", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("qlora", "bf16"),
+     ("prompt", "bf16"), ("p_tuning", "fp32"), ("p_tuning lstm", "bf16"), ("prefix", "fp32"), ("prefix projection", "bf16")],
 )  # fmt: skip
 def test_a_good_artefact_passes(tiny_base: Path, tied_base: Path, tmp_path: Path, method: str, compute: str) -> None:
     base, method = (tied_base, "full") if method == "tied" else (tiny_base, method)
@@ -149,6 +150,8 @@ def test_a_good_artefact_passes(tiny_base: Path, tied_base: Path, tmp_path: Path
         ("lora", targets("q_proj"), "trained weights are not in the loaded model, such as base_model.model.model.layers.0."),
         ("lora", targets("lm_head", "q_proj"), "weights of the loaded model were not trained, such as base_model.model.lm_"),
         ("qlora", adapter(lambda t: t[first(t, "lora_B")].zero_()), "is all zeros: the adapter does nothing there"),
+        ("prompt", adapter(lambda t: t["prompt_embeddings"].add_(1e-6)), "1 weights are not those of the trained model"),
+        ("prefix", adapter(lambda t: t.update(prompt_embeddings=t["prompt_embeddings"].roll(64, 1))), "1 weights are not"),
         ("full", model(lambda t: t.pop("model.norm.weight")), "the weights lack model.norm.weight"),
         ("full", model(lambda t: t.update(stranger=torch.ones(1))), "the weights have an unknown stranger"),
         ("full", model(lambda t: t["model.norm.weight"].fill_(torch.nan)), "has values that are not finite"),

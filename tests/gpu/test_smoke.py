@@ -70,7 +70,7 @@ def test_five_steps_in_bf16(tiny_base: Path, strategy: str, method: str) -> None
     assert got[-1] < got[0]
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "p_tuning lstm", "prefix projection"])
 def test_fp32_is_equal_under_ddp_and_fsdp2(tiny_base: Path, method: str) -> None:
     torch.testing.assert_close(
         losses(tiny_base, method, "ddp", "fp32"), losses(tiny_base, method, "fsdp2", "fp32"), rtol=1e-5, atol=0
@@ -106,10 +106,11 @@ def test_varlen_equals_attention_by_segment(heads: int, kv_heads: int, window: i
         torch.testing.assert_close(mine[0].transpose(0, 1).float(), theirs, rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("method", ["full", "p_tuning lstm", "prefix"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_the_host_does_not_wait_in_a_step(tiny_base: Path, strategy: str) -> None:
+def test_the_host_does_not_wait_in_a_step(tiny_base: Path, strategy: str, method: str) -> None:
     """CUDA's own synchronisation detector, from the first micro-batch to the update."""
-    cfg = cells.config(str(tiny_base), "full", strategy, precision={"compute": "bf16"})
+    cfg = cells.config(str(tiny_base), method, strategy, precision={"compute": "bf16"})
     run = resolve(cfg, WorldShape())
     built = registry.apply(run, CUDA)
     data = cells.synthetic_data()

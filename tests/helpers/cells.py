@@ -45,19 +45,34 @@ class Trained:
     """trainable parameters, gathered, after the last step; on rank 0 only"""
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"type": "full"},
+    "lora": {"type": "lora", "r": 4, "alpha": 16},
+    "qlora": {"type": "qlora", "r": 4, "alpha": 16},
+    # Five is divided by neither 2 nor 3: shards are uneven.
+    "prompt": {"type": "prompt", "num_virtual_tokens": 5},
+    "prompt text": {"type": "prompt", "num_virtual_tokens": 5, "init_text": "Say: "},
+    "p_tuning": {"type": "p_tuning", "num_virtual_tokens": 5, "encoder_hidden_size": 24},
+    "p_tuning lstm": {"type": "p_tuning", "num_virtual_tokens": 5, "encoder": "lstm", "encoder_hidden_size": 24},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 5},
+    "prefix projection": {"type": "prefix", "num_virtual_tokens": 5, "projection": True, "encoder_hidden_size": 24},
+}
+
+
 def config(
     model: str, method: str | dict[str, Any] = "full", strategy: str = "ddp", **sections: dict[str, Any]
 ) -> Config:
     """A config for tests in fp32; ``sections`` are merged over it.
 
     Args:
-        method: its type, or the section without the rank of an adapter.
+        method: a key of ``METHODS``, or a section whose other keys are those of the method of its type there.
     """
-    method = {"type": method} if isinstance(method, str) else method
+    method = METHODS[method] if isinstance(method, str) else METHODS[method["type"]] | method
+    packing = "none" if "num_virtual_tokens" in method else "best_fit"
     base: dict[str, Any] = {
         "model": {"path": model},
-        "method": method if method["type"] == "full" else {"r": 4, "alpha": 16, **method},
-        "data": {"train": [{"path": "unused"}], "max_seq_len": 48},
+        "method": method,
+        "data": {"train": [{"path": "unused"}], "max_seq_len": 48, "packing": packing},
         "sharding": {"strategy": strategy},
         "precision": {"compute": "fp32"},
         "activation_checkpointing": {"mode": "full"},
@@ -114,7 +129,7 @@ def train(
     """The loop's own step function, over synthetic data."""
     run, strategy = start(Config.model_validate(yaml.safe_load(cfg_yaml)))
     rank = dist.get_rank()
-    data = synthetic_data(**(data_kwargs or {}))
+    data = synthetic_data(**{"packing": run.data.packing != "none", **(data_kwargs or {})})
     held_out = synthetic_data(rows=eval_rows, seed=99, packing=False)
     order = TrainingOrder(data, run.batch, run.seed)
     assert run.max_steps is not None
@@ -148,7 +163,7 @@ def train_and_export(cfg_yaml: str, folder: str) -> list[np.ndarray[Any, Any]]:
     """Trains three steps, exports to ``folder`` and returns the logits [t, V] of each of ``probe_rows`` in memory."""
     run, strategy = start(Config.model_validate(yaml.safe_load(cfg_yaml)))
     rank = dist.get_rank()
-    data = synthetic_data()
+    data = synthetic_data(packing=run.data.packing != "none")
     order = TrainingOrder(data, run.batch, run.seed)
     try:
         for number in range(3):

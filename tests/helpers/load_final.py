@@ -2,7 +2,7 @@
 
 usage: python load_final.py IDS.json FOLDER...     writes FOLDER/logits.npz, the logits of each list of token ids
 
-Each FOLDER holds ``final/`` and is named after its method: full, lora or qlora, then anything.
+Each FOLDER holds ``final/`` and is named after its method (full, qlora, or another of peft), then anything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main(ids_file: str, *folders: str) -> None:
         # In eval mode bitsandbytes computes in bf16 on some CPUs; without dropout train mode is the same model.
         model = load(f"{folder}/final", folder.rsplit("/", 1)[-1].split("-")[0]).train()
         with torch.no_grad():
-            logits = [model(input_ids=torch.tensor([ids])).logits[0].float().numpy() for ids in rows]
+            # Of prompt and P-tuning the first are at virtual tokens.
+            logits = [model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].float().numpy() for ids in rows]
         np.savez(f"{folder}/logits.npz", *logits)
     assert not any(name.startswith("sft_dist") for name in sys.modules)
 

@@ -281,7 +281,7 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
             "set method.target_modules to all-linear, attention, mlp or a list of text",
         ),
         ("method={type: lora, dropout: 1}", "method.dropout is 1", "set method.dropout to a number >= 0 and < 1"),
-        ("method.r=3", "method.type is missing", "set method.type to full, lora or qlora"),
+        ("method.r=3", "method.type is missing", "set method.type to full, lora, qlora, prompt, p_tuning or prefix"),
     ],
 )
 def test_wrong_value(error: Callable[..., tuple[str, str]], override: str, what: str, fix: str) -> None:

@@ -26,6 +26,7 @@ def train(**keys: Any) -> dict[str, Any]:
 
 
 LORA = {"type": "lora"}
+UNPACKED = {"data": {"train": [{"path": "a.jsonl"}], "packing": "none"}}
 
 WRONG = [
     (
@@ -105,6 +106,27 @@ WRONG = [
         "remove the empty name from method.target_modules",
     ),
     (
+        {"method": {"type": "prefix", "num_virtual_tokens": 8}},
+        "data.packing is best_fit, but method.type prefix puts 8 virtual tokens in front of every row: a pack would "
+        "exceed data.max_seq_len by as many for each row in it",
+        "set data.packing to none",
+    ),
+    (
+        UNPACKED | {"method": {"type": "prompt", "init_text": " "}},
+        "method.init_text is empty",
+        "remove method.init_text, or give a text to start from",
+    ),
+    (
+        UNPACKED | {"method": {"type": "p_tuning", "encoder_num_layers": 3}},
+        "method.encoder_num_layers is 3, which has no effect with method.encoder mlp",
+        "remove method.encoder_num_layers, or set method.encoder to lstm",
+    ),
+    (
+        UNPACKED | {"method": {"type": "prefix", "encoder_hidden_size": 64}},
+        "method.encoder_hidden_size is 64, which has no effect without projection",
+        "remove method.encoder_hidden_size, or set method.projection to true",
+    ),
+    (
         {"eval": {"every_steps": 5}},
         "eval.every_steps is 5, but data.eval is empty",
         "add held-out sources to data.eval, or remove eval.every_steps",
@@ -129,6 +151,9 @@ RIGHT = [
     {"optim": {"paged": True}, "precision": {"optimizer_state": "8bit"}},
     {"method": LORA | {"target_modules": ["q_proj"]}},
     {"method": LORA},
+    UNPACKED | {"method": {"type": "prompt"}},
+    UNPACKED | {"method": {"type": "p_tuning", "encoder": "lstm", "encoder_num_layers": 3}},
+    UNPACKED | {"method": {"type": "prefix", "projection": True, "encoder_hidden_size": 64}},
     {"eval": {"every_steps": 5}, "data": {"train": [{"path": "a"}], "eval": [{"path": "b"}]}},
     {"optim": {"warmup_ratio": 0.9}},
     train(max_steps=1),  # the default warm-up of one step; there is nothing after it to reach

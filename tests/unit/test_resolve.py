@@ -29,7 +29,7 @@ from sft_dist.sharding import registry
 from tests.helpers.cells import config
 from tests.helpers.loaded import load_model
 
-METHODS = pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+METHODS = pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix projection"])
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 WORLDS = (1, 2, 3, 8)
 

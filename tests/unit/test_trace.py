@@ -36,7 +36,7 @@ from sft_dist.sharding.strategy import store_master
 from sft_dist.train.step import StepOutcome, train_step
 from tests.helpers.cells import CPU, config, start, synthetic_data
 
-METHODS = pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+METHODS = pytest.mark.parametrize("method", ["full", "lora", "qlora", "prompt", "p_tuning lstm", "prefix projection"])
 
 
 @pytest.fixture(scope="module")
