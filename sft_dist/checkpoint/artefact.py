@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sft_dist.checkpoint import fresh_process
+from sft_dist.config.schema import QloraMethod
 from sft_dist.data.batch import MicroBatch
 from sft_dist.data.chat_template import TemplateSample
 from sft_dist.data.prepared import PreparedData
@@ -105,6 +106,7 @@ def write_expected(
     save_file({str(n): probe.logits.contiguous() for n, probe in enumerate(probes)}, folder / fresh_process.LOGITS)
     description = {
         "method": spec.method.type,
+        "quantization": spec.method.quantization if isinstance(spec.method, QloraMethod) else None,
         "dtype": spec.compute,
         "weights": dict(weights),
         "probes": [{"input_ids": probe.input_ids, "positions": probe.positions} for probe in probes],

@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import xxhash
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 EXPECTED, LOGITS, FINDINGS = "expected.json", "logits.safetensors", "findings.json"
@@ -41,9 +42,13 @@ def main(artefact: Path, expected_folder: Path) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     expected = json.loads((expected_folder / EXPECTED).read_text(encoding="utf-8"))
     findings = list(tokenizer_findings(artefact, expected["template"]))
-    model, load_findings = load(artefact, expected["method"], DTYPES[expected["dtype"]])
-    findings += load_findings
-    findings += weight_findings(model, expected["weights"], is_adapter=expected["method"] != "full")
+    is_adapter, dtype = expected["method"] != "full", DTYPES[expected["dtype"]]
+    if is_adapter:
+        model = load_adapter(artefact, expected["quantization"], dtype)
+    else:
+        model, load_findings = load(artefact, dtype)
+        findings += load_findings
+    findings += weight_findings(model, expected["weights"], is_adapter=is_adapter)
     if not findings:
         findings += logit_findings(model, expected, load_file(expected_folder / LOGITS))
     (expected_folder / FINDINGS).write_text(json.dumps(findings), encoding="utf-8")
@@ -67,38 +72,59 @@ def tokenizer_findings(artefact: Path, sample: dict[str, Any]) -> Iterator[str]:
         yield "the tokenizer gives the first row other ids"
 
 
-def load(artefact: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """The model on the CPU, and what was missing from or unknown to the files."""
-    if method == "full":
-        model, report = AutoModelForCausalLM.from_pretrained(artefact, dtype=dtype, output_loading_info=True)
-        kinds = {"missing_keys": "lack", "unexpected_keys": "have an unknown", "mismatched_keys": "have a misshapen"}
-        found = [
-            f"the weights {verb} {sorted(map(str, report[kind]))[0]}" for kind, verb in kinds.items() if report[kind]
-        ]
-        is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-        if model.config.get_text_config().tie_word_embeddings != is_tied:
-            # transformers believes the weights, other programs the configuration.
-            found.append(
-                f"config.json says that the embeddings are {'not ' if is_tied else ''}tied, the weights do not"
-            )
-        return model.eval(), found
+def load(artefact: Path, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """A whole model on the CPU, and what was missing from or unknown to the files."""
+    model, report = AutoModelForCausalLM.from_pretrained(artefact, dtype=dtype, output_loading_info=True)
+    kinds = {"missing_keys": "lack", "unexpected_keys": "have an unknown", "mismatched_keys": "have a misshapen"}
+    found = [f"the weights {verb} {sorted(map(str, report[kind]))[0]}" for kind, verb in kinds.items() if report[kind]]
+    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if model.config.get_text_config().tie_word_embeddings != is_tied:
+        # transformers believes the weights, other programs the configuration.
+        found.append(f"config.json says that the embeddings are {'not ' if is_tied else ''}tied, the weights do not")
+    return model.eval(), found
+
+
+def load_adapter(artefact: Path, quantization: str | None, dtype: torch.dtype) -> nn.Module:
+    """An adapter on its base on the CPU, computing in ``dtype`` with the values that it was trained with.
+
+    Args:
+        quantization: of the base, "nf4" or "int8"; None for 16 or 32 bits.
+    """
     adapter = json.loads((artefact / "adapter_config.json").read_text())
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype,
-    )  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(
-        adapter["base_model_name_or_path"],
-        revision=adapter["revision"] or "main",
-        dtype=dtype,
-        quantization_config=quantization if method == "qlora" else None,
-    )
-    model = PeftModel.from_pretrained(base, artefact)
+    base, revision = adapter["base_model_name_or_path"], adapter["revision"] or "main"
+    options: dict[str, Any] = {}
+    if getattr(AutoConfig.from_pretrained(base, revision=revision), "quantization_config", None) is None:
+        # A base whose files are quantised says itself how.
+        options["quantization_config"] = quantize_as(quantization, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **options)
+    compute_in(loaded, dtype)
+    model = PeftModel.from_pretrained(loaded, artefact).eval()
     for module in model.modules():
-        # On some CPUs bitsandbytes repacks a 4-bit weight in eval mode and computes in bf16 whatever was asked for.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            # In eval mode it would quantise the activations too, which training does not.
+            module.train()
+    return model
+
+
+def compute_in(base: nn.Module, dtype: torch.dtype) -> None:
+    """Lets a base compute as in training, also where its files are quantised and name another dtype."""
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            # On some CPUs bitsandbytes repacks a 4-bit weight in eval mode and computes in bf16 whatever it was told.
             module.support_avx512bf16_for_cpu = False
-    return model.eval(), []
+        elif not isinstance(module, bnb.nn.Linear8bitLt):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
+def quantize_as(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype,
+        )  # fmt: skip
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 
 def weight_findings(model: nn.Module, expected: dict[str, str], *, is_adapter: bool) -> Iterator[str]:

@@ -76,9 +76,14 @@ class LoraMethod(Section):
 
 
 class QloraMethod(LoraMethod):
-    """LoRA on a base quantised to NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314)."""
+    """LoRA on a quantised base (Dettmers et al. 2023, arXiv 2305.14314), quantised while it is loaded or before."""
 
     type: Literal["qlora"]  # type: ignore[assignment]
+    quantization: Literal["nf4", "int8"] = Field(
+        "nf4",
+        description="How the base is stored: nf4, 4 bits with double quantisation; int8, 8 bits with a scale a row. A "
+        "base that bitsandbytes has quantised before is trained as it is, and must be of this kind.",
+    )
 
 
 class _VirtualTokens(Section):

@@ -1,4 +1,4 @@
-"""Builds the model a run trains, without its weights: base -> NF4 -> adapters -> loss head, in that order.
+"""Builds the model a run trains, without its weights: base -> quantised -> adapters -> loss head, in that order.
 
 The same function builds the model that describes a run and the one that is sharded, filled (``model/weights.py``) and
 trained, so that the description cannot drift from the thing.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,19 +19,24 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod, VirtualTokensMethod
+from sft_dist.config.schema import FullMethod, LoraMethod, MethodConfig, QloraMethod, VirtualTokensMethod
 from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import ConfigError
 from sft_dist.model.adapters import add_lora
 from sft_dist.model.attention import ATTENTION_NAME
 from sft_dist.model.hub import model_folder
+from sft_dist.model.int8 import Int8Linear
 from sft_dist.model.loss import LossHead
 from sft_dist.model.names import covered
-from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
+from sft_dist.model.nf4 import NF4Linear
+from sft_dist.model.prequantized import DENSE_FIX, StoredQuantization, check_method, stored_quantization
+from sft_dist.model.quantized import QuantizedLinear
 from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
 from sft_dist.model.support import has_dynamic_rope, heads_of, load_model_config
 from sft_dist.model.virtual_tokens import LongRows, VirtualTokens, check_base, cut_off, put_before
+
+QUANTIZED: dict[str, type[QuantizedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,12 +47,14 @@ class BaseTensor:
 
     Args:
         names: that Transformers knows it by; several where it is tied.
-        shape: in the files; an NF4 weight has another one in the model.
+        shape: of the weight; one that is quantised in the model or the files has another one there.
+        is_packed: it is quantised in the files.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     is_buffer: bool
+    is_packed: bool = False
 
     @property
     def numel(self) -> int:
@@ -142,8 +150,19 @@ def describe_model(path: str, revision: str | None, method: MethodConfig, comput
     """The description of the model that ``build_meta_model`` builds, from its configuration alone.
 
     Raises:
-        ConfigError: the path is no model, or one with settings that are not supported.
+        ConfigError: the path is no model, one with settings that are not supported, or not for this method.
     """
+    config = load_model_config(path, revision)
+    check_method(stored_quantization(config, path), method, path)
+    return _describe(path, revision, method, compute)
+
+
+def describe_dense(path: str, revision: str | None, compute: Dtype) -> ModelSpec:
+    """The base with every weight in ``compute`` and its own shape, also where the files hold it quantised."""
+    return _describe(path, revision, FullMethod(), compute)
+
+
+def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
     config = load_model_config(path, revision)
     meta = build_meta_model(path, revision, method, compute)
     heads, kv_heads, head_dim = heads_of(config)
@@ -171,8 +190,8 @@ def describe_model(path: str, revision: str | None, method: MethodConfig, comput
 def build_meta_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> SftModel:
     """The model without its weights: every parameter on the meta device.
 
-    Buffers that the model computes when it is made (rotary frequencies) are real; those of NF4 layers come with the
-    weights.
+    Buffers that the model computes when it is made (rotary frequencies) are real; those of quantised layers come with
+    the weights.
 
     Raises:
         ConfigError: as ``describe_model``.
@@ -184,7 +203,7 @@ def build_meta_model(path: str, revision: str | None, method: MethodConfig, comp
     model.tie_weights()
     _load_generation_config(model, path, revision)
     with torch.device("meta"):
-        return _assemble(model, method, dtype)
+        return _assemble(model, method, dtype, stored_quantization(config, path))
 
 
 def build_model(spec: ModelSpec) -> SftModel:
@@ -197,7 +216,9 @@ def _load_generation_config(model: PreTrainedModel, path: str, revision: str | N
         model.generation_config = GenerationConfig.from_pretrained(model_folder(path, revision, "config"))
 
 
-def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) -> SftModel:
+def _assemble(
+    model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype, stored: StoredQuantization | None
+) -> SftModel:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ConfigError(
@@ -208,7 +229,8 @@ def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) 
     model.config.use_cache = False
     base = _base_tensors(model)
     if isinstance(method, QloraMethod):
-        _quantize_linears(model, dtype)
+        for name in _quantize_linears(model, method, dtype, stored):
+            base[name] = replace(base[name], is_packed=stored is not None)
     hf_names = {id(tensor): name for name, tensor in _stored_tensors(model)}
     hf: nn.Module = model
     prompt = None
@@ -253,15 +275,31 @@ def _stored_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return list(seen.values())
 
 
-def _quantize_linears(model: PreTrainedModel, storage: torch.dtype) -> None:
-    """Replaces every linear layer but the output layer; embeddings and norms stay as they are."""
+def _quantize_linears(
+    model: PreTrainedModel, method: QloraMethod, storage: torch.dtype, stored: StoredQuantization | None
+) -> Iterator[str]:
+    """Replaces every linear layer but the output layer; where the files hold quantised weights, just those.
+
+    Yields:
+        names of the weights of the layers that were replaced.
+    """
+    covers = (lambda _: True) if stored is None else stored.covers(model)
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear:
-            continue
-        if module.weight.numel() % BLOCK_SIZE:
+        if isinstance(module, LossHead) and stored is not None and covers(name):
             raise ConfigError(
-                f"method.type=qlora: {name} has {module.weight.numel()} weights, not a multiple of {BLOCK_SIZE}",
-                fix="use method.type=lora for this model",
+                f"model.path: {name}, the output layer, is quantised in the files, which is not supported",
+                fix="give a model that was quantised with llm_int8_skip_modules: null",
             )
+        if type(module) is not nn.Linear or not covers(name):
+            continue
+        kind = QUANTIZED[method.quantization]
+        indivisible = kind.indivisible(module, storage)
+        if indivisible is not None:
+            raise ConfigError(
+                f"method.quantization is {kind.kind}, but {name} has {indivisible}",
+                fix="use method.type=lora for this model" if stored is None else DENSE_FIX,
+            )
+        quantized = kind.in_place_of(module, storage) if stored is None else stored.in_place_of(module, storage)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, NF4Linear.in_place_of(module, storage))
+        setattr(model.get_submodule(parent), child, quantized)
+        yield f"{name}.weight"

@@ -18,7 +18,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sft_dist.model.nf4 import NF4Linear, NF4Matmul, dequantize
+from sft_dist.model.int8 import Int8Linear
+from sft_dist.model.nf4 import NF4Linear
+from sft_dist.model.quantized import Dequantize, QuantizedLinear, QuantizedMatmul
 
 ADAPTER = "default"
 
@@ -81,19 +83,18 @@ def row_lengths(base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor
 
 def base_product(base: nn.Linear, x: Tensor) -> Tensor:
     """x W' without bias."""
-    if isinstance(base, NF4Linear):
+    if isinstance(base, QuantizedLinear):
         shape = (base.out_features, base.in_features)
-        result: Tensor = NF4Matmul.apply(x, base.weight, base.absmax, base.nested_absmax, base.offset, shape)
+        result: Tensor = QuantizedMatmul.apply(x, base.dequantize, shape, *base.stored())
         return result
     return F.linear(x, base.weight)
 
 
 def dense_weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """[out, in] of a dense or an NF4 layer."""
-    stored: tuple[Tensor, ...] = (base.weight,)
-    if isinstance(base, NF4Linear):
-        stored = (base.weight, base.absmax, base.nested_absmax, base.offset)
-    return _weight(stored, (base.out_features, base.in_features), dtype)
+    """[out, in] of a dense or a quantised layer."""
+    if isinstance(base, QuantizedLinear):
+        return base.dequantize(base.stored(), (base.out_features, base.in_features), dtype)
+    return base.weight
 
 
 def add_magnitudes(model: nn.Module) -> None:
@@ -105,7 +106,7 @@ def add_magnitudes(model: nn.Module) -> None:
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Gives every plain LoRA layer on a dense or NF4 linear layer our forward; all other PEFT layers stay as they are.
+    """Gives every plain LoRA layer on a dense or quantised linear layer our forward; other PEFT layers keep theirs.
 
     The object keeps its identity, parameters and hooks and changes its class, as ``fully_shard`` does it.
     """
@@ -117,7 +118,7 @@ def fuse_lora(model: nn.Module) -> None:
 def _is_plain(layer: Any) -> bool:
     """A variant (DoRA and others) computes something else; ``lora_bias`` adds a parameter that we do not read."""
     return (
-        type(layer.get_base_layer()) in (nn.Linear, NF4Linear)
+        type(layer.get_base_layer()) in (nn.Linear, NF4Linear, Int8Linear)
         and list(layer.lora_A) == [ADAPTER]
         and not layer.lora_variant
         and not any(layer.lora_bias.values())
@@ -141,13 +142,14 @@ def lora_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, *, scaling: fl
     """[..., out] in ``x``'s dtype, that of A and B too.
 
     Args:
-        base: an ``nn.Linear`` or ``NF4Linear`` with a frozen weight; it is read, not called.
+        base: an ``nn.Linear`` or ``QuantizedLinear`` with a frozen weight; it is read, not called.
         dropout: probability that an element of the adapter's input is zeroed. Draws the same numbers as ``F.dropout``.
     """
     assert not base.weight.requires_grad, "the weight under an adapter is frozen: it would get no gradient here"
     stored: tuple[Tensor, ...] = (base.weight,)
-    if isinstance(base, NF4Linear):
-        stored = (base.weight, base.absmax, base.nested_absmax, base.offset)
+    dequantize: Dequantize = _dense
+    if isinstance(base, QuantizedLinear):
+        stored, dequantize = base.stored(), base.dequantize
     shape = (base.out_features, base.in_features)
     with torch.no_grad():
         dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
@@ -155,11 +157,11 @@ def lora_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, *, scaling: fl
         del dropped
 
     def value() -> Tensor:
-        y = F.linear(x.contiguous(), _weight(stored, shape, x.dtype), base.bias)
+        y = F.linear(x.contiguous(), dequantize(stored, shape, x.dtype), base.bias)
         # One product and sum; not in place, because selective checkpointing may keep y for the recomputation.
         return torch.addmm(y.view(-1, shape[0]), h.reshape(-1, h.shape[-1]), b.T, alpha=scaling).view(y.shape)
 
-    place = LoraMatmul.apply(x, h, mask, a, b, base.bias, scaling, dropout, shape, *stored)
+    place = LoraMatmul.apply(x, h, mask, a, b, base.bias, scaling, dropout, dequantize, shape, *stored)
     result: Tensor = _FillIn.apply(place, value)
     return result
 
@@ -186,10 +188,12 @@ class LoraMatmul(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         dropout: float,
+        dequantize: Dequantize,
         shape: tuple[int, int],
         *stored: Tensor,
     ) -> Tensor:
-        ctx.scaling, ctx.keep_scale, ctx.shape = scaling, 1 / (1 - dropout), shape
+        ctx.scaling, ctx.keep_scale = scaling, 1 / (1 - dropout)
+        ctx.dequantize, ctx.shape = dequantize, shape
         ctx.save_for_backward(x, h, mask, a, b, *stored)
         return x.new_empty(()).expand(*x.shape[:-1], shape[0])
 
@@ -209,14 +213,14 @@ class LoraMatmul(torch.autograd.Function):
             grad_a = (g_h.T @ read.reshape(-1, x.shape[-1])).mul_(ctx.keep_scale)
             del read
         if needs_x:
-            grad_x = g @ _weight(stored, ctx.shape, grad.dtype)
+            grad_x = g @ ctx.dequantize(tuple(stored), ctx.shape, grad.dtype)
             if mask is None:
                 grad_x.addmm_(g_h, a)
             else:
                 grad_x.add_((g_h @ a).mul_(mask.reshape_as(grad_x)), alpha=ctx.keep_scale)
             grad_x = grad_x.view(x.shape)
         grad_bias = g.sum(0) if needs_bias else None
-        return grad_x, None, None, grad_a, grad_b, grad_bias, *(None for _ in range(3 + len(stored)))
+        return grad_x, None, None, grad_a, grad_b, grad_bias, *(None for _ in range(4 + len(stored)))
 
 
 class _FillIn(torch.autograd.Function):
@@ -231,9 +235,6 @@ class _FillIn(torch.autograd.Function):
         return grad, None
 
 
-def _weight(stored: tuple[Tensor, ...] | list[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """[out, in] from a dense weight, or from the parts of an NF4 one."""
-    if len(stored) == 1:
-        return stored[0]
-    packed, absmax, nested_absmax, offset = stored
-    return dequantize(packed, absmax, nested_absmax, offset, shape, dtype)
+def _dense(stored: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A weight that is not quantised."""
+    return stored[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft_dist.errors import CheckpointError
+
+# Dtypes of weights that can be trained from, as the files name them; others are quantised or no numbers.
+TRAINABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,18 @@ class SafetensorsFolder:
         except (OSError, SafetensorError) as e:
             raise self._unreadable(stored.file, e) from e
 
+    def read_bytes(self, key: str, start: int, stop: int) -> Tensor:
+        """[stop - start] uint8, bytes of a tensor from ``start`` on, whatever its dtype."""
+        stored = self.tensors[key]
+        size = _itemsize(stored.dtype)
+        first = start // size
+        elements = self.read(key, first, -(-stop // size))
+        return elements.view(torch.uint8)[start - first * size : stop - first * size]
+
     def num_bytes(self, key: str) -> int:
         """Of one tensor."""
         stored = self.tensors[key]
-        dtype = torch_dtype(stored.dtype)
-        return math.prod(stored.shape) * (dtype.itemsize if dtype is not None else 1)
+        return math.prod(stored.shape) * _itemsize(stored.dtype)
 
     def _weight_files(self) -> list[Path]:
         single = self.folder / f"{self._name}.safetensors"
@@ -101,6 +112,7 @@ class SafetensorsFolder:
         return CheckpointError(f"{self._key}: {what}", fix=f"the folder needs {files}")
 
 
-def torch_dtype(stored: str) -> torch.dtype | None:
-    """The dtype of a weight that can be trained from; None for one that is quantised or no number."""
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(stored)
+def _itemsize(stored: str) -> int:
+    """Bytes of an element, from the name of its dtype in the file: what does not end in its bits has eight."""
+    bits = re.fullmatch(r"[A-Z]+(16|32|64)", stored)
+    return int(bits[1]) // 8 if bits else 1

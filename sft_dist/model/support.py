@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sft_dist.errors import ConfigError
 from sft_dist.model.hub import model_folder
+from sft_dist.model.prequantized import stored_quantization
 
 # Settings of a model configuration that change its arithmetic where packed attention or the loss head leave it out.
 UNSUPPORTED_SETTINGS = (
@@ -59,6 +60,7 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
                 f"model.path: {path} sets {key}={value}, which is not supported",
                 fix="choose a model without logit scaling, soft-capping or attention dropout",
             )
+    stored_quantization(config, path)  # refuses what is quantised in a way that cannot be trained on
     return config
 
 

@@ -1,16 +1,19 @@
 """The first values of a model's parameters, read in parts, so that no rank reads or holds more than it keeps.
 
 A model is built on the meta device, sharded there, and filled by :func:`fill`, one parameter after the other: base
-weights from safetensors, each rank its own elements; NF4 weights quantised on the way in, block by block; adapters from
-a generator of their own, so that they are the same on any number of ranks.
+weights from safetensors, each rank its own elements; weights that the run wants quantised are quantised on the way in,
+unless they are in the files already; adapters from a generator of their own, so that they are the same on any number of
+ranks.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,8 +28,9 @@ from sft_dist.errors import CheckpointError
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
 from sft_dist.model.hub import model_folder
 from sft_dist.model.initial import InitialAdapters
-from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear, dequantize, quantize_blocks
-from sft_dist.model.safetensors_folder import SafetensorsFolder, torch_dtype
+from sft_dist.model.prequantized import DENSE_FIX, StoredState, read_buffer, split_key, state_parts, unreadable_state
+from sft_dist.model.quantized import QuantizedLinear
+from sft_dist.model.safetensors_folder import TRAINABLE_DTYPES, SafetensorsFolder
 from sft_dist.model.spec import ModelSpec
 from sft_dist.model.virtual_tokens import InitialVirtualTokens, init_token_ids
 from sft_dist.runtime.memory import release_freed_memory
@@ -39,8 +43,8 @@ RELEASE_EVERY_BYTES = 1 << 26
 # What PEFT calls the layer that an adapter is on.
 UNDER_ADAPTER = ".base_layer"
 
-# Blocks; bitsandbytes on a CPU needs 4 KiB for each of them while it quantises.
-QUANTIZED_AT_ONCE = 1 << 13
+# Weights; bitsandbytes on a CPU needs 64 bytes for each of them while it quantises to NF4.
+QUANTIZED_AT_ONCE = 1 << 19
 
 # Files of older versions of Transformers hold what a model computes when it is made.
 COMPUTED_HERE = r"rotary_emb\.inv_freq"
@@ -87,7 +91,7 @@ class Weights:
         self._base = model.base
         self._keys = _matched(self._folder, model)
         self._compute, self._on_bytes = TORCH_DTYPES[spec.compute], on_bytes
-        self._quantized = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+        self._quantized = _quantized_layers(model)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._adapters: InitialAdapters | None = None
         if isinstance(spec.method, LoraMethod):
@@ -110,10 +114,18 @@ class Weights:
         """Fills a rank's part of a parameter.
 
         Returns:
-            for an NF4 weight the scales of the blocks that begin in the part; the layer needs those of all parts.
+            for a weight that was quantised here, the scales of the units that begin in the part; the layer needs
+            those of all parts.
         """
         if name in self._quantized:
-            return self._quantize_into(name, part)
+            if not self._base[name].is_packed:
+                return self._quantize_into(name, part)
+            size = part.local.element_size()
+            stop = part.start + part.local.numel()
+            packed = self._folder.read_bytes(self._keys[name], part.start * size, stop * size)
+            self._on_bytes(packed.nbytes)
+            part.local.view(torch.uint8).copy_(packed)
+            return None
         values = self._values(name, part.start, part.start + part.local.numel())
         if self._compute not in (values.dtype, part.local.dtype):
             # All strategies start from the same values, those that keep the master weight in a finer dtype too.
@@ -122,16 +134,16 @@ class Weights:
         return None
 
     def set_scales(self, name: str, scales: _Scales, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        """Gives an NF4 layer the scales of all its blocks.
+        """Gives a layer that was quantised here the scales of all its units.
 
         Args:
             group: the ranks whose parts make up the whole; None where each rank has all of it. Each of them must call.
         """
         layer = self._quantized[name]
-        absmax = torch.zeros(layer.absmax.numel(), dtype=torch.float32, device=device)
+        absmax = torch.zeros(layer.num_units, dtype=torch.float32, device=device)
         absmax[scales.first : scales.first + scales.absmax.numel()] = scales.absmax
         if group is not None:
-            # Every block begins in one part, so this sum only adds zeros to it.
+            # Every unit begins in one part, so this sum only adds zeros to it.
             dist.all_reduce(absmax, group=group)
         layer.set_scales(absmax)
 
@@ -141,9 +153,17 @@ class Weights:
         a, b = self._adapters.factors(layer)
         return a.to(self._compute), b.to(self._compute)
 
-    def buffers(self) -> dict[str, Tensor]:
-        """The buffers that are in the files, by their names in the model."""
-        return {n: self._read(n, 0, t.numel).view(t.shape) for n, t in self._base.items() if t.is_buffer}
+    def buffer(self, name: str) -> Tensor | None:
+        """A buffer by its name in the model; None where it is not in the files."""
+        if name in self._base:
+            return self._read(name, 0, self._base[name].numel).view(self._base[name].shape)
+        layer, _, buffer = name.rpartition(".")
+        weight = f"{layer}.weight"
+        if weight in self._quantized and self._base[weight].is_packed:
+            bits = read_buffer(self._quantized[weight], buffer, _stored_state(self._folder, self._keys, weight))
+            self._on_bytes(bits.nbytes)
+            return bits
+        return None
 
     def _values(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start] what a parameter starts from."""
@@ -172,12 +192,15 @@ class Weights:
         if name not in self._quantized:
             return self._dense(layer)
         place = self._quantized[name]
-        packed = nn.Parameter(torch.empty(self._shapes[name], dtype=place.weight.dtype), requires_grad=False)
-        scales = self._quantize_into(name, Part(packed, packed.view(-1), 0))
-        whole = NF4Linear(place.in_features, place.out_features, bias=None, storage=packed.dtype)
-        whole.set_scales(scales.absmax)
-        shape = (place.out_features, place.in_features)
-        return dequantize(packed, whole.absmax, whole.nested_absmax, whole.offset, shape, self._compute).float()
+        packed = nn.Parameter(torch.empty(self._shapes[name], dtype=self._compute), requires_grad=False)
+        whole = copy(place)
+        whole._parameters, whole._buffers = {**place._parameters, "weight": packed}, dict(place._buffers)
+        scales = self.read_into(name, Part(packed, packed.view(-1), 0))
+        if scales is not None:
+            whole.set_scales(scales.absmax)
+        else:
+            whole._buffers = {kind: self.buffer(f"{layer}{UNDER_ADAPTER}.{kind}") for kind in whole._buffers}
+        return whole.dequantize(whole.stored(), (place.out_features, place.in_features), self._compute).float()
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         values = self._folder.read(self._keys[name], start, stop)
@@ -185,27 +208,29 @@ class Weights:
         return values
 
     def _quantize_into(self, name: str, part: Part) -> _Scales:
-        """Quantises whole blocks: those at the part's ends also where they reach over them."""
-        block = BLOCK_SIZE // (2 * part.local.element_size())  # in packed elements
+        """Quantises whole units: those at the part's ends also where they reach over them."""
+        layer = self._quantized[name]
+        unit = math.prod(self._shapes[name]) // layer.num_units  # in packed elements
+        at_once = max(1, QUANTIZED_AT_ONCE // layer.unit)
         start, stop = part.start, part.start + part.local.numel()
-        begin = -(-start // block)
+        begin = -(-start // unit)
         if start == stop:
             return _Scales(begin, torch.empty(0, device=part.local.device))
-        first, last = start // block, -(-stop // block)
+        first, last = start // unit, -(-stop // unit)
         absmax = []
-        for chunk in range(first, last, QUANTIZED_AT_ONCE):
-            end = min(last, chunk + QUANTIZED_AT_ONCE)
-            values = self._read(name, chunk * BLOCK_SIZE, end * BLOCK_SIZE)
-            packed, scales = quantize_blocks(values.to(part.local.device, self._compute), part.local.dtype)
-            low, high = max(start, chunk * block), min(stop, end * block)
-            part.local[low - start : high - start] = packed.flatten()[low - chunk * block : high - chunk * block]
+        for chunk in range(first, last, at_once):
+            end = min(last, chunk + at_once)
+            values = self._read(name, chunk * layer.unit, end * layer.unit)
+            packed, scales = layer.quantize_units(values.to(part.local.device, self._compute))
+            low, high = max(start, chunk * unit), min(stop, end * unit)
+            part.local[low - start : high - start] = packed[low - chunk * unit : high - chunk * unit]
             absmax.append(scales)
         return _Scales(begin, torch.cat(absmax)[begin - first :])
 
 
 @dataclass(frozen=True)
 class _Scales:
-    """[n] fp32 scales of blocks ``first``, ``first`` + 1, ..."""
+    """[n] fp32 scales of units ``first``, ``first`` + 1, ..."""
 
     first: int
     absmax: Tensor
@@ -239,13 +264,10 @@ def fill(
             release_freed_memory()
             since_release = 0
     release_freed_memory()
-    stored = weights.buffers()
     for prefix, module in model.named_modules():
         for attribute, buffer in module.named_buffers(recurse=False):
-            name = f"{prefix}.{attribute}"
-            module._buffers[attribute] = (
-                stored[name].to(buffer.dtype).to(device) if name in stored else buffer.to(device)
-            )
+            stored = weights.buffer(f"{prefix}.{attribute}")
+            module._buffers[attribute] = (buffer if stored is None else stored.to(buffer.dtype)).to(device)
 
 
 def check_weights(spec: ModelSpec) -> None:
@@ -270,39 +292,118 @@ def check_weights(spec: ModelSpec) -> None:
                     )
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What the files must hold under a name.
+
+    Args:
+        names: that Transformers knows it by.
+        dtypes: one of which it is stored in, as the files name them; None for any.
+        shape, num_bytes: of it; None where they do not matter.
+    """
+
+    names: tuple[str, ...]
+    dtypes: frozenset[str] | None
+    shape: tuple[int, ...] | None
+    num_bytes: int | None = None
+    is_required: bool = True
+
+    def mismatch(self, folder: SafetensorsFolder, key: str) -> str | None:
+        """What is wrong with the tensor that the files hold."""
+        stored = folder.tensors[key]
+        if self.shape is not None and stored.shape != self.shape:
+            return f"{key} {list(stored.shape)} instead of {list(self.shape)}"
+        if self.num_bytes is not None and folder.num_bytes(key) != self.num_bytes:
+            return f"{key} of {folder.num_bytes(key)} bytes instead of {self.num_bytes}"
+        return f"{key} in {stored.dtype}" if self.dtypes is not None and stored.dtype not in self.dtypes else None
+
+
+def _wanted(model: SftModel) -> dict[str, _Wanted]:
+    """By name in ``model``; the quantisation state of "X.weight" is "X.weight.PART"."""
+    wanted, layers = {}, _quantized_layers(model)
+    for name, tensor in model.base.items():
+        if not tensor.is_packed:
+            wanted[name] = _Wanted(tensor.names, TRAINABLE_DTYPES, tensor.shape)
+            continue
+        wanted[name] = _Wanted(tensor.names, None, None, layers[name].weight.nbytes)
+        for part, state in state_parts(layers[name]).items():
+            names = tuple(f"{hf_name}.{part}" for hf_name in tensor.names)
+            wanted[f"{name}.{part}"] = _Wanted(names, state.dtypes, state.shape, None, state.is_required)
+    return wanted
+
+
 def _matched(folder: SafetensorsFolder, model: SftModel) -> dict[str, str]:
-    """Name in ``model`` -> key in the files, for every tensor of the base model.
+    """Name in ``model`` -> key in the files, for everything that ``_wanted`` names and the files hold.
 
     Raises:
-        CheckpointError: they are not the same model's.
+        CheckpointError: they are not the same model's, or hold quantised weights that are not read.
     """
-    tensors = model.base
-    by_hf_name = {name: sft_name for sft_name, tensor in tensors.items() for name in tensor.names}
+    wanted = _wanted(model)
+    by_hf_name = {name: sft_name for sft_name, tensor in model.base.items() for name in tensor.names}
+    is_packed = any(tensor.is_packed for tensor in model.base.values())
     transforms = get_model_conversion_mapping(model.causal_lm)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
     ignored = [re.compile(p) for p in (*(model.causal_lm._keys_to_ignore_on_load_unexpected or ()), COMPUTED_HERE)]
     keys: dict[str, str] = {}
     unexpected, mismatched = [], []
-    for key, stored in folder.tensors.items():
+    for key in folder.tensors:
+        weight, part = split_key(key) if is_packed else (key, "")
         hf_name, converter = rename_source_key(
-            key, renamings, converters, model.causal_lm.base_model_prefix, by_hf_name
+            weight, renamings, converters, model.causal_lm.base_model_prefix, by_hf_name
         )
-        if converter is not None or hf_name not in by_hf_name:
+        name = f"{by_hf_name.get(hf_name)}.{part}" if part else by_hf_name.get(hf_name)
+        if converter is not None or name not in wanted:
             if not any(pattern.search(key) for pattern in ignored):
                 unexpected.append(key)
             continue
-        name = by_hf_name[hf_name]
         keys.setdefault(name, key)
-        if stored.shape != tensors[name].shape:
-            mismatched.append(f"{key} {list(stored.shape)} instead of {list(tensors[name].shape)}")
-        elif torch_dtype(stored.dtype) is None:
-            mismatched.append(f"{key} in {stored.dtype}")
-    missing = [tensors[name].names[0] for name in tensors if name not in keys]
-    for what, found in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched)):
-        if found:
-            raise CheckpointError(
-                f"model.path: the weights in {folder.folder} have {len(found)} {what} keys, such as {sorted(found)[0]}",
-                fix=SAME_MODEL_FIX,
-            )
+        mismatch = wanted[name].mismatch(folder, key)
+        if mismatch is not None:
+            mismatched.append(mismatch)
+    missing = [each.names[0] for name, each in wanted.items() if each.is_required and name not in keys]
+    _refuse(folder, "missing", missing)
+    _refuse(folder, "unexpected", unexpected)
+    _check_quantization(folder, model, keys)  # which may explain why shapes differ
+    _refuse(folder, "mismatched", mismatched)
     return keys
+
+
+def _refuse(folder: SafetensorsFolder, what: str, found: list[str]) -> None:
+    if found:
+        raise CheckpointError(
+            f"model.path: the weights in {folder.folder} have {len(found)} {what} keys, such as {min(found)}",
+            fix=SAME_MODEL_FIX,
+        )
+
+
+def _check_quantization(folder: SafetensorsFolder, model: SftModel, keys: dict[str, str]) -> None:
+    """Looks into what is noted beside the tensors of weights that are quantised in the files.
+
+    Raises:
+        CheckpointError: they were quantised in a way that is not read.
+    """
+    for name, layer in _quantized_layers(model).items():
+        tensor = model.base[name]
+        if tensor.is_packed:
+            try:
+                reason = unreadable_state(layer, _stored_state(folder, keys, name))
+            except ValueError:
+                reason = "has a damaged quant_state"
+            if reason is not None:
+                raise CheckpointError(f"model.path: {tensor.names[0]} in {folder.folder} {reason}", fix=DENSE_FIX)
+
+
+def _stored_state(folder: SafetensorsFolder, keys: dict[str, str], name: str) -> StoredState:
+    """Reads a part of the quantisation state of a weight, flat; None where the files lack it."""
+
+    def read(part: str) -> Tensor | None:
+        key = keys.get(f"{name}.{part}")
+        return None if key is None else folder.read(key, 0, math.prod(folder.tensors[key].shape))
+
+    return read
+
+
+def _quantized_layers(model: SftModel) -> dict[str, QuantizedLinear]:
+    """By the names of their weights."""
+    return {f"{n}.weight": module for n, module in model.named_modules() if isinstance(module, QuantizedLinear)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sft_dist.config.deepspeed import Zero3Knobs
-from sft_dist.config.schema import AdamWConfig, FullMethod, LoraMethod, VirtualTokensMethod
-from sft_dist.model.build import describe_model
+from sft_dist.config.schema import AdamWConfig, LoraMethod, VirtualTokensMethod
+from sft_dist.model.build import describe_dense
 from sft_dist.model.loss import CHUNK_BYTES
 from sft_dist.model.sequence_parallel import shared_kv_heads
 from sft_dist.model.spec import DTYPE_BYTES
@@ -95,8 +95,8 @@ def activation_bytes(run: Run) -> int:
     stand before.
     """
     model, parts = run.model, run.batch.sequence_parallel
-    # NF4 weights have lost their shape: the base is described anew.
-    base = describe_model(model.path, model.revision, FullMethod(), model.compute)
+    # Packed weights have lost their shape: the base is described anew.
+    base = describe_dense(model.path, model.revision, model.compute)
     width = sum(sum(p.shape) for p in base.parameters if p.block is not None and len(p.shape) == 2)
     masked = 0
     if isinstance(model.method, LoraMethod):

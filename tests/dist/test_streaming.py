@@ -27,6 +27,7 @@ from tests.helpers import cells, figures
 from tests.helpers.big_model import LLAMA_2B, LLAMA_200M, write_checkpoint
 from tests.helpers.host_memory import peak_anonymous_memory
 from tests.helpers.pool import WorldPool
+from tests.helpers.quantized_model import load_plain
 
 World = Callable[[int], WorldPool]
 
@@ -92,11 +93,11 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def plain_loss(base: Path, method: str, dtype: torch.dtype) -> float:
     """The loss of the same micro-batch by transformers alone, row by row."""
-    options: dict[str, Any] = {"quantization_config": nf4(dtype)} if method == "qlora" else {}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options).eval()
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would repack the weight in bf16
+    return loss_of(load_plain(base, dtype, nf4(dtype) if method == "qlora" else None))
+
+
+def loss_of(model: Any) -> float:
+    """A plain model's loss of the micro-batch of ``ROWS``, row by row."""
     data, total, count = cells.synthetic_data(), 0.0, 0
     with torch.no_grad():
         for row in ROWS:

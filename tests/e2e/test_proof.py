@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from sft_dist.checkpoint import fresh_process
 from sft_dist.checkpoint.artefact import Probe, _environment, prove_artefact, take_probes, write_expected
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.schema import QloraMethod, SourceConfig
 from sft_dist.data.batch import MicroBatch
 from sft_dist.data.chat_template import TemplateSample, load_renderer
 from sft_dist.data.messages import Conversation
@@ -29,6 +29,7 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from tests.helpers import cells
 from tests.helpers.loaded import load_model
+from tests.helpers.quantized_model import write_quantized
 
 
 class OneProcess:
@@ -61,10 +62,13 @@ class Artefact:
         return found
 
 
-def trained(base: Path, tmp_path: Path, method: str, compute: str = "fp32") -> Artefact:
+def trained(base: Path, tmp_path: Path, method: str, compute: str = "fp32", *, quantization: str = "nf4") -> Artefact:
     """An artefact of a model whose trained weights have moved."""
     precision = {"compute": compute}
-    run = resolve(cells.config(str(base), method, precision=precision), WorldShape())
+    cfg = cells.config(str(base), method, precision=precision)
+    if isinstance(cfg.method, QloraMethod):
+        cfg = cfg.model_copy(update={"method": cfg.method.model_copy(update={"quantization": quantization})})
+    run = resolve(cfg, WorldShape())
     model = load_model(run.model, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -138,6 +142,30 @@ def template(change: Callable[[str], str]) -> Callable[[Path], None]:
 def test_a_good_artefact_passes(tiny_base: Path, tied_base: Path, tmp_path: Path, method: str, compute: str) -> None:
     base, method = (tied_base, "full") if method == "tied" else (tiny_base, method)
     assert trained(base, tmp_path, method, compute).findings(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "compute"),
+    [("double-bf16", "nf4", "fp32"), ("single", "nf4", "bf16"), ("int8", "int8", "fp32"), (None, "int8", "fp32")],
+)  # fmt: skip
+def test_a_good_adapter_on_a_quantised_base_passes(
+    tiny_base: Path, tmp_path: Path, kind: str | None, quantization: str, compute: str
+) -> None:
+    """Quantised in its files, in another dtype than the run's and not as a run would; and to 8 bits by the run."""
+    base = tiny_base if kind is None else write_quantized(tiny_base, tmp_path / "base", kind)
+    artefact = trained(base, tmp_path, "qlora", compute, quantization=quantization)
+    assert artefact.findings(tmp_path) == []
+    files = sorted(path.name for path in artefact.folder.iterdir())
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
+
+
+def test_an_adapter_on_another_base_is_found(tiny_base: Path, tmp_path: Path) -> None:
+    """The proof reads the base's own quantised weights: quantised to 4 bits in another way, the logits differ."""
+    artefact = trained(tiny_base, tmp_path, "qlora", quantization="int8")
+    nf4 = write_quantized(tiny_base, tmp_path / "base", "double")
+    edit_json(artefact.folder / "adapter_config.json", base_model_name_or_path=str(nf4))
+    assert any("logits" in finding for finding in artefact.findings(tmp_path))
 
 
 @pytest.mark.parametrize(

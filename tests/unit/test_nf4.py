@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft_dist.model.nf4 import NF4Linear, dequantize
+from sft_dist.model.nf4 import NF4Linear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # 300 blocks: more than one block of scales, the last one partial.
@@ -91,9 +91,7 @@ def test_the_dequantised_weight_by_the_formula() -> None:
     nested = layer.nested_absmax.view(torch.float32).repeat_interleave(256)[: layer.absmax.numel()]
     scales = table[layer.absmax.long()] * nested + layer.offset.view(torch.float32)
     expected = (levels[codes].view(-1, 64) * scales[:, None]).view(OUT_FEATURES, IN_FEATURES)
-    got = dequantize(
-        layer.weight, layer.absmax, layer.nested_absmax, layer.offset, (OUT_FEATURES, IN_FEATURES), torch.float32
-    )
+    got = layer.dequantize(layer.stored(), (OUT_FEATURES, IN_FEATURES), torch.float32)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
     # And it is near the weight: NF4's widest gap is 0.3 of a block's largest value, half of it the worst error.
     assert float((got - linear.weight).abs().max() / linear.weight.abs().max()) < 0.16
@@ -118,7 +116,7 @@ def test_buffers_survive_a_change_of_dtype(dtype: torch.dtype) -> None:
     """FSDP2 and DeepSpeed cast a whole module; scales cast to bf16 would be other scales."""
     layer = NF4Linear.quantize(base(dtype), dtype)
     before = {name: (b.dtype, bits(b).clone()) for name, b in layer.named_buffers()}
-    assert set(before) == {"absmax", "nested_absmax", "offset"}
+    assert set(before) == {"absmax", "nested_absmax", "scale_code", "offset"}
     layer.to(torch.bfloat16)
     for name, buffer in layer.named_buffers():
         assert buffer.dtype == before[name][0]
@@ -191,9 +189,9 @@ def test_a_weight_costs_half_a_byte_and_its_share_of_scales(dtype: torch.dtype) 
     layer = NF4Linear.quantize(base(dtype), dtype)
     numel = IN_FEATURES * OUT_FEATURES
     assert layer.weight.nbytes == numel // 2
-    assert sum(b.nbytes for b in layer.buffers()) == numel // 64 + 4 * 2 + 4
+    assert sum(b.nbytes for b in layer.buffers()) == numel // 64 + 4 * 2 + 4 * 256 + 4
     assert not layer.weight.requires_grad
-    assert not layer.state_dict().keys() & {"absmax", "nested_absmax", "offset"}
+    assert set(layer.state_dict()) == {"weight"}
 
 
 def test_it_says_what_it_is() -> None:
