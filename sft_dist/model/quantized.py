@@ -96,5 +96,6 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight = ctx.dequantize(ctx.saved_tensors, ctx.shape, grad.dtype)
-        return grad @ weight, None, None, *(None for _ in ctx.saved_tensors)
+        stored = ctx.saved_tensors  # once: activation checkpointing hands each of them out a single time
+        weight = ctx.dequantize(stored, ctx.shape, grad.dtype)
+        return grad @ weight, None, None, *(None for _ in stored)
