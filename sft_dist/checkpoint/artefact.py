@@ -106,6 +106,7 @@ def write_expected(
     description = {
         "method": spec.method.type,
         "dtype": spec.compute,
+        "vocabulary": spec.vocab_size if spec.tokens.new_rows else None,
         "weights": dict(weights),
         "probes": [{"input_ids": probe.input_ids, "positions": probe.positions} for probe in probes],
         "template": asdict(sample),

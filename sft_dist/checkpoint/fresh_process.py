@@ -37,7 +37,7 @@ def main(artefact: Path, expected_folder: Path) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     expected = json.loads((expected_folder / EXPECTED).read_text(encoding="utf-8"))
     findings = list(tokenizer_findings(artefact, expected["template"]))
-    model, load_findings = load(artefact, expected["method"], DTYPES[expected["dtype"]])
+    model, load_findings = load(artefact, expected["method"], DTYPES[expected["dtype"]], expected["vocabulary"])
     findings += load_findings
     findings += weight_findings(model, expected["weights"], is_adapter=expected["method"] != "full")
     if not findings:
@@ -63,8 +63,12 @@ def tokenizer_findings(artefact: Path, sample: dict[str, Any]) -> Iterator[str]:
         yield "the tokenizer gives the first row other ids"
 
 
-def load(artefact: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """The model on the CPU, and what was missing from or unknown to the files."""
+def load(artefact: Path, method: str, dtype: torch.dtype, vocabulary: int | None) -> tuple[nn.Module, list[str]]:
+    """The model on the CPU, and what was missing from or unknown to the files.
+
+    Args:
+        vocabulary: size to which the base of an adapter is resized, as README.md in the artefact says, or None.
+    """
     if method == "full":
         model, report = AutoModelForCausalLM.from_pretrained(artefact, dtype=dtype, output_loading_info=True)
         kinds = {"missing_keys": "lack", "unexpected_keys": "have an unknown", "mismatched_keys": "have a misshapen"}
@@ -89,6 +93,8 @@ def load(artefact: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, li
         dtype=dtype,
         quantization_config=quantization if method == "qlora" else None,
     )
+    if vocabulary is not None:
+        base.resize_token_embeddings(vocabulary, mean_resizing=False)
     model = PeftModel.from_pretrained(base, artefact)
     for module in model.modules():
         # On some CPUs bitsandbytes repacks a 4-bit weight in eval mode and computes in bf16 whatever was asked for.
@@ -99,7 +105,7 @@ def load(artefact: Path, method: str, dtype: torch.dtype) -> tuple[nn.Module, li
 
 def weight_findings(model: nn.Module, expected: dict[str, str], *, is_adapter: bool) -> Iterator[str]:
     """Every trained weight must be there, bit for bit, and no other; adapters must have moved."""
-    own = (".lora_", ".modules_to_save.")
+    own = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
     actual = {n: p.detach() for n, p in model.named_parameters() if not is_adapter or any(part in n for part in own)}
     lost, strange = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     if lost:

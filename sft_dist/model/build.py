@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +21,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod
 from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import ConfigError
-from sft_dist.model.adapters import add_lora
+from sft_dist.model.adapters import add_lora, trained_parts
 from sft_dist.model.attention import ATTENTION_NAME
 from sft_dist.model.hub import model_folder
 from sft_dist.model.loss import LossHead
 from sft_dist.model.names import covered
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear
 from sft_dist.model.sequence_parallel import SequenceParallel
-from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
+from sft_dist.model.spec import NO_TOKENS, Dtype, ModelSpec, ParameterSpec, Tokens
 from sft_dist.model.support import has_dynamic_rope, heads_of, load_model_config
+from sft_dist.model.token_rows import train_token_rows
+from sft_dist.model.tokens import plan_tokens
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,7 +42,7 @@ class BaseTensor:
 
     Args:
         names: that Transformers knows it by; several where it is tied.
-        shape: in the files; an NF4 weight has another one in the model.
+        shape: in the files; an NF4 weight has another one in the model, and a matrix that grew more rows.
     """
 
     names: tuple[str, ...]
@@ -121,14 +124,19 @@ class SftModel(nn.Module):
         return SequenceParallel(self.sequence_group, batch.split)
 
 
-def describe_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
+def describe_model(
+    path: str, revision: str | None, method: MethodConfig, compute: Dtype, add_tokens: Sequence[str] = ()
+) -> ModelSpec:
     """The description of the model that ``build_meta_model`` builds, from its configuration alone.
 
+    Where tokens are added or trained by themselves, from its tokenizer too.
+
     Raises:
-        ConfigError: the path is no model, or one with settings that are not supported.
+        ConfigError: the path is no model, or one with settings that are not supported; ``plan_tokens``.
     """
     config = load_model_config(path, revision)
-    meta = build_meta_model(path, revision, method, compute)
+    tokens = plan_tokens(path, revision, method, add_tokens, config.vocab_size)
+    meta = build_meta_model(path, revision, method, compute, tokens)
     heads, kv_heads, head_dim = heads_of(config)
     owner = {id(parameter): name for name, block in meta.blocks().items() for parameter in block.parameters()}
     parameters = tuple(
@@ -140,7 +148,7 @@ def describe_model(path: str, revision: str | None, method: MethodConfig, comput
         method=method,
         compute=compute,
         parameters=parameters,
-        vocab_size=config.vocab_size,
+        vocab_size=config.vocab_size + tokens.new_rows,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=heads,
@@ -148,10 +156,13 @@ def describe_model(path: str, revision: str | None, method: MethodConfig, comput
         head_dim=head_dim,
         has_dynamic_rope=has_dynamic_rope(config),
         buffer_bytes=sum(b.numel() * b.element_size() for b in meta.buffers()),
+        tokens=tokens,
     )
 
 
-def build_meta_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> SftModel:
+def build_meta_model(
+    path: str, revision: str | None, method: MethodConfig, compute: Dtype, tokens: Tokens = NO_TOKENS
+) -> SftModel:
     """The model without its weights: every parameter on the meta device.
 
     Buffers that the model computes when it is made (rotary frequencies) are real; those of NF4 layers come with the
@@ -161,18 +172,19 @@ def build_meta_model(path: str, revision: str | None, method: MethodConfig, comp
         ConfigError: as ``describe_model``.
     """
     config = load_model_config(path, revision)
+    config.vocab_size += tokens.new_rows
     dtype = TORCH_DTYPES[compute]
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     model.tie_weights()
     _load_generation_config(model, path, revision)
     with torch.device("meta"):
-        return _assemble(model, method, dtype)
+        return _assemble(model, method, dtype, tokens)
 
 
 def build_model(spec: ModelSpec) -> SftModel:
     """The model that ``spec`` describes, without its weights."""
-    return build_meta_model(spec.path, spec.revision, spec.method, spec.compute)
+    return build_meta_model(spec.path, spec.revision, spec.method, spec.compute, spec.tokens)
 
 
 def _load_generation_config(model: PreTrainedModel, path: str, revision: str | None) -> None:
@@ -180,7 +192,7 @@ def _load_generation_config(model: PreTrainedModel, path: str, revision: str | N
         model.generation_config = GenerationConfig.from_pretrained(model_folder(path, revision, "config"))
 
 
-def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) -> SftModel:
+def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype, tokens: Tokens) -> SftModel:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ConfigError(
@@ -189,13 +201,15 @@ def _assemble(model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype) 
         )
     model.set_output_embeddings(LossHead.from_linear(head))
     model.config.use_cache = False
-    base = _base_tensors(model)
+    base = _base_tensors(model, tokens.new_rows)
     if isinstance(method, QloraMethod):
         _quantize_linears(model, dtype)
     hf_names = {id(tensor): name for name, tensor in _stored_tensors(model)}
     hf: nn.Module = model
     if isinstance(method, LoraMethod):
+        whole = trained_parts(model, method)
         hf = add_lora(model, method, dtype)
+        train_token_rows(model, tokens, whole, named=bool(method.train_tokens))
     elif method.freeze:
         _freeze(model, method.freeze)
     return SftModel(hf, {f"hf.{n}": base[hf_names[id(t)]] for n, t in _stored_tensors(hf) if id(t) in hf_names})
@@ -211,13 +225,18 @@ def _freeze(model: PreTrainedModel, patterns: list[str]) -> None:
         parameter.requires_grad_(name not in frozen)
 
 
-def _base_tensors(model: PreTrainedModel) -> dict[str, BaseTensor]:
+def _base_tensors(model: PreTrainedModel, new_rows: int) -> dict[str, BaseTensor]:
     """Every tensor that the model's files hold, by the first of its names."""
+    grown = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     return {
-        name: BaseTensor(tuple(names[id(tensor)]), tuple(tensor.shape), not isinstance(tensor, nn.Parameter))
+        name: BaseTensor(
+            tuple(names[id(tensor)]),
+            (tensor.shape[0] - new_rows, *tensor.shape[1:]) if id(tensor) in grown else tuple(tensor.shape),
+            not isinstance(tensor, nn.Parameter),
+        )
         for name, tensor in _stored_tensors(model)
     }
 

@@ -27,6 +27,7 @@ from sft_dist.model.initial import InitialAdapters
 from sft_dist.model.nf4 import BLOCK_SIZE, NF4Linear, dequantize, quantize_blocks
 from sft_dist.model.safetensors_folder import SafetensorsFolder, torch_dtype
 from sft_dist.model.spec import ModelSpec
+from sft_dist.model.token_rows import TOKEN_ROWS
 from sft_dist.runtime.memory import release_freed_memory
 
 SAME_MODEL_FIX = "config.json and the weights must come from the same model"
@@ -42,6 +43,9 @@ QUANTIZED_AT_ONCE = 1 << 13
 
 # Elements of a tied pair that are compared at a time.
 COMPARED_AT_ONCE = 1 << 24
+
+# Elements that are added up at a time to the mean of a matrix's rows; the same everywhere, so that the sum is.
+SUMMED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class Weights:
         self._adapters: InitialAdapters | None = None
         if isinstance(spec.method, LoraMethod):
             self._adapters = InitialAdapters(spec.method, seed=seed, dense=self._dense, stored=self._stored)
-            self._adapters.check({p.name: p.shape for p in spec.trainable})
+            self._adapters.check({p.name: p.shape for p in spec.trainable}, spec.tokens.trained_ids)
+        self._token_ids = spec.tokens.trained_ids
+        self._means: dict[str, Tensor] = {}
         self._splits_weights = isinstance(spec.method, LoraMethod) and spec.method.init == "pissa"
 
     @property
@@ -139,6 +145,8 @@ class Weights:
             return self._read(name, start, stop)
         if self._adapters.has(name):
             return self._adapters.saved(name, start, stop)
+        if name.endswith(TOKEN_ROWS):
+            return self._token_rows(name)[start:stop]
         if name not in self._base:
             return self._adapters.value(name, self._shapes[name]).flatten()[start:stop]
         layer = name.removesuffix(f"{UNDER_ADAPTER}.weight")
@@ -165,10 +173,40 @@ class Weights:
         shape = (place.out_features, place.in_features)
         return dequantize(packed, whole.absmax, whole.nested_absmax, whole.offset, shape, self._compute).float()
 
+    def _token_rows(self, name: str) -> Tensor:
+        """[k * h] what the rows of tokens that are trained by themselves start from: those of the whole matrix."""
+        matrix, width = f"{name.removesuffix(TOKEN_ROWS)}.weight", self._shapes[name][1]
+        return torch.cat([self._read(matrix, id * width, (id + 1) * width).to(self._compute) for id in self._token_ids])
+
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        values = self._folder.read(self._keys[name], start, stop)
+        """[stop - start] flat elements of a tensor of the base model, in the files' dtype if all are in the files."""
+        stored = min(stop, self._base[name].numel)
+        values = self._folder.read(self._keys[name], min(start, stored), stored)
         self._on_bytes(values.numel() * values.element_size())
-        return values
+        if stored == stop:
+            return values
+        mean = self._mean_row(name)
+        first = max(start, stored) - stored
+        rows = mean.repeat(-(-(stop - stored) // mean.numel()))[first : stop - stored]
+        return torch.cat([values.to(self._compute), rows])
+
+    def _mean_row(self, name: str) -> Tensor:
+        """[h] of the rows in the files, added up in fp64 in one order, so that every rank gets the same bytes.
+
+        A token that starts there is as likely as the others on average (Hewitt 2021, "Initializing new word embeddings
+        for pretrained language models"). Transformers samples around it; the mean itself needs no random numbers.
+        """
+        if name not in self._means:
+            num_rows, width = self._base[name].shape
+            total = torch.zeros(width, dtype=torch.float64)
+            rows_at_once = max(1, SUMMED_AT_ONCE // width)
+            for first in range(0, num_rows, rows_at_once):
+                last = min(num_rows, first + rows_at_once)
+                part = self._folder.read(self._keys[name], first * width, last * width)
+                total += part.view(-1, width).sum(dim=0, dtype=torch.float64)
+                self._on_bytes(part.nbytes)
+            self._means[name] = (total / num_rows).to(self._compute)
+        return self._means[name]
 
     def _quantize_into(self, name: str, part: Part) -> _Scales:
         """Quantises whole blocks: those at the part's ends also where they reach over them."""

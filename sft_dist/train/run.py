@@ -65,7 +65,9 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
         process = Process(world, device, store)
         config, run = decide(config, world, device)
         tokenizer_folder = model_folder(run.model.path, run.model.revision, "tokenizer")
-        renderer = load_renderer(str(tokenizer_folder), None, run.data.chat_template)
+        renderer = load_renderer(
+            str(tokenizer_folder), None, run.data.chat_template, added_tokens=run.model.tokens.added
+        )
         found = run_on_main_first(world, store, "prepare", lambda: prepare_run(run, renderer, resume))
         inputs = open_inputs(run, renderer, is_main=world.is_main)
         train(run, config, process, inputs, start=None if found is None else Path(found))
