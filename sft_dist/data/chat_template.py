@@ -71,6 +71,12 @@ class ChatRenderer:
         self.rewritten_rows = 0
         self._template_for(None)  # a template that is not Jinja is refused here, before any row
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of every special token, those that a base model reserves too."""
+        marked = (id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return sorted(self._special_ids.union(marked))
+
     def render(self, conversation: Conversation) -> TokenizedRow:
         """Tokenise one conversation.
 

@@ -141,6 +141,7 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
 
 def _how_to_load(spec: ModelSpec) -> str:
     """What a user of an adapter on a grown vocabulary must know: its base lacks the rows before it has them."""
+    revision = "" if spec.revision is None else f", revision={json.dumps(spec.revision)}"
     return f"""---
 base_model: {spec.path}
 library_name: peft
@@ -155,7 +156,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
-model = AutoModelForCausalLM.from_pretrained({json.dumps(spec.path)}, revision={spec.revision!r} or "main")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(spec.path)}{revision})
 model.resize_token_embeddings({spec.vocab_size}, mean_resizing=False)
 model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
 ```

@@ -39,12 +39,14 @@ class Tokens:
     """Tokens that a run adds to the tokenizer or trains by themselves.
 
     Args:
-        added: in the order of their ids.
+        added: that the tokenizer gets.
+        added_ids: theirs.
         trained_ids: whose rows an adapter trains, ascending.
         new_rows: by which embedding and output layer grow, because they have no spare ones.
     """
 
     added: tuple[str, ...] = ()
+    added_ids: tuple[int, ...] = ()
     trained_ids: tuple[int, ...] = ()
     new_rows: int = 0
 

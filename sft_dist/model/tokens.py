@@ -38,11 +38,12 @@ def plan_tokens(
             f"method.train_tokens: the tokenizer of {path} has no token {', '.join(unknown)}",
             fix=f"name whole tokens{_special(tokenizer)}, or add new ones by model.add_tokens",
         )
-    last = max((ids[token] for token in add_tokens), default=-1)
+    added_ids = tuple(ids[token] for token in add_tokens)
     return Tokens(
         added=tuple(add_tokens),
+        added_ids=added_ids,
         trained_ids=tuple(sorted(ids[token] for token in named)),
-        new_rows=max(0, last + 1 - vocab_size),
+        new_rows=max(0, max(added_ids, default=-1) + 1 - vocab_size),
     )
 
 

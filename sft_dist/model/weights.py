@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -135,6 +135,11 @@ class Weights:
         a, b = self._adapters.factors(layer)
         return a.to(self._compute), b.to(self._compute)
 
+    def rows(self, name: str, ids: Sequence[int]) -> Tensor:
+        """[n, h] rows of a matrix of the base model as a run starts from them; only they are read."""
+        width = self._base[name].shape[1]
+        return torch.stack([self._read(name, id * width, (id + 1) * width).to(self._compute) for id in ids])
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that are in the files, by their names in the model."""
         return {n: self._read(n, 0, t.numel).view(t.shape) for n, t in self._base.items() if t.is_buffer}
@@ -146,7 +151,7 @@ class Weights:
         if self._adapters.has(name):
             return self._adapters.saved(name, start, stop)
         if name.endswith(TOKEN_ROWS):
-            return self._token_rows(name)[start:stop]
+            return self.rows(f"{name.removesuffix(TOKEN_ROWS)}.weight", self._token_ids).flatten()[start:stop]
         if name not in self._base:
             return self._adapters.value(name, self._shapes[name]).flatten()[start:stop]
         layer = name.removesuffix(f"{UNDER_ADAPTER}.weight")
@@ -172,11 +177,6 @@ class Weights:
         whole.set_scales(scales.absmax)
         shape = (place.out_features, place.in_features)
         return dequantize(packed, whole.absmax, whole.nested_absmax, whole.offset, shape, self._compute).float()
-
-    def _token_rows(self, name: str) -> Tensor:
-        """[k * h] what the rows of tokens that are trained by themselves start from: those of the whole matrix."""
-        matrix, width = f"{name.removesuffix(TOKEN_ROWS)}.weight", self._shapes[name][1]
-        return torch.cat([self._read(matrix, id * width, (id + 1) * width).to(self._compute) for id in self._token_ids])
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start] flat elements of a tensor of the base model, in the files' dtype if all are in the files."""
