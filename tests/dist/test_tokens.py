@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM
 from sft_dist.config.schema import Config
 from sft_dist.data.loader import collate
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.model import build
+from sft_dist.model import weights as weights_module
 from sft_dist.model.untrained import untrained_tokens
-from sft_dist.model.weights import check_weights
+from sft_dist.model.weights import Part, Weights, check_weights
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from sft_dist.train.summary import untrained_notice
@@ -119,6 +121,19 @@ def test_new_rows_are_the_mean_on_every_rank(
             assert got.shape == (259 + len(ADDED), 64)
             np.testing.assert_array_equal(got[:259], stored.bfloat16().float().numpy())
             np.testing.assert_array_equal(got[259:], np.stack([mean] * len(ADDED)))
+
+
+def test_any_part_of_a_grown_matrix(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that begin or end within a new row too; the mean is added up in pieces that do not divide the rows."""
+    monkeypatch.setattr(weights_module, "SUMMED_AT_ONCE", 50 * 64)
+    spec = resolve(cells.config(str(tiny_base), "full", **GROWN), WorldShape()).model
+    weights = Weights(build.build_model(spec), spec, seed=0)
+    stored = load_file(tiny_base / "model.safetensors")["lm_head.weight"]
+    whole = torch.cat([stored, stored.double().mean(dim=0).float().expand(len(ADDED), -1)]).flatten()
+    for start, stop in ((0, 262 * 64), (259 * 64 - 3, 260 * 64 + 7), (260 * 64 + 7, 262 * 64), (9, 9), (16768, 16768)):
+        part = torch.empty(stop - start)
+        weights.read_into("hf.lm_head.weight", Part(torch.nn.Parameter(part), part, start))
+        torch.testing.assert_close(part, whole[start:stop], rtol=0, atol=0)
 
 
 def first_values(cfg_yaml: str) -> dict[str, np.ndarray[Any, Any]]:
