@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sft_dist.config.deepspeed import load_knobs
 from sft_dist.config.schema import AutoSharding, Config, MethodConfig, Zero1Sharding, Zero2Sharding, Zero3Sharding
@@ -11,13 +11,14 @@ from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.run import ZERO_STAGES, BatchPlan, Precision, Run
 from sft_dist.runtime.world import WorldShape
 
-Describe = Callable[[str, str | None, MethodConfig, Dtype], ModelSpec]
+Describe = Callable[[str, str | None, MethodConfig, Dtype, Sequence[str]], ModelSpec]
 
 
 def resolve(config: Config, world: WorldShape, *, describe: Describe | None = None) -> Run:
     """A pure function of the configuration, the model's ``config.json`` and the world's shape.
 
-    Needs no process group, no GPU and no weights. Also reads the DeepSpeed file that ``sharding`` names.
+    Needs no process group, no GPU and no weights. Also reads the DeepSpeed file that ``sharding`` names, and the
+    tokenizer where tokens are added or trained by themselves.
 
     Args:
         describe: in place of ``describe_model``, where many runs of one model are resolved.
@@ -38,7 +39,11 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         deepspeed = load_knobs(sharding.deepspeed_config, ZERO_STAGES[sharding.strategy])
     run = Run(
         model=(describe or describe_model)(
-            config.model.path, config.model.revision, config.method, config.precision.compute
+            config.model.path,
+            config.model.revision,
+            config.method,
+            config.precision.compute,
+            config.model.add_tokens,
         ),
         world=world,
         sharding=sharding,

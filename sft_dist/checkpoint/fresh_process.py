@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 EXPECTED, LOGITS, FINDINGS = "expected.json", "logits.safetensors", "findings.json"
 
 # Names that PEFT gives to what an adapter holds: low-rank factors, or what virtual tokens are.
-ADAPTER = re.compile(r"\.lora_|\.modules_to_save\.|^prompt_encoder\.")
+ADAPTER = re.compile(r"\.lora_|\.modules_to_save\.|\.trainable_tokens_delta\.|^prompt_encoder\.")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHOWN = 3
@@ -44,7 +44,7 @@ def main(artefact: Path, expected_folder: Path) -> None:
     findings = list(tokenizer_findings(artefact, expected["template"]))
     is_adapter, dtype = expected["method"] != "full", DTYPES[expected["dtype"]]
     if is_adapter:
-        model = load_adapter(artefact, expected["quantization"], dtype)
+        model = load_adapter(artefact, expected["quantization"], dtype, expected["vocabulary"])
     else:
         model, load_findings = load(artefact, dtype)
         findings += load_findings
@@ -84,11 +84,12 @@ def load(artefact: Path, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
     return model.eval(), found
 
 
-def load_adapter(artefact: Path, quantization: str | None, dtype: torch.dtype) -> nn.Module:
+def load_adapter(artefact: Path, quantization: str | None, dtype: torch.dtype, vocabulary: int | None) -> nn.Module:
     """An adapter on its base on the CPU, computing in ``dtype`` with the values that it was trained with.
 
     Args:
         quantization: of the base, "nf4" or "int8"; None for 16 or 32 bits.
+        vocabulary: size to which the base is resized, as README.md in the artefact says, or None.
     """
     adapter = json.loads((artefact / "adapter_config.json").read_text())
     base, revision = adapter["base_model_name_or_path"], adapter["revision"] or "main"
@@ -98,6 +99,8 @@ def load_adapter(artefact: Path, quantization: str | None, dtype: torch.dtype) -
         options["quantization_config"] = quantize_as(quantization, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **options)
     compute_in(loaded, dtype)
+    if vocabulary is not None:
+        loaded.resize_token_embeddings(vocabulary, mean_resizing=False)
     model = PeftModel.from_pretrained(loaded, artefact).eval()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear8bitLt):

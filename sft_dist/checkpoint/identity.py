@@ -28,6 +28,7 @@ def identity_of(run: Run, data: PreparedData) -> Identity:
         values={
             "model.path": run.model.path if weights is None else "a folder",
             "model.revision": run.model.revision,
+            "model.add_tokens": list(run.model.tokens.added) or None,
             "the fingerprint of the base weights": weights,
             **{f"method.{key}": value for key, value in method.items()},
             "optim.type": run.optim.type,

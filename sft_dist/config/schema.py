@@ -25,6 +25,11 @@ class ModelConfig(Section):
         description="Folder in Hugging Face layout, or a hub id that `sft-dist model fetch` brought into the hub cache."
     )
     revision: str | None = Field(None, description="Branch, tag or commit when `path` is a hub id.")
+    add_tokens: list[str] = Field(
+        default_factory=list,
+        description="Special tokens that the tokenizer lacks. Where the embedding has no spare rows for them, it and "
+        "the output layer grow by what is needed; a new row starts as the mean of the others.",
+    )
 
 
 NAMES = (
@@ -72,6 +77,11 @@ class LoraMethod(Section):
         default_factory=list,
         description="Parts of the base that are trained whole and saved with the adapter, e.g. [embed_tokens, "
         f"lm_head]. {NAMES}",
+    )
+    train_tokens: list[str] | None = Field(
+        None,
+        description="Tokens whose own rows of the embedding and of the output layer are trained and saved with the "
+        "adapter; null: those of model.add_tokens.",
     )
 
 

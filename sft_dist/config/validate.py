@@ -162,6 +162,18 @@ def _names(config: Config) -> Iterator[Finding]:
                     yield f"method.{key}: {name} is no regular expression ({e})", f"correct it in method.{key}"
 
 
+def _tokens(config: Config) -> Iterator[Finding]:
+    lists = {"model.add_tokens": config.model.add_tokens}
+    if isinstance(config.method, LoraMethod):
+        lists["method.train_tokens"] = config.method.train_tokens or []
+    for key, tokens in lists.items():
+        if not all(token.strip() for token in tokens):
+            yield f"{key} is {tokens}: one token is empty", f"remove the empty token from {key}"
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if twice:
+            yield f"{key} has {', '.join(twice)} twice", f"name each token of {key} once"
+
+
 def _adapter(config: Config) -> Iterator[Finding]:
     method = config.method
     if not isinstance(method, LoraMethod) or method.init == "default":
@@ -238,6 +250,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _lora_plus,
     _activation_checkpointing,
     _names,
+    _tokens,
     _adapter,
     _virtual_tokens,
     _evaluation,

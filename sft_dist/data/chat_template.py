@@ -6,7 +6,7 @@ the BOS where there is one, so it is never doubled, exactly as ``apply_chat_temp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from sft_dist.data.jinja_template import JinjaTemplate, Span, TemplateFailure
 from sft_dist.data.masking import SpanFinder, supervised_tokens
 from sft_dist.data.messages import Conversation
 from sft_dist.data.presentation import ChatMessage, Presentation, Tools, find_presentation
-from sft_dist.errors import CheckpointError, DataError
+from sft_dist.data.tokenizer import load_tokenizer
+from sft_dist.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,12 @@ class ChatRenderer:
         self._is_compared = False
         self.rewritten_rows = 0
         self._template_for(None)  # a template that is not Jinja is refused here, before any row
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of every special token, those that a base model reserves too."""
+        marked = (id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return sorted(self._special_ids.union(marked))
 
     def render(self, conversation: Conversation) -> TokenizedRow:
         """Tokenise one conversation.
@@ -221,29 +228,22 @@ class _Template:
         return cls(jinja, find_presentation(jinja), SpanFinder(jinja, special_tokens))
 
 
-def load_renderer(model_path: str, revision: str | None, template_path: str | None) -> ChatRenderer:
+def load_renderer(
+    model_path: str, revision: str | None, template_path: str | None, *, added_tokens: Sequence[str] = ()
+) -> ChatRenderer:
     """The renderer of a model's tokenizer.
 
     Args:
         model_path: folder in Hugging Face layout, or hub id.
         revision: branch, tag or commit of a hub id.
         template_path: Jinja file in place of the tokenizer's chat template.
+        added_tokens: special tokens that the tokenizer gets.
 
     Raises:
-        CheckpointError: the tokenizer cannot be loaded.
+        CheckpointError, ConfigError: as ``load_tokenizer``.
         DataError: as ``ChatRenderer``.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{model_path}: the tokenizer cannot be loaded: {reason}",
-            fix="set model.path to a folder with a tokenizer, or to a hub id that is in the local hub cache",
-        ) from error
-    return ChatRenderer(tokenizer, template_path)
+    return ChatRenderer(load_tokenizer(model_path, revision, added=added_tokens), template_path)
 
 
 def _read_template(path: str) -> str:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from sft_dist.data.chat_template import ChatRenderer, TokenizedRow
 
 
+# Tokens.
+SEARCHED_AT_ONCE = 1 << 24
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Rows and packs of one data set.
@@ -52,6 +56,14 @@ class PreparedData:
     @property
     def num_sequences(self) -> int:
         return len(self.packs)
+
+    def occurring(self, ids: Iterable[int]) -> list[int]:
+        """Those of ``ids`` that some row has, ascending."""
+        wanted, found = np.array(sorted(ids), np.int32), set()
+        for start in range(0, len(self.input_ids), SEARCHED_AT_ONCE):
+            part = self.input_ids[start : start + SEARCHED_AT_ONCE]
+            found.update(np.unique(part[np.isin(part, wanted)]).tolist())
+        return sorted(found)
 
     def row(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """(input_ids [t], supervised [t]) of a row."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from sft_dist.config.schema import FullMethod, LoraMethod, MethodConfig, QloraMethod, VirtualTokensMethod
 from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import ConfigError
-from sft_dist.model.adapters import add_lora
+from sft_dist.model.adapters import add_lora, trained_parts
 from sft_dist.model.attention import ATTENTION_NAME
 from sft_dist.model.hub import model_folder
 from sft_dist.model.int8 import Int8Linear
@@ -32,8 +32,10 @@ from sft_dist.model.nf4 import NF4Linear
 from sft_dist.model.prequantized import DENSE_FIX, StoredQuantization, check_method, stored_quantization
 from sft_dist.model.quantized import QuantizedLinear
 from sft_dist.model.sequence_parallel import SequenceParallel
-from sft_dist.model.spec import Dtype, ModelSpec, ParameterSpec
+from sft_dist.model.spec import NO_TOKENS, Dtype, ModelSpec, ParameterSpec, Tokens
 from sft_dist.model.support import has_dynamic_rope, heads_of, load_model_config
+from sft_dist.model.token_rows import train_token_rows
+from sft_dist.model.tokens import plan_tokens
 from sft_dist.model.virtual_tokens import LongRows, VirtualTokens, check_base, cut_off, put_before
 
 QUANTIZED: dict[str, type[QuantizedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
@@ -47,7 +49,8 @@ class BaseTensor:
 
     Args:
         names: that Transformers knows it by; several where it is tied.
-        shape: of the weight; one that is quantised in the model or the files has another one there.
+        shape: of the weight in the files; one that is quantised there or in the model has another one, and a matrix that
+            grew has more rows in the model.
         is_packed: it is quantised in the files.
     """
 
@@ -146,25 +149,31 @@ class SftModel(nn.Module):
         return SequenceParallel(self.sequence_group, batch.split)
 
 
-def describe_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
+def describe_model(
+    path: str, revision: str | None, method: MethodConfig, compute: Dtype, add_tokens: Sequence[str] = ()
+) -> ModelSpec:
     """The description of the model that ``build_meta_model`` builds, from its configuration alone.
 
+    Where tokens are added or trained by themselves, from its tokenizer too.
+
     Raises:
-        ConfigError: the path is no model, one with settings that are not supported, or not for this method.
+        ConfigError: the path is no model, one with settings that are not supported, or not for this method;
+            ``plan_tokens``.
     """
     config = load_model_config(path, revision)
     check_method(stored_quantization(config, path), method, path)
-    return _describe(path, revision, method, compute)
+    tokens = plan_tokens(path, revision, method, add_tokens, config.vocab_size)
+    return _describe(path, revision, method, compute, tokens)
 
 
 def describe_dense(path: str, revision: str | None, compute: Dtype) -> ModelSpec:
     """The base with every weight in ``compute`` and its own shape, also where the files hold it quantised."""
-    return _describe(path, revision, FullMethod(), compute)
+    return _describe(path, revision, FullMethod(), compute, NO_TOKENS)
 
 
-def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
+def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dtype, tokens: Tokens) -> ModelSpec:
     config = load_model_config(path, revision)
-    meta = build_meta_model(path, revision, method, compute)
+    meta = build_meta_model(path, revision, method, compute, tokens)
     heads, kv_heads, head_dim = heads_of(config)
     owner = {id(parameter): name for name, block in meta.blocks().items() for parameter in block.parameters()}
     parameters = tuple(
@@ -176,7 +185,7 @@ def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dt
         method=method,
         compute=compute,
         parameters=parameters,
-        vocab_size=config.vocab_size,
+        vocab_size=config.vocab_size + tokens.new_rows,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=heads,
@@ -184,10 +193,13 @@ def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dt
         head_dim=head_dim,
         has_dynamic_rope=has_dynamic_rope(config),
         buffer_bytes=sum(b.numel() * b.element_size() for b in meta.buffers()),
+        tokens=tokens,
     )
 
 
-def build_meta_model(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> SftModel:
+def build_meta_model(
+    path: str, revision: str | None, method: MethodConfig, compute: Dtype, tokens: Tokens = NO_TOKENS
+) -> SftModel:
     """The model without its weights: every parameter on the meta device.
 
     Buffers that the model computes when it is made (rotary frequencies) are real; those of quantised layers come with
@@ -197,18 +209,19 @@ def build_meta_model(path: str, revision: str | None, method: MethodConfig, comp
         ConfigError: as ``describe_model``.
     """
     config = load_model_config(path, revision)
+    config.vocab_size += tokens.new_rows
     dtype = TORCH_DTYPES[compute]
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     model.tie_weights()
     _load_generation_config(model, path, revision)
     with torch.device("meta"):
-        return _assemble(model, method, dtype, stored_quantization(config, path))
+        return _assemble(model, method, dtype, stored_quantization(config, path), tokens)
 
 
 def build_model(spec: ModelSpec) -> SftModel:
     """The model that ``spec`` describes, without its weights."""
-    return build_meta_model(spec.path, spec.revision, spec.method, spec.compute)
+    return build_meta_model(spec.path, spec.revision, spec.method, spec.compute, spec.tokens)
 
 
 def _load_generation_config(model: PreTrainedModel, path: str, revision: str | None) -> None:
@@ -217,7 +230,11 @@ def _load_generation_config(model: PreTrainedModel, path: str, revision: str | N
 
 
 def _assemble(
-    model: PreTrainedModel, method: MethodConfig, dtype: torch.dtype, stored: StoredQuantization | None
+    model: PreTrainedModel,
+    method: MethodConfig,
+    dtype: torch.dtype,
+    stored: StoredQuantization | None,
+    tokens: Tokens,
 ) -> SftModel:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -227,7 +244,7 @@ def _assemble(
         )
     model.set_output_embeddings(LossHead.from_linear(head))
     model.config.use_cache = False
-    base = _base_tensors(model)
+    base = _base_tensors(model, tokens.new_rows)
     if isinstance(method, QloraMethod):
         for name in _quantize_linears(model, method, dtype, stored):
             base[name] = replace(base[name], is_packed=stored is not None)
@@ -235,7 +252,9 @@ def _assemble(
     hf: nn.Module = model
     prompt = None
     if isinstance(method, LoraMethod):
+        whole = trained_parts(model, method)
         hf = add_lora(model, method, dtype)
+        train_token_rows(model, tokens, whole, named=bool(method.train_tokens))
     elif isinstance(method, VirtualTokensMethod):
         model.requires_grad_(False)
         check_base(method, model)
@@ -256,13 +275,18 @@ def _freeze(model: PreTrainedModel, patterns: list[str]) -> None:
         parameter.requires_grad_(name not in frozen)
 
 
-def _base_tensors(model: PreTrainedModel) -> dict[str, BaseTensor]:
+def _base_tensors(model: PreTrainedModel, new_rows: int) -> dict[str, BaseTensor]:
     """Every tensor that the model's files hold, by the first of its names."""
+    grown = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     return {
-        name: BaseTensor(tuple(names[id(tensor)]), tuple(tensor.shape), not isinstance(tensor, nn.Parameter))
+        name: BaseTensor(
+            tuple(names[id(tensor)]),
+            (tensor.shape[0] - new_rows, *tensor.shape[1:]) if id(tensor) in grown else tuple(tensor.shape),
+            not isinstance(tensor, nn.Parameter),
+        )
         for name, tensor in _stored_tensors(model)
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from sft_dist.errors import CheckpointError
 from sft_dist.model.adapters import lora_config
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.spec import ModelSpec
+from sft_dist.model.token_rows import TOKEN_ROWS
 from sft_dist.model.virtual_tokens import LOADED_NAME, SAVED_NAME, peft_config, to_save
 from sft_dist.model.weights import Weights
 
@@ -119,19 +121,50 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
     config.target_modules = model.hf.peft_config["default"].target_modules
     config.use_dora = spec.method.dora
     config.inference_mode = True
-    whole = sorted(name for name in state if ".lora_" not in name)
+    rows = sorted(name for name in state if name.endswith(TOKEN_ROWS))
+    whole = sorted(name for name in state if ".lora_" not in name and name not in rows)
     # PEFT says which modules it replaces, and each of them has one parameter or two.
     modules = sorted({name.removeprefix(ADAPTED).rpartition(".")[0] for name in whole})
     config.modules_to_save = modules or None
+    if rows:
+        owners = (name.removeprefix(ADAPTED).removesuffix(TOKEN_ROWS) for name in rows)
+        config.trainable_token_indices = {owner: list(spec.tokens.trained_ids) for owner in owners}
     if spec.method.init == "pissa":
         _from_the_base_as_it_was(state, config, Weights(model, spec, seed=seed))
     adapter = get_peft_model_state_dict(model.hf, state_dict=state, save_embedding_layers=False)
     adapter |= {name: state[name] for name in whole}
+    adapter |= {name.removesuffix(".default"): state[name] for name in rows}
     save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
+    if spec.tokens.new_rows:
+        (folder / "README.md").write_text(_how_to_load(spec), encoding="utf-8")
     for name in whole:
         module, _, parameter = name.rpartition(".")
         state[f"{module}.modules_to_save.default.{parameter}"] = state.pop(name)
+
+
+def _how_to_load(spec: ModelSpec) -> str:
+    """What a user of an adapter on a grown vocabulary must know: its base lacks the rows before it has them."""
+    revision = "" if spec.revision is None else f", revision={json.dumps(spec.revision)}"
+    return f"""---
+base_model: {spec.path}
+library_name: peft
+---
+
+The tokenizer here has {len(spec.tokens.added)} special tokens more than the base model's: \
+{", ".join(f"`{token}`" for token in spec.tokens.added)}. The base model gets rows for them before the adapter is put \
+on it; the adapter brings their values.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(spec.path)}{revision})
+model.resize_token_embeddings({spec.vocab_size}, mean_resizing=False)
+model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
+```
+"""
 
 
 def _from_the_base_as_it_was(state: dict[str, Tensor], config: LoraConfig, weights: Weights) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sft_dist.config.schema import LoraMethod
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.model.safetensors_folder import SafetensorsFolder
+from sft_dist.model.token_rows import TOKEN_ROWS
 
 # Power iterations of the randomised decomposition (Halko et al. 2011, arXiv 0909.4061), and how many directions more
 # than those wanted it looks for.
@@ -41,8 +42,8 @@ class InitialAdapters:
         self._saved = None if method.init_from is None else _open(Path(method.init_from), method)
         self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Whether ``method.init_from`` has every parameter of ``shapes``, and no other.
+    def check(self, shapes: dict[str, tuple[int, ...]], token_ids: tuple[int, ...]) -> None:
+        """Whether ``method.init_from`` has every parameter of ``shapes`` and no other, and rows of the same tokens.
 
         Raises:
             CheckpointError: it has not.
@@ -57,8 +58,16 @@ class InitialAdapters:
             raise CheckpointError(
                 f"method.init_from: {self._saved.folder} differs in {len(different)} tensors from the adapter that "
                 f"method describes, such as {key}: {have.get(key, 'absent')} there, {wanted.get(key, 'absent')} here",
-                fix="give method.target_modules, modules_to_save and r as the adapter was trained with",
+                fix="give method.target_modules, modules_to_save, train_tokens and r as the adapter was trained with",
             )
+        saved = json.loads((self._saved.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        for layer, ids in (saved.get("trainable_token_indices") or {}).items():
+            if tuple(ids) != token_ids:
+                raise CheckpointError(
+                    f"method.init_from: {self._saved.folder} has rows of the tokens {ids} of {layer}, and method "
+                    f"describes those of {list(token_ids)}",
+                    fix="give model.add_tokens and method.train_tokens as the adapter was trained with",
+                )
 
     def has(self, name: str) -> bool:
         """Whether a part of the base model comes from ``method.init_from``."""
@@ -149,6 +158,8 @@ def _open(folder: Path, method: LoraMethod) -> SafetensorsFolder:
 def _saved_name(name: str) -> str:
     """PEFT's key for a parameter of ours."""
     name = name.removeprefix("hf.").replace(".default.weight", ".weight")
+    if name.endswith(TOKEN_ROWS):
+        return name.removesuffix(".default")
     return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 

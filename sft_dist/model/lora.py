@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from sft_dist.model.int8 import Int8Linear
 from sft_dist.model.nf4 import NF4Linear
 from sft_dist.model.quantized import Dequantize, QuantizedLinear, QuantizedMatmul
+from sft_dist.model.token_rows import ReadsTokenRows
 
 ADAPTER = "default"
 
@@ -130,9 +131,10 @@ def readers(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 
     What a strategy does with parameters while their module runs (cast, gather), it must do while the reader runs.
     """
-    inside = {id(m) for reader in model.modules() if isinstance(reader, LoraLinear) for m in reader.modules()}
+    reads_inside = (LoraLinear, ReadsTokenRows)
+    inside = {id(m) for reader in model.modules() if isinstance(reader, reads_inside) for m in reader.modules()}
     for module in model.modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, reads_inside):
             yield module, list(module.modules())
         elif id(module) not in inside:
             yield module, [module]

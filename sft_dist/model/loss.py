@@ -16,38 +16,67 @@ CHUNK_BYTES = 256 * 2**20
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum over n of -log softmax(hidden[n] @ weight.T)[labels[n]]."""
+    """sum over n of -log softmax(hidden[n] @ weight.T)[labels[n]].
+
+    With ``rows`` [k, h] the weight is read as if its rows ``row_ids`` [k] were these.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, with_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        row_ids: Tensor | None,
+        labels: Tensor,
+        chunk_rows: int,
+        with_grad: bool,
+    ) -> Tensor:
         # needs_input_grad says what requires grad, also under no_grad: the caller's grad mode decides.
-        needs_hidden, needs_weight = (needs and with_grad for needs in ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight, needs_rows = (needs and with_grad for needs in ctx.needs_input_grad[:3])
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Rows of a chunk are few and many chunks are added: the sum is kept in fp32.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_rows = torch.zeros_like(rows, dtype=torch.float32) if rows is not None and needs_rows else None
         for start in range(0, hidden.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            h, target = hidden[rows], labels[rows, None]
-            logits = (h @ weight.T).float()
+            chunk = slice(start, start + chunk_rows)
+            h, target = hidden[chunk], labels[chunk, None]
+            products = h @ weight.T
+            if rows is not None and row_ids is not None:
+                products.index_copy_(1, row_ids, h @ rows.T)
+            logits = products.float()
+            del products
             lse = torch.logsumexp(logits, dim=1, keepdim=True)
             loss += (lse - logits.gather(1, target)).sum()
-            if not (needs_hidden or needs_weight):
+            if not (needs_hidden or needs_weight or needs_rows):
                 continue
             grad_logits = logits.sub_(lse).exp_()
             grad_logits.scatter_add_(1, target, torch.full_like(lse, -1.0))
             grad_logits = grad_logits.to(hidden.dtype)
+            grad_products = grad_logits[:, :0]
+            if row_ids is not None:
+                grad_products = grad_logits.index_select(1, row_ids)
+                grad_logits.index_fill_(1, row_ids, 0)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+                if rows is not None:
+                    grad_hidden[chunk].addmm_(grad_products, rows)
             if grad_weight is not None:
                 grad_weight += (grad_logits.T @ h).float()
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+            if grad_rows is not None:
+                grad_rows += (grad_products.T @ h).float()
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_rows is None else grad_rows.to(weight.dtype),
+        )
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = (None if g is None else _scaled(g, grad) for g in ctx.saved_tensors)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -57,7 +86,13 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_rows: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    rows: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Summed cross-entropy in fp32, a scalar.
 
@@ -65,11 +100,14 @@ def linear_cross_entropy_sum(
         hidden: [N, h] hidden states that predict the labels; N may be 0, the result is then 0 and still has a graph.
         weight: [V, h] output layer.
         labels: [N] int64.
+        rows, row_ids: [k, h] that stand in for the rows [k] of ``weight``; both or neither.
         chunk_rows: rows of logits alive at a time; default: as many as fit ``CHUNK_BYTES``.
     """
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    result: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows, torch.is_grad_enabled())
+    result: Tensor = LinearCrossEntropy.apply(
+        hidden, weight, rows, row_ids, labels, chunk_rows, torch.is_grad_enabled()
+    )
     return result
 
 

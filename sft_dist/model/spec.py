@@ -35,6 +35,26 @@ class ParameterSpec:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Tokens that a run adds to the tokenizer or trains by themselves.
+
+    Args:
+        added: that the tokenizer gets.
+        added_ids: theirs.
+        trained_ids: whose rows an adapter trains, ascending.
+        new_rows: by which embedding and output layer grow, because they have no spare ones.
+    """
+
+    added: tuple[str, ...] = ()
+    added_ids: tuple[int, ...] = ()
+    trained_ids: tuple[int, ...] = ()
+    new_rows: int = 0
+
+
+NO_TOKENS = Tokens()
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model with its adapters and quantisation, described.
 
@@ -43,10 +63,11 @@ class ModelSpec:
         method: how it is fine-tuned.
         compute: dtype of products, activations and frozen weights.
         parameters: in the model's own order.
-        vocab_size, hidden_size, num_layers: of the decoder.
+        vocab_size, hidden_size, num_layers: of the decoder; the vocabulary with the rows that are new.
         num_heads, num_kv_heads, head_dim: of its attention.
         has_dynamic_rope: whether rotary frequencies depend on the longest row of a forward pass.
         buffer_bytes: bytes of all buffers, which no strategy shards (quantisation state, rotary frequencies).
+        tokens: that are added or trained by themselves.
     """
 
     path: str
@@ -62,6 +83,7 @@ class ModelSpec:
     head_dim: int
     has_dynamic_rope: bool
     buffer_bytes: int
+    tokens: Tokens = NO_TOKENS
 
     @property
     def trainable(self) -> tuple[ParameterSpec, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from sft_dist.model.prequantized import DENSE_FIX, StoredState, read_buffer, spl
 from sft_dist.model.quantized import QuantizedLinear
 from sft_dist.model.safetensors_folder import TRAINABLE_DTYPES, SafetensorsFolder
 from sft_dist.model.spec import ModelSpec
+from sft_dist.model.token_rows import TOKEN_ROWS
 from sft_dist.model.virtual_tokens import InitialVirtualTokens, init_token_ids
 from sft_dist.runtime.memory import release_freed_memory
 
@@ -51,6 +52,9 @@ COMPUTED_HERE = r"rotary_emb\.inv_freq"
 
 # Elements of a tied pair that are compared at a time.
 COMPARED_AT_ONCE = 1 << 24
+
+# Elements that are added up at a time to the mean of a matrix's rows; the same everywhere, so that the sum is.
+SUMMED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,9 @@ class Weights:
         self._adapters: InitialAdapters | None = None
         if isinstance(spec.method, LoraMethod):
             self._adapters = InitialAdapters(spec.method, seed=seed, dense=self._dense, stored=self._stored)
-            self._adapters.check({p.name: p.shape for p in spec.trainable})
+            self._adapters.check({p.name: p.shape for p in spec.trainable}, spec.tokens.trained_ids)
+        self._token_ids = spec.tokens.trained_ids
+        self._means: dict[str, Tensor] = {}
         self._splits_weights = isinstance(spec.method, LoraMethod) and spec.method.init == "pissa"
         self._virtual: InitialVirtualTokens | None = None
         if model.prompt is not None:
@@ -153,6 +159,11 @@ class Weights:
         a, b = self._adapters.factors(layer)
         return a.to(self._compute), b.to(self._compute)
 
+    def rows(self, name: str, ids: Sequence[int]) -> Tensor:
+        """[n, h] rows of a matrix of the base model as a run starts from them; only they are read."""
+        width = self._base[name].shape[1]
+        return torch.stack([self._read(name, id * width, (id + 1) * width).to(self._compute) for id in ids])
+
     def buffer(self, name: str) -> Tensor | None:
         """A buffer by its name in the model; None where it is not in the files."""
         if name in self._base:
@@ -173,6 +184,8 @@ class Weights:
             return self._read(name, start, stop)
         if self._adapters.has(name):
             return self._adapters.saved(name, start, stop)
+        if name.endswith(TOKEN_ROWS):
+            return self.rows(f"{name.removesuffix(TOKEN_ROWS)}.weight", self._token_ids).flatten()[start:stop]
         if name not in self._base:
             return self._adapters.value(name, self._shapes[name]).flatten()[start:stop]
         layer = name.removesuffix(f"{UNDER_ADAPTER}.weight")
@@ -203,9 +216,34 @@ class Weights:
         return whole.dequantize(whole.stored(), (place.out_features, place.in_features), self._compute).float()
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        values = self._folder.read(self._keys[name], start, stop)
+        """[stop - start] flat elements of a tensor of the base model, in the files' dtype if all are in the files."""
+        stored = min(stop, self._base[name].numel)
+        values = self._folder.read(self._keys[name], min(start, stored), stored)
         self._on_bytes(values.numel() * values.element_size())
-        return values
+        if stored == stop:
+            return values
+        mean = self._mean_row(name)
+        first = max(start, stored) - stored
+        rows = mean.repeat(-(-(stop - stored) // mean.numel()))[first : stop - stored]
+        return torch.cat([values.to(self._compute), rows])
+
+    def _mean_row(self, name: str) -> Tensor:
+        """[h] of the rows in the files, added up in fp64 in one order, so that every rank gets the same bytes.
+
+        A token that starts there is as likely as the others on average (Hewitt 2021, "Initializing new word embeddings
+        for pretrained language models"). Transformers samples around it; the mean itself needs no random numbers.
+        """
+        if name not in self._means:
+            num_rows, width = self._base[name].shape
+            total = torch.zeros(width, dtype=torch.float64)
+            rows_at_once = max(1, SUMMED_AT_ONCE // width)
+            for first in range(0, num_rows, rows_at_once):
+                last = min(num_rows, first + rows_at_once)
+                part = self._folder.read(self._keys[name], first * width, last * width)
+                total += part.view(-1, width).sum(dim=0, dtype=torch.float64)
+                self._on_bytes(part.nbytes)
+            self._means[name] = (total / num_rows).to(self._compute)
+        return self._means[name]
 
     def _quantize_into(self, name: str, part: Part) -> _Scales:
         """Quantises whole units: those at the part's ends also where they reach over them."""

@@ -12,7 +12,7 @@ import json
 import operator
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -130,10 +130,12 @@ def refusals() -> dict[Cell, str | None]:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
         described: dict[str, ModelSpec] = {}
 
-        def describe(path: str, revision: str | None, method: MethodConfig, compute: Dtype) -> ModelSpec:
-            key = f"{method.model_dump_json()} {compute}"
+        def describe(
+            path: str, revision: str | None, method: MethodConfig, compute: Dtype, add_tokens: Sequence[str]
+        ) -> ModelSpec:
+            key = f"{method.model_dump_json()} {compute} {add_tokens}"
             if key not in described:
-                described[key] = describe_model(path, revision, method, compute)
+                described[key] = describe_model(path, revision, method, compute, add_tokens)
             return described[key]
 
         def refusal(cell: Cell) -> str | None:

@@ -30,6 +30,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.model.hub import model_folder
+from sft_dist.model.untrained import untrained_tokens
 from sft_dist.model.weights import check_weights
 from sft_dist.plan.accelerate import check_accelerate
 from sft_dist.plan.choose import choose
@@ -46,7 +47,7 @@ from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.loop import Training
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
-from sft_dist.train.summary import notices, summary
+from sft_dist.train.summary import notices, summary, untrained_notice
 
 
 def run_training(config: Config, *, resume: str = NEVER) -> None:
@@ -65,7 +66,9 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
         process = Process(world, device, store)
         config, run = decide(config, world, device)
         tokenizer_folder = model_folder(run.model.path, run.model.revision, "tokenizer")
-        renderer = load_renderer(str(tokenizer_folder), None, run.data.chat_template)
+        renderer = load_renderer(
+            str(tokenizer_folder), None, run.data.chat_template, added_tokens=run.model.tokens.added
+        )
         found = run_on_main_first(world, store, "prepare", lambda: prepare_run(run, renderer, resume))
         inputs = open_inputs(run, renderer, is_main=world.is_main)
         train(run, config, process, inputs, start=None if found is None else Path(found))
@@ -242,6 +245,7 @@ def prepare_run(run: Run, renderer: ChatRenderer, resume: str) -> str | None:
     for name, sources in (("train", run.data.train), ("eval", run.data.eval)):
         if sources:
             _prepare_data(run, renderer, name)
+    _warn_of_untrained_tokens(run, renderer)
     return None if checkpoint is None else str(checkpoint)
 
 
@@ -261,6 +265,15 @@ def _prepare_data(run: Run, renderer: ChatRenderer, name: str) -> None:
         )
     for line in notices(counts, run.data.max_seq_len):
         console.print(f"[yellow]data.{name}: {line}", soft_wrap=True)
+
+
+def _warn_of_untrained_tokens(run: Run, renderer: ChatRenderer) -> None:
+    special = renderer.special_ids
+    occurring = open_prepared(_data_folder(run, "train")).occurring(special)
+    untrained = untrained_tokens(run.model, occurring, special)
+    if untrained:
+        line = untrained_notice(renderer.tokenizer.convert_ids_to_tokens(untrained), run.model)
+        Console(highlight=False).print(f"[yellow]model: {escape(line)}", soft_wrap=True)
 
 
 def open_inputs(run: Run, renderer: ChatRenderer, *, is_main: bool) -> Inputs:

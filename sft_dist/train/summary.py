@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 
-from sft_dist.config.schema import AdamWConfig, Fsdp2Sharding
+from sft_dist.config.schema import AdamWConfig, Fsdp2Sharding, LoraMethod
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.prepared import PreparedData
+from sft_dist.model.spec import ModelSpec
 from sft_dist.run import Run
 from sft_dist.sharding.spec import ShardingSpec
 
@@ -24,7 +26,7 @@ def summary(
     return "\n".join(
         [
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} trainable "
-            f"of {total:,} stored elements",
+            f"of {total:,} stored elements{_tokens(run.model)}",
             f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}{_replicas(run)}, verified: rank 0 holds "
             f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements"
             f"{_on_host(spec)}; "
@@ -57,12 +59,38 @@ def _replicas(run: Run) -> str:
     return f" in {replicas} replicas" if replicas > 1 else ""
 
 
+def _tokens(model: ModelSpec) -> str:
+    tokens = model.tokens
+    added = (
+        f"; {_count(len(tokens.added), 'token')} added, {_count(tokens.new_rows, 'row')} more in a vocabulary of now "
+        f"{model.vocab_size:,}"
+    )
+    trained = f"; rows of {_count(len(tokens.trained_ids), 'token')} trained"
+    return (added if tokens.added else "") + (trained if tokens.trained_ids else "")
+
+
 def _on_host(spec: ShardingSpec) -> str:
     return f", {' and '.join(sorted(spec.on_host))} in host memory" if spec.on_host else ""
 
 
 def _count(number: int, what: str, plural: str = "s") -> str:
     return f"{number:,} {what}" + ("" if number == 1 else plural)
+
+
+def untrained_notice(tokens: Sequence[str], model: ModelSpec) -> str:
+    """Tokens of the training data that nothing has trained and nothing will, and what to do about it."""
+    method = model.method
+    if isinstance(method, LoraMethod):
+        named = model.tokens.added if method.train_tokens is None else method.train_tokens
+        fix = f"set method.train_tokens to {json.dumps([*named, *tokens], ensure_ascii=False)}"
+    elif method.type == "full":
+        fix = "take the embedding and the output layer out of method.freeze"
+    else:
+        fix = "use a method that trains them: full, or lora or qlora with method.train_tokens"
+    return (
+        f"{', '.join(tokens)}: in the training data, with rows of the base model that were never trained (zero, equal "
+        f"to those of other special tokens, or new), and this run does not train them; {fix}"
+    )
 
 
 def notices(counts: Mapping[str, int], max_seq_len: int) -> list[str]:

@@ -28,12 +28,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "loftq": {"init": "loftq", "dora": True},
     "whole": {"modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]},
     "frozen": {"freeze": ["embed_tokens", "layers.0"]},
+    "tokens": {"train_tokens": ["a", "e", "<|im_end|>"]},
+    "grown tokens": {"train_tokens": ["a", "e", "<tool>", "<|call|>"], "target_modules": "attention"},
+    "grown whole": {"modules_to_save": ["lm_head"]},
 }
 CELLS = [
     "full-fsdp2", "lora-fsdp2", "qlora-fsdp2", "full-zero3", "qlora-zero3", "lora-ddp", "full-zero1", "lora-zero2",
     "full-fsdp2-tied", "full-zero3-frozen", "lora-zero3-attention", "lora-fsdp2-layers", "lora-fsdp2-dora",
     "qlora-zero3-dora", "lora-ddp-pissa", "lora-zero3-pissa rslora", "qlora-fsdp2-loftq", "lora-fsdp2-whole",
-    "qlora-zero3-whole",
+    "qlora-zero3-whole", "lora-fsdp2-tokens", "qlora-zero3-tokens", "lora-zero3-tied tokens", "full-fsdp2-grown",
+    "full-zero3-tied grown", "lora-zero3-grown tokens", "qlora-fsdp2-grown tokens", "lora-ddp-tied grown tokens",
+    "lora-fsdp2-grown whole",
     "prompt text-ddp", "p_tuning-fsdp2", "p_tuning lstm-zero3", "prefix-fsdp2-tied", "prefix projection-zero2",
 ]  # fmt: skip
 
@@ -48,9 +53,13 @@ def in_memory(world: World, tiny_base: Path, tied_base: Path, folder: Path) -> d
     """Trains and exports every cell on two processes; their logits, by cell and rank."""
     results = {}
     for cell in CELLS:
-        method, strategy, *options = cell.split("-")
-        base = tied_base if options == ["tied"] else tiny_base
-        cfg = cells.config(str(base), {"type": method} | OPTIONS.get("".join(options), {}), strategy)
+        method, strategy, *rest = cell.split("-")
+        options = "".join(rest)
+        base = tied_base if options.startswith("tied") else tiny_base
+        options = options.removeprefix("tied").strip()
+        model = {"add_tokens": ["<tool>", "<|call|>"]} if options.startswith("grown") else {}
+        section = {"type": method} | OPTIONS[options] if options in OPTIONS else method
+        cfg = cells.config(str(base), section, strategy, model=model)
         results[cell] = world(2).run(cells.train_and_export, cells.dump(cfg), str(folder / cell / "final"))
     return results
 
@@ -79,7 +88,7 @@ def test_final_loads_elsewhere_with_equal_logits(
 
 def test_the_cells_differ(elsewhere: dict[str, Logits]) -> None:
     """A loader that ignored the adapter, or a training that moved nothing, would make some of these equal."""
-    first = {cell: logits[0] for cell, logits in elsewhere.items() if not cell.endswith("tied")}
+    first = {cell: logits[0] for cell, logits in elsewhere.items() if "tied" not in cell}
     assert np.abs(first["full-fsdp2"] - first["lora-fsdp2"]).max() > 1e-2
     assert np.abs(first["lora-fsdp2"] - first["qlora-fsdp2"]).max() > 1e-3
 

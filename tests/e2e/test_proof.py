@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from sft_dist.checkpoint import fresh_process
 from sft_dist.checkpoint.artefact import Probe, _environment, prove_artefact, take_probes, write_expected
@@ -62,10 +62,18 @@ class Artefact:
         return found
 
 
-def trained(base: Path, tmp_path: Path, method: str, compute: str = "fp32", *, quantization: str = "nf4") -> Artefact:
+def trained(
+    base: Path,
+    tmp_path: Path,
+    method: str | dict[str, Any],
+    compute: str = "fp32",
+    added: tuple[str, ...] = (),
+    *,
+    quantization: str = "nf4",
+) -> Artefact:
     """An artefact of a model whose trained weights have moved."""
     precision = {"compute": compute}
-    cfg = cells.config(str(base), method, precision=precision)
+    cfg = cells.config(str(base), method, precision=precision, model={"add_tokens": added})
     if isinstance(cfg.method, QloraMethod):
         cfg = cfg.model_copy(update={"method": cfg.method.model_copy(update={"quantization": quantization})})
     run = resolve(cfg, WorldShape())
@@ -82,12 +90,13 @@ def trained(base: Path, tmp_path: Path, method: str, compute: str = "fp32", *, q
                 yield name, parameter.detach()
 
     folder = tmp_path / "final"
-    saved = export(folder, run.model, model, masters(), AutoTokenizer.from_pretrained(base), is_main=True, seed=0)
+    renderer = load_renderer(str(base), None, None, added_tokens=added)
+    saved = export(folder, run.model, model, masters(), renderer.tokenizer, is_main=True, seed=0)
     publish(folder)
     weights = {name: fresh_process.digest(tensor) for name, tensor in saved.items()}
     model.to(torch.bfloat16 if compute == "bf16" else torch.float32)
     probes = take_probes(OneProcess(model), cells.synthetic_data(), cells.CPU)  # type: ignore[arg-type]
-    return Artefact(folder, run.model, weights, probes, load_renderer(str(base), None, None).sample(row(tmp_path)))
+    return Artefact(folder, run.model, weights, probes, renderer.sample(row(tmp_path)))
 
 
 def row(tmp_path: Path) -> Conversation:
@@ -169,8 +178,26 @@ def test_an_adapter_on_another_base_is_found(tiny_base: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("method", "compute"), [("lora", "bf16"), ("qlora", "fp32"), ("full", "bf16"), ("tied", "fp32")]
+)
+def test_an_artefact_of_a_grown_vocabulary_passes(
+    tiny_base: Path, tied_base: Path, tmp_path: Path, method: str, compute: str
+) -> None:
+    base, method = (tied_base, "lora") if method == "tied" else (tiny_base, method)
+    artefact = trained(base, tmp_path, method, compute, ("<tool>", "<|call|>"))
+    assert artefact.findings(tmp_path) == []
+    assert (
+        ("resize_token_embeddings(261" in (artefact.folder / "README.md").read_text())
+        if method != "full"
+        else (json.loads((artefact.folder / "config.json").read_text())["vocab_size"] == 261)
+    )
+
+
+@pytest.mark.parametrize(
     ("method", "damage", "finding"),
     [
+        ("tokens", adapter(lambda t: t[first(t, "lm_head")].add_(1e-6)), "1 weights are not those of the trained model"),
+        ("tokens", lambda f: edit_json(f / "adapter_config.json", trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [7, 8]}), "the logits of probe 0 differ"),
         ("lora", adapter(lambda t: t[first(t, "lora_B")].zero_()), "is all zeros: the adapter does nothing there"),
         ("lora", adapter(lambda t: t.pop(first(t, "lora_B"))), "weights are not those of the trained model"),
         ("lora", adapter(lambda t: t[first(t, "lora_A")].add_(1e-6)), "1 weights are not those of the trained model"),
@@ -194,8 +221,9 @@ def test_an_adapter_on_another_base_is_found(tiny_base: Path, tmp_path: Path) ->
 def test_each_defect_is_found(
     tiny_base: Path, tied_base: Path, tmp_path: Path, method: str, damage: Callable[[Path], None], finding: str
 ) -> None:
-    base, method = (tied_base, "full") if method == "tied" else (tiny_base, method)
-    artefact = trained(base, tmp_path, method)
+    base = tied_base if method == "tied" else tiny_base
+    settings = {"tied": "full", "tokens": {"type": "lora", "train_tokens": ["a", "e"]}}.get(method, method)
+    artefact = trained(base, tmp_path, settings)
     damage(artefact.folder)
     assert any(finding in line for line in artefact.findings(tmp_path)), artefact
 

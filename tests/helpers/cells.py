@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from transformers import AutoTokenizer
 
 from sft_dist.config.schema import Config
 from sft_dist.data.batch import MicroBatch
 from sft_dist.data.loader import TrainingOrder, collate
 from sft_dist.data.packing import pack_best_fit
 from sft_dist.data.prepared import PreparedData
+from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.model.export import export, publish
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def config(
-    model: str, method: str | dict[str, Any] = "full", strategy: str = "ddp", **sections: dict[str, Any]
+    model: str, /, method: str | dict[str, Any] = "full", strategy: str = "ddp", **sections: dict[str, Any]
 ) -> Config:
     """A config for tests in fp32; ``sections`` are merged over it.
 
@@ -172,7 +172,7 @@ def train_and_export(cfg_yaml: str, folder: str) -> list[np.ndarray[Any, Any]]:
         everything = run.model.method.type == "full"
         export(
             Path(folder), run.model, strategy.model, strategy.full_parameters(trainable_only=not everything),
-            AutoTokenizer.from_pretrained(run.model.path), is_main=rank == 0, seed=run.seed,
+            load_tokenizer(run.model.path, added=run.model.tokens.added), is_main=rank == 0, seed=run.seed,
         )  # fmt: skip
         if rank == 0:
             publish(Path(folder))

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 def load(folder: str, method: str) -> torch.nn.Module:
@@ -28,6 +28,9 @@ def load(folder: str, method: str) -> torch.nn.Module:
     base = AutoModelForCausalLM.from_pretrained(
         base_path, dtype=torch.float32, quantization_config=quantization if method == "qlora" else None
     )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(base, folder)
 
 

@@ -45,6 +45,16 @@ WRONG = [
         "set train.micro_batch_size to at most 4",
     ),
     (
+        {"model": {"path": "m", "add_tokens": ["<a>", "<b>", "<a>"]}},
+        "model.add_tokens has <a> twice",
+        "name each token of model.add_tokens once",
+    ),
+    (
+        {"method": LORA | {"train_tokens": ["<a>", " "]}},
+        "method.train_tokens is ['<a>', ' ']: one token is empty",
+        "remove the empty token from method.train_tokens",
+    ),
+    (
         {"optim": {"type": "sgd", "warmup_ratio": 0.95}},
         "optim.warmup_ratio 0.95 of train.max_steps 10 is all of them: lr would never leave the warm-up",
         "set optim.warmup_ratio to at most 0.9, or train longer",
