@@ -49,8 +49,8 @@ class BaseTensor:
 
     Args:
         names: that Transformers knows it by; several where it is tied.
-        shape: of the weight in the files; one that is quantised there or in the model has another one, and a matrix that
-            grew has more rows in the model.
+        shape: of the weight in the files; one that is quantised there or in the model has another one, and a matrix
+            that grew has more rows in the model.
         is_packed: it is quantised in the files.
     """
 
