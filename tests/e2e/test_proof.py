@@ -249,7 +249,7 @@ def test_a_template_with_the_date_may_render_otherwise(tiny_base: Path, tmp_path
         assert all(line.startswith("the chat template renders the first row differently: ") for line in findings)
 
 
-def test_the_fresh_process_is_nobodys_and_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fresh_process_is_nobodys_and_has_neither_gpu_nor_network(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = {"HF_HOME": "/models", "PATH": "/bin"}
     launchers = {
         "RANK": "0",
@@ -259,7 +259,7 @@ def test_the_fresh_process_is_nobodys_and_has_no_gpu(monkeypatch: pytest.MonkeyP
         "TORCHELASTIC_RUN_ID": "x",
     }
     monkeypatch.setattr(os, "environ", mine | launchers | {"CUDA_VISIBLE_DEVICES": "3"})
-    assert _environment() == mine | {"CUDA_VISIBLE_DEVICES": ""}
+    assert _environment() == mine | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def test_a_fresh_process_says_so(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
