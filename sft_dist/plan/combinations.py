@@ -37,6 +37,7 @@ AXES: dict[str, dict[str, Settings]] = {
         "full": {"method": {"type": "full"}},
         "lora": {"method": {"type": "lora", "r": 4}},
         "qlora": {"method": {"type": "qlora", "r": 4}},
+        "qlora, int8": {"method": {"type": "qlora", "r": 4, "quantization": "int8"}},
         "qlora, dora": {"method": {"type": "qlora", "r": 4, "dora": True}},
         "prompt": {"method": {"type": "prompt", "num_virtual_tokens": 4}, "data": {"packing": "none"}},
         "p_tuning": {"method": {"type": "p_tuning", "num_virtual_tokens": 4}, "data": {"packing": "none"}},

@@ -197,8 +197,20 @@ def test_a_rank_takes_its_shard(world: World, base_200m: Path, strategy: str, me
     assert_streamed(world, base_200m, LLAMA_200M, ranks=2, strategy=strategy, method=method, spare_bytes=2e8)
 
 
+@pytest.fixture(scope="module")
+def plain_loss_2b(base_2b: Path) -> float:
+    return plain_loss(base_2b, "lora", torch.bfloat16)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [2, 4])
 @CELLS
-def test_a_rank_takes_its_shard_of_2b(world: World, base_2b: Path, ranks: int, strategy: str, method: str) -> None:
-    assert_streamed(world, base_2b, LLAMA_2B, ranks=ranks, strategy=strategy, method=method, spare_bytes=3e8)
+def test_a_rank_takes_its_shard_of_2b(
+    world: World, base_2b: Path, plain_loss_2b: float, ranks: int, strategy: str, method: str
+) -> None:
+    loaded = assert_streamed(
+        world, base_2b, LLAMA_2B, ranks=ranks, strategy=strategy, method=method, spare_bytes=3e8
+    )
+    for one in loaded:
+        if method == "lora":
+            assert one.loss == pytest.approx(plain_loss_2b, rel=1e-5)
