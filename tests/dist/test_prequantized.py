@@ -32,6 +32,8 @@ from tests.helpers.quantized_model import KINDS, load_plain, write_quantized
 
 World = Callable[[int], WorldPool]
 
+pytestmark = pytest.mark.ci
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -35,6 +35,8 @@ from tests.helpers.tiny_model import build_model, build_tokenizer
 
 World = Callable[[int], WorldPool]
 
+pytestmark = pytest.mark.ci
+
 ADDED = ["<tool>", "<|call|>", "<|result|>"]
 GROWN = {"model": {"add_tokens": ADDED}}
 TRAIN = {"global_batch_size": 7, "micro_batch_size": 2, "max_steps": 4, "seed": 3}
