@@ -24,7 +24,7 @@ test: lint  ## everything that must pass before a change is merged: the whole pr
 	$(PYTEST) -m "not ci and not full"
 
 test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests
-	$(PYTEST) -m ci
+	$(PYTEST) -m "ci and not full"
 
 test-full: lint  ## all tests, those that take minutes too
 	$(PYTEST)
