@@ -27,6 +27,8 @@ from tests.helpers.tiny_model import build_model, build_tokenizer
 
 World = Callable[[int], WorldPool]
 
+pytestmark = pytest.mark.ci
+
 ADAFACTOR = {
     "optim": {
         "type": "adafactor", "lr": 0.1, "scale_parameter": True, "max_grad_norm": 0.5, "weight_decay": 0.1,

@@ -20,6 +20,8 @@ from tests.helpers.pool import WorldPool
 
 World = Callable[[int], WorldPool]
 
+pytestmark = pytest.mark.ci
+
 # Prompts start far from where embeddings are: small steps would show nothing.
 LEARNING = {"optim": {"lr": 0.1, "max_grad_norm": 0.5, "weight_decay": 0.1, "warmup_ratio": 0.2}}
 
