@@ -28,7 +28,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
             wrong; the parts of the run do not go together.
         ValueError: something is still ``auto``; ``plan.choose`` makes it concrete.
     """
-    from sft_dist.model.build import describe_model
+    from sft_dist.model.describe import describe_model
     from sft_dist.sharding import registry
 
     sharding = config.sharding

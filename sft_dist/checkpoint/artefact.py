@@ -106,7 +106,7 @@ def write_expected(
     save_file({str(n): probe.logits.contiguous() for n, probe in enumerate(probes)}, folder / fresh_process.LOGITS)
     description = {
         "method": spec.method.type,
-        "quantization": spec.method.quantization if isinstance(spec.method, QloraMethod) else None,
+        "quantization": spec.method.quantization.model_dump() if isinstance(spec.method, QloraMethod) else None,
         "dtype": spec.compute,
         "vocabulary": spec.vocab_size if spec.tokens.new_rows else None,
         "weights": dict(weights),

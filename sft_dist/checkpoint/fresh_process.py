@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import xxhash
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 EXPECTED, LOGITS, FINDINGS = "expected.json", "logits.safetensors", "findings.json"
@@ -84,21 +85,29 @@ def load(artefact: Path, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
     return model.eval(), found
 
 
-def load_adapter(artefact: Path, quantization: str | None, dtype: torch.dtype, vocabulary: int | None) -> nn.Module:
+def load_adapter(
+    artefact: Path, quantization: dict[str, Any] | None, dtype: torch.dtype, vocabulary: int | None
+) -> nn.Module:
     """An adapter on its base on the CPU, computing in ``dtype`` with the values that it was trained with.
 
     Args:
-        quantization: of the base, "nf4" or "int8"; None for 16 or 32 bits.
+        quantization: of the base, its ``type`` "nf4" or "int8" and the layers that ``skip`` lists; None for 16 or 32
+            bits.
         vocabulary: size to which the base is resized, as README.md in the artefact says, or None.
     """
     adapter = json.loads((artefact / "adapter_config.json").read_text())
     base, revision = adapter["base_model_name_or_path"], adapter["revision"] or "main"
     options: dict[str, Any] = {}
-    if getattr(AutoConfig.from_pretrained(base, revision=revision), "quantization_config", None) is None:
-        # A base whose files are quantised says itself how.
-        options["quantization_config"] = quantize_as(quantization, dtype)
+    config = AutoConfig.from_pretrained(base, revision=revision)
+    # A base whose files are quantised says itself how.
+    if quantization is not None and getattr(config, "quantization_config", None) is None:
+        skip = quantization["skip"]
+        # Without a list Transformers leaves out the output layer; a list has to name it.
+        skip = [*skip, output_layer(config)] if skip else None
+        options["quantization_config"] = quantize_as(quantization["type"], skip, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **options)
     compute_in(loaded, dtype)
+    by_whole_blocks(loaded, dtype)
     if vocabulary is not None:
         loaded.resize_token_embeddings(vocabulary, mean_resizing=False)
     model = PeftModel.from_pretrained(loaded, artefact).eval()
@@ -121,13 +130,37 @@ def compute_in(base: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def quantize_as(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype,
-        )  # fmt: skip
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+def by_whole_blocks(base: nn.Module, dtype: torch.dtype) -> None:
+    """Gives 4-bit layers whose rows end within a block their values as dense weights.
+
+    On a CPU bitsandbytes 0.50 begins a block with each row when it dequantises, but not when it quantises.
+    """
+    for name, module in list(base.named_modules()):
+        if not isinstance(module, bnb.nn.Linear4bit) or module.in_features % module.weight.quant_state.blocksize == 0:
+            continue
+        state = copy(module.weight.quant_state)
+        state.dtype = dtype
+        state.shape = torch.Size((module.in_features * module.out_features // state.blocksize, state.blocksize))
+        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        values = bnb.functional.dequantize_4bit(module.weight.data, state)
+        dense.weight = nn.Parameter(values.view(dense.weight.shape), requires_grad=False)
+        dense.bias = module.bias
+        base.set_submodule(name, dense)
+
+
+def output_layer(config: PretrainedConfig) -> str:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+
+
+def quantize_as(kind: str, skip: list[str] | None, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype, llm_int8_skip_modules=skip,
+    )  # fmt: skip
 
 
 def weight_findings(model: nn.Module, expected: dict[str, str], *, is_adapter: bool) -> Iterator[str]:

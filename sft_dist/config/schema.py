@@ -85,15 +85,32 @@ class LoraMethod(Section):
     )
 
 
+class QuantizationConfig(Section):
+    """How the linear layers of a frozen base are stored; the output layer always stays in ``compute``."""
+
+    type: Literal["nf4", "int8"] = Field(
+        "nf4",
+        description="nf4: 4 bits with double quantisation; int8: 8 bits with a scale a row. A base that bitsandbytes "
+        "has quantised before is trained as it is, and must be of this kind.",
+    )
+    skip: Literal["auto"] | list[str] = Field(
+        default_factory=list,
+        description="Linear layers that stay in `compute`, by names; auto: those that quantising changes most, "
+        f"measured on a sample of each layer's weights, as many as skip_budget allows. {NAMES}",
+    )
+    skip_budget: float | None = Field(
+        None,
+        gt=0,
+        description="With skip auto: memory that it may cost, as a share of that of the quantised layers if none were "
+        "skipped; null: 0.1.",
+    )
+
+
 class QloraMethod(LoraMethod):
     """LoRA on a quantised base (Dettmers et al. 2023, arXiv 2305.14314), quantised while it is loaded or before."""
 
     type: Literal["qlora"]  # type: ignore[assignment]
-    quantization: Literal["nf4", "int8"] = Field(
-        "nf4",
-        description="How the base is stored: nf4, 4 bits with double quantisation; int8, 8 bits with a scale a row. A "
-        "base that bitsandbytes has quantised before is trained as it is, and must be of this kind.",
-    )
+    quantization: QuantizationConfig = QuantizationConfig()
 
 
 class _VirtualTokens(Section):

@@ -18,6 +18,7 @@ from sft_dist.config.schema import (
     PrefixMethod,
     PromptMethod,
     PTuningMethod,
+    QloraMethod,
     VirtualTokensMethod,
 )
 from sft_dist.errors import ConfigError
@@ -150,6 +151,14 @@ def _names(config: Config) -> Iterator[Finding]:
             yield (
                 "method.target_modules is []: an adapter on nothing",
                 "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
+            )
+    if isinstance(method, QloraMethod) and isinstance(method.quantization.skip, list):
+        lists["quantization.skip"] = method.quantization.skip
+        if method.quantization.skip_budget is not None:
+            yield (
+                f"method.quantization.skip_budget is {method.quantization.skip_budget}, which only "
+                "method.quantization.skip auto looks at",
+                "remove method.quantization.skip_budget, or set method.quantization.skip to auto",
             )
     for key, names in lists.items():
         if not all(name.strip() for name in names):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sft_dist.config.schema import FullMethod, LoraMethod, MethodConfig, QloraMethod, VirtualTokensMethod
+from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod, QuantizationConfig, VirtualTokensMethod
 from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import ConfigError
 from sft_dist.model.adapters import add_lora, trained_parts
@@ -29,13 +29,12 @@ from sft_dist.model.int8 import Int8Linear
 from sft_dist.model.loss import LossHead
 from sft_dist.model.names import covered
 from sft_dist.model.nf4 import NF4Linear
-from sft_dist.model.prequantized import DENSE_FIX, StoredQuantization, check_method, stored_quantization
+from sft_dist.model.prequantized import DENSE_FIX, StoredQuantization, stored_quantization
 from sft_dist.model.quantized import QuantizedLinear
 from sft_dist.model.sequence_parallel import SequenceParallel
-from sft_dist.model.spec import NO_TOKENS, Dtype, ModelSpec, ParameterSpec, Tokens
-from sft_dist.model.support import has_dynamic_rope, heads_of, load_model_config
+from sft_dist.model.spec import NO_TOKENS, Dtype, ModelSpec, Tokens
+from sft_dist.model.support import load_model_config
 from sft_dist.model.token_rows import train_token_rows
-from sft_dist.model.tokens import plan_tokens
 from sft_dist.model.virtual_tokens import LongRows, VirtualTokens, check_base, cut_off, put_before
 
 QUANTIZED: dict[str, type[QuantizedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
@@ -149,54 +148,6 @@ class SftModel(nn.Module):
         return SequenceParallel(self.sequence_group, batch.split)
 
 
-def describe_model(
-    path: str, revision: str | None, method: MethodConfig, compute: Dtype, add_tokens: Sequence[str] = ()
-) -> ModelSpec:
-    """The description of the model that ``build_meta_model`` builds, from its configuration alone.
-
-    Where tokens are added or trained by themselves, from its tokenizer too.
-
-    Raises:
-        ConfigError: the path is no model, one with settings that are not supported, or not for this method;
-            ``plan_tokens``.
-    """
-    config = load_model_config(path, revision)
-    check_method(stored_quantization(config, path), method, path)
-    tokens = plan_tokens(path, revision, method, add_tokens, config.vocab_size)
-    return _describe(path, revision, method, compute, tokens)
-
-
-def describe_dense(path: str, revision: str | None, compute: Dtype) -> ModelSpec:
-    """The base with every weight in ``compute`` and its own shape, also where the files hold it quantised."""
-    return _describe(path, revision, FullMethod(), compute, NO_TOKENS)
-
-
-def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dtype, tokens: Tokens) -> ModelSpec:
-    config = load_model_config(path, revision)
-    meta = build_meta_model(path, revision, method, compute, tokens)
-    heads, kv_heads, head_dim = heads_of(config)
-    owner = {id(parameter): name for name, block in meta.blocks().items() for parameter in block.parameters()}
-    parameters = tuple(
-        ParameterSpec(name, tuple(p.shape), p.requires_grad, owner.get(id(p))) for name, p in meta.named_parameters()
-    )
-    return ModelSpec(
-        path=path,
-        revision=revision,
-        method=method,
-        compute=compute,
-        parameters=parameters,
-        vocab_size=config.vocab_size + tokens.new_rows,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        has_dynamic_rope=has_dynamic_rope(config),
-        buffer_bytes=sum(b.numel() * b.element_size() for b in meta.buffers()),
-        tokens=tokens,
-    )
-
-
 def build_meta_model(
     path: str, revision: str | None, method: MethodConfig, compute: Dtype, tokens: Tokens = NO_TOKENS
 ) -> SftModel:
@@ -246,7 +197,7 @@ def _assemble(
     model.config.use_cache = False
     base = _base_tensors(model, tokens.new_rows)
     if isinstance(method, QloraMethod):
-        for name in _quantize_linears(model, method, dtype, stored):
+        for name in _quantize_linears(model, method.quantization, dtype, stored):
             base[name] = replace(base[name], is_packed=stored is not None)
     hf_names = {id(tensor): name for name, tensor in _stored_tensors(model)}
     hf: nn.Module = model
@@ -299,31 +250,55 @@ def _stored_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return list(seen.values())
 
 
+def quantizable(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Every linear layer but the output layer, by its path."""
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+
+
 def _quantize_linears(
-    model: PreTrainedModel, method: QloraMethod, storage: torch.dtype, stored: StoredQuantization | None
+    model: PreTrainedModel, config: QuantizationConfig, storage: torch.dtype, stored: StoredQuantization | None
 ) -> Iterator[str]:
-    """Replaces every linear layer but the output layer; where the files hold quantised weights, just those.
+    """Replaces the linear layers that ``config`` does not skip; where the files hold quantised weights, just those.
 
     Yields:
         names of the weights of the layers that were replaced.
     """
-    covers = (lambda _: True) if stored is None else stored.covers(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LossHead) and stored is not None and covers(name):
+    kind, linears = QUANTIZED[config.type], quantizable(model)
+    if stored is None:
+        assert config.skip != "auto", "describe_model has measured what auto is"
+        skipped = set(skipped_layers(config.skip, linears))
+    else:
+        covers = stored.covers(model)
+        output = next(name for name, module in model.named_modules() if isinstance(module, LossHead))
+        if covers(output):
             raise ConfigError(
-                f"model.path: {name}, the output layer, is quantised in the files, which is not supported",
+                f"model.path: {output}, the output layer, is quantised in the files, which is not supported",
                 fix="give a model that was quantised with llm_int8_skip_modules: null",
             )
-        if type(module) is not nn.Linear or not covers(name):
-            continue
-        kind = QUANTIZED[method.quantization]
-        indivisible = kind.indivisible(module, storage)
-        if indivisible is not None:
-            raise ConfigError(
-                f"method.quantization is {kind.kind}, but {name} has {indivisible}",
-                fix="use method.type=lora for this model" if stored is None else DENSE_FIX,
-            )
-        quantized = kind.in_place_of(module, storage) if stored is None else stored.in_place_of(module, storage)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantized)
-        yield f"{name}.weight"
+        skipped = {name for name in linears if not covers(name)}
+    for name, linear in linears.items():
+        indivisible = kind.indivisible(linear, storage)
+        if name not in skipped and indivisible is not None:
+            fix = "name it in method.quantization.skip, or use method.type=lora" if stored is None else DENSE_FIX
+            raise ConfigError(f"method.quantization.type is {kind.kind}, but {name} has {indivisible}", fix=fix)
+    for name, linear in linears.items():
+        if name not in skipped:
+            quantized = kind.in_place_of(linear, storage) if stored is None else stored.in_place_of(linear, storage)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized)
+            yield f"{name}.weight"
+
+
+def skipped_layers(patterns: Sequence[str], linears: Iterable[str]) -> list[str]:
+    """The linear layers that ``method.quantization.skip`` names.
+
+    Raises:
+        ConfigError: a name covers no linear layer, or together they cover all.
+    """
+    linears = list(linears)
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+    key = "method.quantization.skip"
+    skipped = covered(patterns, linears, key=key, kind="linear layer", fix=f"choose from {leaves}, or say auto")
+    if len(skipped) == len(linears):
+        raise ConfigError(f"{key} covers every linear layer: nothing is left to quantise", fix="use method.type lora")
+    return skipped

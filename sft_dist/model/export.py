@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sft_dist.config.schema import LoraMethod, VirtualTokensMethod
+from sft_dist.config.schema import LoraMethod, QloraMethod, VirtualTokensMethod
 from sft_dist.errors import CheckpointError
 from sft_dist.model.adapters import lora_config
 from sft_dist.model.build import TORCH_DTYPES, SftModel
@@ -136,32 +136,67 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
     adapter |= {name.removesuffix(".default"): state[name] for name in rows}
     save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
-    if spec.tokens.new_rows:
-        (folder / "README.md").write_text(_how_to_load(spec), encoding="utf-8")
+    how = _how_to_load(spec, model)
+    if how is not None:
+        (folder / "README.md").write_text(how, encoding="utf-8")
     for name in whole:
         module, _, parameter = name.rpartition(".")
         state[f"{module}.modules_to_save.default.{parameter}"] = state.pop(name)
 
 
-def _how_to_load(spec: ModelSpec) -> str:
-    """What a user of an adapter on a grown vocabulary must know: its base lacks the rows before it has them."""
-    revision = "" if spec.revision is None else f", revision={json.dumps(spec.revision)}"
+def _how_to_load(spec: ModelSpec, model: SftModel) -> str | None:
+    """What a user of an adapter must know of a base that is not loaded as it is; None where it is.
+
+    On a grown vocabulary the base lacks rows that it must get first; one that was quantised in part is the same only if
+    the same layers are left out.
+    """
+    skip = spec.method.quantization.skip if isinstance(spec.method, QloraMethod) else []
+    tokens, revision = spec.tokens, "" if spec.revision is None else f", revision={json.dumps(spec.revision)}"
+    about, imports, quantization, options, resize = [], "", "", revision, ""
+    if tokens.new_rows:
+        about.append(
+            f"The tokenizer here has {len(tokens.added)} special tokens more than the base model's: "
+            f"{', '.join(f'`{token}`' for token in tokens.added)}. The base model gets rows for them before the "
+            "adapter is put on it; the adapter brings their values."
+        )
+        resize = f"\nmodel.resize_token_embeddings({spec.vocab_size}, mean_resizing=False)"
+    if skip:
+        assert isinstance(spec.method, QloraMethod)
+        kind = spec.method.quantization.type
+        head = next(name for name, module in model.causal_lm.named_modules() if module is model.head)
+        bits = (
+            'load_in_4bit=True,\n    bnb_4bit_quant_type="nf4",\n    bnb_4bit_use_double_quant=True,\n    '
+            f"bnb_4bit_compute_dtype={TORCH_DTYPES[spec.compute]}"
+            if kind == "nf4"
+            else "load_in_8bit=True"
+        )
+        layers = "".join(f"        {json.dumps(name)},\n" for name in [*skip, head])
+        about.append(
+            f"The adapter was trained on a base whose linear layers are stored in {kind}, but for {len(skip)} of them "
+            "and the output layer. Loaded as here the base is the same; it may be loaded in 16 bits as well."
+        )
+        imports = "import torch\n" if kind == "nf4" else ""
+        quantization = (
+            f"quantization = BitsAndBytesConfig(\n    {bits},\n    llm_int8_skip_modules=[\n{layers}    ],\n)\n"
+        )
+        options += ", quantization_config=quantization"
+    if not about:
+        return None
+    names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantization else "")
+    explanation = "\n\n".join(about)
     return f"""---
 base_model: {spec.path}
 library_name: peft
 ---
 
-The tokenizer here has {len(spec.tokens.added)} special tokens more than the base model's: \
-{", ".join(f"`{token}`" for token in spec.tokens.added)}. The base model gets rows for them before the adapter is put \
-on it; the adapter brings their values.
+{explanation}
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}from peft import PeftModel
+from transformers import {names}
 
-tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
-model = AutoModelForCausalLM.from_pretrained({json.dumps(spec.path)}{revision})
-model.resize_token_embeddings({spec.vocab_size}, mean_resizing=False)
+{quantization}tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(spec.path)}{options}){resize}
 model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
 ```
 """

@@ -91,21 +91,25 @@ class InitialAdapters:
         if self._method.init != "default":
             a, b = self.factors(layer)
             return a if kind.startswith("A") else b
-        value = torch.zeros(shape)
-        if kind.startswith("A"):
-            generator = torch.Generator().manual_seed(_seed_of(self._seed, name))
-            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-        return value
+        return self._drawn(name, shape) if kind.startswith("A") else torch.zeros(shape)
+
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(_seed_of(self._seed, name))
+        return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r], fp32, whose product with the scaling comes closest to a matrix.
 
         ``pissa`` (Meng et al. 2024, arXiv 2404.02948): the weight. ``loftq`` (Li et al. 2023, arXiv 2310.08659, one
-        iteration): what quantising took from it. Unlike PEFT's, the factors of LoftQ allow for the scaling.
+        iteration): what quantising took from it. Unlike PEFT's, the factors of LoftQ allow for the scaling; where
+        quantising took nothing they are drawn as by default, since two zeros would never move.
         """
         if self._last is None or self._last[0] != layer:
             weight = self._dense(layer)
             matrix = weight if self._method.init == "pissa" else weight - self._stored(layer)
+            if not matrix.any():
+                a = self._drawn(f"{layer}.lora_A.default.weight", (self._method.r, matrix.shape[1]))
+                return a, torch.zeros(matrix.shape[0], self._method.r)
             rank = min(self._method.r, *matrix.shape)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_seed_of(self._seed, layer))

@@ -49,15 +49,6 @@ class Int8Linear(QuantizedLinear):
         packed, absmax = quantize_rows(weights.view(-1, self.in_features), self.weight.dtype)
         return packed.flatten(), absmax
 
-    @classmethod
-    def quantize(cls, linear: nn.Linear, storage: torch.dtype) -> Self:
-        """Quantises a whole layer."""
-        module = cls.in_place_of(linear, storage)
-        packed, absmax = quantize_rows(linear.weight.detach(), storage)
-        module.weight = nn.Parameter(packed, requires_grad=False)
-        module.set_scales(absmax)
-        return module
-
     def set_scales(self, absmax: Tensor) -> None:
         self.row_absmax = absmax.view(torch.int32)
 

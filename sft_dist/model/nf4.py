@@ -85,15 +85,6 @@ class NF4Linear(QuantizedLinear):
         packed, absmax = quantize_blocks(weights, self.weight.dtype)
         return packed.flatten(), absmax
 
-    @classmethod
-    def quantize(cls, linear: nn.Linear, storage: torch.dtype) -> Self:
-        """Quantises a whole layer."""
-        module = cls.in_place_of(linear, storage)
-        packed, absmax = quantize_blocks(linear.weight.detach(), storage)
-        module.weight = nn.Parameter(packed, requires_grad=False)
-        module.set_scales(absmax)
-        return module
-
     def set_scales(self, absmax: Tensor) -> None:
         """Takes [blocks] fp32 scales of the whole weight, and quantises them in turn.
 
@@ -113,8 +104,10 @@ class NF4Linear(QuantizedLinear):
     def dequantize(stored: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         packed, absmax, *nested = stored
         scales = absmax.view(torch.float32) if not nested else _dequantize_scales(absmax, *nested)
-        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK_SIZE, "nf4", shape, dtype)
-        return weight
+        # A block a row: on a CPU bitsandbytes starts a block with each row, also where none started when quantising.
+        blocks = (shape[0] * shape[1] // BLOCK_SIZE, BLOCK_SIZE)
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK_SIZE, "nf4", blocks, dtype)
+        return weight.view(shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nf4, double_quantization={self.double_quantization}"

@@ -105,10 +105,15 @@ def check_method(stored: StoredQuantization | None, method: MethodConfig, path: 
             f"method.type is {method.type}, but {path} is quantised to {stored.kind}: it has no 16-bit weights",
             fix="set method.type to qlora, or give the 16-bit model that it was made from",
         )
-    if method.quantization != stored.kind:
+    if method.quantization.type != stored.kind:
         raise ConfigError(
-            f"method.quantization is {method.quantization}, but {path} is quantised to {stored.kind} already",
-            fix=f"set method.quantization to {stored.kind}, or give the 16-bit model that it was made from",
+            f"method.quantization.type is {method.quantization.type}, but {path} is quantised to {stored.kind} already",
+            fix=f"set method.quantization.type to {stored.kind}, or give the 16-bit model that it was made from",
+        )
+    if method.quantization.skip:
+        raise ConfigError(
+            f"method.quantization.skip chooses what is quantised, but {path} is quantised already",
+            fix="remove method.quantization.skip, or give the 16-bit model that it was made from",
         )
     if method.init == "loftq":
         raise ConfigError(

@@ -39,6 +39,15 @@ class QuantizedLinear(nn.Linear):
         """
         raise NotImplementedError
 
+    @classmethod
+    def quantize(cls, linear: nn.Linear, storage: torch.dtype) -> Self:
+        """Quantises a whole layer."""
+        module = cls.in_place_of(linear, storage)
+        packed, scales = module.quantize_units(linear.weight.detach().flatten())
+        module.weight = nn.Parameter(packed.view(module.weight.shape), requires_grad=False)
+        module.set_scales(scales)
+        return module
+
     @staticmethod
     def indivisible(linear: nn.Linear, storage: torch.dtype) -> str | None:
         """Why the shape of ``linear`` cannot be packed; None where it can."""

@@ -9,7 +9,6 @@ ranks.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,23 +19,19 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from sft_dist.config.schema import LoraMethod
 from sft_dist.errors import CheckpointError
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
 from sft_dist.model.hub import model_folder
 from sft_dist.model.initial import InitialAdapters
-from sft_dist.model.prequantized import DENSE_FIX, StoredState, read_buffer, split_key, state_parts, unreadable_state
-from sft_dist.model.quantized import QuantizedLinear
-from sft_dist.model.safetensors_folder import TRAINABLE_DTYPES, SafetensorsFolder
+from sft_dist.model.matching import match_keys, quantized_layers, stored_state
+from sft_dist.model.prequantized import read_buffer
+from sft_dist.model.safetensors_folder import SafetensorsFolder
 from sft_dist.model.spec import ModelSpec
 from sft_dist.model.token_rows import TOKEN_ROWS
 from sft_dist.model.virtual_tokens import InitialVirtualTokens, init_token_ids
 from sft_dist.runtime.memory import release_freed_memory
-
-SAME_MODEL_FIX = "config.json and the weights must come from the same model"
 
 # A rank's own, after which the host memory that filling it took on the way is handed back.
 RELEASE_EVERY_BYTES = 1 << 26
@@ -46,9 +41,6 @@ UNDER_ADAPTER = ".base_layer"
 
 # Weights; bitsandbytes on a CPU needs 64 bytes for each of them while it quantises to NF4.
 QUANTIZED_AT_ONCE = 1 << 19
-
-# Files of older versions of Transformers hold what a model computes when it is made.
-COMPUTED_HERE = r"rotary_emb\.inv_freq"
 
 # Elements of a tied pair that are compared at a time.
 COMPARED_AT_ONCE = 1 << 24
@@ -93,9 +85,9 @@ class Weights:
     ) -> None:
         self._folder = SafetensorsFolder(model_folder(spec.path, spec.revision))
         self._base = model.base
-        self._keys = _matched(self._folder, model)
+        self._keys = match_keys(self._folder, model)
         self._compute, self._on_bytes = TORCH_DTYPES[spec.compute], on_bytes
-        self._quantized = _quantized_layers(model)
+        self._quantized = quantized_layers(model)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._adapters: InitialAdapters | None = None
         if isinstance(spec.method, LoraMethod):
@@ -171,7 +163,7 @@ class Weights:
         layer, _, buffer = name.rpartition(".")
         weight = f"{layer}.weight"
         if weight in self._quantized and self._base[weight].is_packed:
-            bits = read_buffer(self._quantized[weight], buffer, _stored_state(self._folder, self._keys, weight))
+            bits = read_buffer(self._quantized[weight], buffer, stored_state(self._folder, self._keys, weight))
             self._on_bytes(bits.nbytes)
             return bits
         return None
@@ -328,120 +320,3 @@ def check_weights(spec: ModelSpec) -> None:
                         f"model.path: config.json of {spec.path} ties {other} to {stored[0]}, and the weights differ",
                         fix="set tie_word_embeddings to false there",
                     )
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What the files must hold under a name.
-
-    Args:
-        names: that Transformers knows it by.
-        dtypes: one of which it is stored in, as the files name them; None for any.
-        shape, num_bytes: of it; None where they do not matter.
-    """
-
-    names: tuple[str, ...]
-    dtypes: frozenset[str] | None
-    shape: tuple[int, ...] | None
-    num_bytes: int | None = None
-    is_required: bool = True
-
-    def mismatch(self, folder: SafetensorsFolder, key: str) -> str | None:
-        """What is wrong with the tensor that the files hold."""
-        stored = folder.tensors[key]
-        if self.shape is not None and stored.shape != self.shape:
-            return f"{key} {list(stored.shape)} instead of {list(self.shape)}"
-        if self.num_bytes is not None and folder.num_bytes(key) != self.num_bytes:
-            return f"{key} of {folder.num_bytes(key)} bytes instead of {self.num_bytes}"
-        return f"{key} in {stored.dtype}" if self.dtypes is not None and stored.dtype not in self.dtypes else None
-
-
-def _wanted(model: SftModel) -> dict[str, _Wanted]:
-    """By name in ``model``; the quantisation state of "X.weight" is "X.weight.PART"."""
-    wanted, layers = {}, _quantized_layers(model)
-    for name, tensor in model.base.items():
-        if not tensor.is_packed:
-            wanted[name] = _Wanted(tensor.names, TRAINABLE_DTYPES, tensor.shape)
-            continue
-        wanted[name] = _Wanted(tensor.names, None, None, layers[name].weight.nbytes)
-        for part, state in state_parts(layers[name]).items():
-            names = tuple(f"{hf_name}.{part}" for hf_name in tensor.names)
-            wanted[f"{name}.{part}"] = _Wanted(names, state.dtypes, state.shape, None, state.is_required)
-    return wanted
-
-
-def _matched(folder: SafetensorsFolder, model: SftModel) -> dict[str, str]:
-    """Name in ``model`` -> key in the files, for everything that ``_wanted`` names and the files hold.
-
-    Raises:
-        CheckpointError: they are not the same model's, or hold quantised weights that are not read.
-    """
-    wanted = _wanted(model)
-    by_hf_name = {name: sft_name for sft_name, tensor in model.base.items() for name in tensor.names}
-    is_packed = any(tensor.is_packed for tensor in model.base.values())
-    transforms = get_model_conversion_mapping(model.causal_lm)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
-    ignored = [re.compile(p) for p in (*(model.causal_lm._keys_to_ignore_on_load_unexpected or ()), COMPUTED_HERE)]
-    keys: dict[str, str] = {}
-    unexpected, mismatched = [], []
-    for key in folder.tensors:
-        weight, part = split_key(key) if is_packed else (key, "")
-        hf_name, converter = rename_source_key(
-            weight, renamings, converters, model.causal_lm.base_model_prefix, by_hf_name
-        )
-        name = f"{by_hf_name.get(hf_name)}.{part}" if part else by_hf_name.get(hf_name)
-        if converter is not None or name not in wanted:
-            if not any(pattern.search(key) for pattern in ignored):
-                unexpected.append(key)
-            continue
-        keys.setdefault(name, key)
-        mismatch = wanted[name].mismatch(folder, key)
-        if mismatch is not None:
-            mismatched.append(mismatch)
-    missing = [each.names[0] for name, each in wanted.items() if each.is_required and name not in keys]
-    _refuse(folder, "missing", missing)
-    _refuse(folder, "unexpected", unexpected)
-    _check_quantization(folder, model, keys)  # which may explain why shapes differ
-    _refuse(folder, "mismatched", mismatched)
-    return keys
-
-
-def _refuse(folder: SafetensorsFolder, what: str, found: list[str]) -> None:
-    if found:
-        raise CheckpointError(
-            f"model.path: the weights in {folder.folder} have {len(found)} {what} keys, such as {min(found)}",
-            fix=SAME_MODEL_FIX,
-        )
-
-
-def _check_quantization(folder: SafetensorsFolder, model: SftModel, keys: dict[str, str]) -> None:
-    """Looks into what is noted beside the tensors of weights that are quantised in the files.
-
-    Raises:
-        CheckpointError: they were quantised in a way that is not read.
-    """
-    for name, layer in _quantized_layers(model).items():
-        tensor = model.base[name]
-        if tensor.is_packed:
-            try:
-                reason = unreadable_state(layer, _stored_state(folder, keys, name))
-            except ValueError:
-                reason = "has a damaged quant_state"
-            if reason is not None:
-                raise CheckpointError(f"model.path: {tensor.names[0]} in {folder.folder} {reason}", fix=DENSE_FIX)
-
-
-def _stored_state(folder: SafetensorsFolder, keys: dict[str, str], name: str) -> StoredState:
-    """Reads a part of the quantisation state of a weight, flat; None where the files lack it."""
-
-    def read(part: str) -> Tensor | None:
-        key = keys.get(f"{name}.{part}")
-        return None if key is None else folder.read(key, 0, math.prod(folder.tensors[key].shape))
-
-    return read
-
-
-def _quantized_layers(model: SftModel) -> dict[str, QuantizedLinear]:
-    """By the names of their weights."""
-    return {f"{n}.weight": module for n, module in model.named_modules() if isinstance(module, QuantizedLinear)}

@@ -11,6 +11,7 @@ from sft_dist.config.schema import (
     Config,
     DdpSharding,
     Fsdp2Sharding,
+    QloraMethod,
 )
 from sft_dist.config.validate import validate
 from sft_dist.errors import ConfigError
@@ -53,13 +54,19 @@ def check(config: Config, shape: WorldShape, *, describe: Describe | None = None
             validate(concrete)
             runs.append(resolve(concrete, shape, describe=describe))
         except ModelNotHere as e:
-            why = f"{e.what}: neither the model nor what goes together with it was checked; bring it here by: {BRING}"
+            bring = BRING if needs_no_weights(config) else BRING.removesuffix(" --no-weights")
+            why = f"{e.what}: neither the model nor what goes together with it was checked; bring it here by: {bring}"
             return Checked([], [f"not checked: {why}"])
         except ConfigError as e:
             refused.append((concrete, e))
     if not runs:
         raise refused[0][1]
     return Checked(runs, [f"auto must not become {_ways(other)}: {e.what}" for other, e in refused])
+
+
+def needs_no_weights(config: Config) -> bool:
+    """Whether the model's ``config.json`` and tokenizer say all that describes the run."""
+    return not (isinstance(config.method, QloraMethod) and config.method.quantization.skip == "auto")
 
 
 def _without_auto(config: Config) -> list[Config]:

@@ -21,7 +21,7 @@ from typing import Any
 from sft_dist.config.load import read_config
 from sft_dist.config.schema import MethodConfig
 from sft_dist.errors import ConfigError
-from sft_dist.model.build import describe_model
+from sft_dist.model.describe import describe_model
 from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.plan.check import check
 from sft_dist.runtime.world import WorldShape
@@ -37,7 +37,7 @@ AXES: dict[str, dict[str, Settings]] = {
         "full": {"method": {"type": "full"}},
         "lora": {"method": {"type": "lora", "r": 4}},
         "qlora": {"method": {"type": "qlora", "r": 4}},
-        "qlora, int8": {"method": {"type": "qlora", "r": 4, "quantization": "int8"}},
+        "qlora, int8": {"method": {"type": "qlora", "r": 4, "quantization": {"type": "int8"}}},
         "qlora, dora": {"method": {"type": "qlora", "r": 4, "dora": True}},
         "prompt": {"method": {"type": "prompt", "num_virtual_tokens": 4}, "data": {"packing": "none"}},
         "p_tuning": {"method": {"type": "p_tuning", "num_virtual_tokens": 4}, "data": {"packing": "none"}},

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.config.schema import AdamWConfig, LoraMethod, VirtualTokensMethod
-from sft_dist.model.build import describe_dense
+from sft_dist.model.describe import describe_dense
 from sft_dist.model.loss import CHUNK_BYTES
 from sft_dist.model.sequence_parallel import shared_kv_heads
 from sft_dist.model.spec import DTYPE_BYTES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from sft_dist.config.schema import AdamWConfig, Fsdp2Sharding, LoraMethod
+from sft_dist.config.schema import AdamWConfig, Fsdp2Sharding, LoraMethod, QloraMethod
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.prepared import PreparedData
 from sft_dist.model.spec import ModelSpec
@@ -26,7 +26,7 @@ def summary(
     return "\n".join(
         [
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} trainable "
-            f"of {total:,} stored elements{_tokens(run.model)}",
+            f"of {total:,} stored elements{_quantized(run.model)}{_tokens(run.model)}",
             f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}{_replicas(run)}, verified: rank 0 holds "
             f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements"
             f"{_on_host(spec)}; "
@@ -67,6 +67,14 @@ def _tokens(model: ModelSpec) -> str:
     )
     trained = f"; rows of {_count(len(tokens.trained_ids), 'token')} trained"
     return (added if tokens.added else "") + (trained if tokens.trained_ids else "")
+
+
+def _quantized(model: ModelSpec) -> str:
+    if not isinstance(model.method, QloraMethod):
+        return ""
+    skip = model.method.quantization.skip
+    names = f" but for {len(skip)} in {model.compute}: {', '.join(skip)}" if skip else ""
+    return f"; linear layers in {model.method.quantization.type}{names}"
 
 
 def _on_host(spec: ShardingSpec) -> str:

@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qdora": {"type": "qlora", "dora": True, "target_modules": "mlp"},
     "pissa": {"type": "lora", "init": "pissa", "rslora": True},
     "loftq": {"type": "qlora", "init": "loftq"},
+    "skip": {"type": "qlora", "init": "loftq", "quantization": {"skip": ["layers.0", "re:.*down_proj"]}},
     "whole": {"type": "qlora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
     "frozen": {"type": "full", "freeze": ["embed_tokens", "re:model.layers.0.*"]},
 }
@@ -40,6 +41,7 @@ TRAIN = {"global_batch_size": 7, "micro_batch_size": 2, "max_steps": 4, "seed": 
     [
         ("dora", "fsdp2", 3), ("dora", "zero3", 2), ("dora", "ddp", 2), ("qdora", "zero3", 3), ("qdora", "fsdp2", 2),
         ("pissa", "fsdp2", 2), ("pissa", "zero3", 3), ("loftq", "fsdp2", 3), ("loftq", "zero2", 2),
+        ("skip", "fsdp2", 3), ("skip", "zero3", 2), ("skip", "zero1", 2),
         ("whole", "fsdp2", 2), ("whole", "zero3", 2), ("whole", "zero1", 2), ("frozen", "fsdp2", 3),
         ("frozen", "zero3", 2), ("frozen", "zero1", 2),
     ],

@@ -45,7 +45,7 @@ def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def config(base: Path, strategy: str, *, int8: bool = False, **sections: Any) -> Config:
     settings = cells.config(str(base), "qlora", strategy, **sections).model_dump()
-    settings["method"]["quantization"] = "int8" if int8 else "nf4"
+    settings["method"]["quantization"] = {"type": "int8" if int8 else "nf4"}
     return Config.model_validate(settings)
 
 

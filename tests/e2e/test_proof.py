@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sft_dist.checkpoint import fresh_process
 from sft_dist.checkpoint.artefact import Probe, _environment, prove_artefact, take_probes, write_expected
-from sft_dist.config.schema import QloraMethod, SourceConfig
+from sft_dist.config.schema import QloraMethod, QuantizationConfig, SourceConfig
 from sft_dist.data.batch import MicroBatch
 from sft_dist.data.chat_template import TemplateSample, load_renderer
 from sft_dist.data.messages import Conversation
@@ -30,6 +30,7 @@ from sft_dist.runtime.world import WorldShape
 from tests.helpers import cells
 from tests.helpers.loaded import load_model
 from tests.helpers.quantized_model import write_quantized
+from tests.helpers.tiny_model import build_base
 
 
 class OneProcess:
@@ -69,13 +70,14 @@ def trained(
     compute: str = "fp32",
     added: tuple[str, ...] = (),
     *,
-    quantization: str = "nf4",
+    quantization: dict[str, Any] | None = None,
 ) -> Artefact:
     """An artefact of a model whose trained weights have moved."""
     precision = {"compute": compute}
     cfg = cells.config(str(base), method, precision=precision, model={"add_tokens": added})
-    if isinstance(cfg.method, QloraMethod):
-        cfg = cfg.model_copy(update={"method": cfg.method.model_copy(update={"quantization": quantization})})
+    if quantization is not None:
+        config = QuantizationConfig.model_validate(quantization)
+        cfg = cfg.model_copy(update={"method": cfg.method.model_copy(update={"quantization": config})})
     run = resolve(cfg, WorldShape())
     model = load_model(run.model, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -162,16 +164,55 @@ def test_a_good_adapter_on_a_quantised_base_passes(
 ) -> None:
     """Quantised in its files, in another dtype than the run's and not as a run would; and to 8 bits by the run."""
     base = tiny_base if kind is None else write_quantized(tiny_base, tmp_path / "base", kind)
-    artefact = trained(base, tmp_path, "qlora", compute, quantization=quantization)
+    artefact = trained(base, tmp_path, "qlora", compute, quantization={"type": quantization})
     assert artefact.findings(tmp_path) == []
     files = sorted(path.name for path in artefact.folder.iterdir())
     assert "adapter_model.safetensors" in files
     assert "model.safetensors" not in files
 
 
+@pytest.mark.parametrize(("kind", "compute"), [("nf4", "fp32"), ("nf4", "bf16"), ("int8", "fp32")])
+def test_an_adapter_on_a_base_quantised_in_part_passes(
+    tiny_base: Path, tmp_path: Path, kind: str, compute: str
+) -> None:
+    """By the proof, and by a user who does what README.md beside the adapter says."""
+    skip = ["layers.0.mlp", "v_proj"]
+    added = ("<tool>",) if compute == "bf16" else ()
+    artefact = trained(tiny_base, tmp_path, "qlora", compute, added, quantization={"type": kind, "skip": skip})
+    assert artefact.findings(tmp_path) == []
+    readme = (artefact.folder / "README.md").read_text()
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("PATH_OF_THIS_FOLDER", str(artefact.folder)), names)
+    layers = {name: type(module).__name__ for name, module in names["model"].get_base_model().named_modules()}
+    quantized = {
+        name.removesuffix(".base_layer") for name, layer in layers.items() if layer in ("Linear4bit", "Linear8bitLt")
+    }
+    assert len(quantized) == 14 - 3 - 2
+    assert not any(".v_proj" in name or ".0.mlp." in name or "lm_head" in name for name in quantized)
+    assert names["model"].get_input_embeddings().weight.shape[0] == artefact.spec.vocab_size
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_base_whose_rows_end_within_a_block_passes(tmp_path: Path, compute: str) -> None:
+    """On a CPU bitsandbytes dequantises down_proj wrong there, and the proof must not believe it."""
+    (tmp_path / "base").mkdir()
+    base = build_base(tmp_path / "base", intermediate_size=160)
+    assert trained(base, tmp_path, "qlora", compute).findings(tmp_path) == []
+
+
+def test_other_layers_left_unquantised_are_found(tiny_base: Path, tmp_path: Path) -> None:
+    artefact = trained(tiny_base, tmp_path, "qlora", quantization={"skip": ["layers.0.mlp"]})
+    method = artefact.spec.method
+    assert isinstance(method, QloraMethod)
+    other = method.model_copy(update={"quantization": QuantizationConfig()})
+    spec = replace(artefact.spec, method=other)
+    assert any("logits" in finding for finding in replace(artefact, spec=spec).findings(tmp_path))
+
+
 def test_an_adapter_on_another_base_is_found(tiny_base: Path, tmp_path: Path) -> None:
     """The proof reads the base's own quantised weights: quantised to 4 bits in another way, the logits differ."""
-    artefact = trained(tiny_base, tmp_path, "qlora", quantization="int8")
+    artefact = trained(tiny_base, tmp_path, "qlora", quantization={"type": "int8"})
     nf4 = write_quantized(tiny_base, tmp_path / "base", "double")
     edit_json(artefact.folder / "adapter_config.json", base_model_name_or_path=str(nf4))
     assert any("logits" in finding for finding in artefact.findings(tmp_path))

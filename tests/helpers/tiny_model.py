@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +36,7 @@ def build_model(
     folder: Path,
     *,
     hidden_size: int = 64,
+    intermediate_size: int = 256,
     num_layers: int = 2,
     vocab_size: int = 259,
     tied: bool = False,
@@ -43,15 +45,15 @@ def build_model(
     """A Llama with grouped-query attention; its sizes divide by neither 3 nor, in the norms, by much else."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=hidden_size * 2 + 32,
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
         num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         tie_word_embeddings=tied, initializer_range=0.08, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def build_base(folder: Path, *, tied: bool = False) -> Path:
-    """Model and tokenizer together, as a user's model folder."""
+def build_base(folder: Path, **model: Any) -> Path:
+    """Model and tokenizer together, as a user's model folder; ``model`` as for ``build_model``."""
     build_tokenizer(folder)
-    build_model(folder, tied=tied)
+    build_model(folder, **model)
     return folder

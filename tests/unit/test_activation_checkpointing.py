@@ -68,12 +68,12 @@ def test_selective_repeats_half_of_the_products_and_no_attention(tiny_base: Path
     assert attentions == [2, 4, 2], "two blocks"
     repeated = full[2] - none[2]
     spared = full[2] - selective[2]
-    # hidden 64, key and value 32, intermediate 160: [in, out] of k_proj, o_proj and up_proj in two blocks.
+    # hidden 64, key and value 32, intermediate 256: [in, out] of k_proj, o_proj and up_proj in two blocks.
     products = {shape: count for (_, shape), count in _products(spared).items()}
-    assert products == {(64, 32): 2, (64, 64): 2, (64, 160): 2}
+    assert products == {(64, 32): 2, (64, 64): 2, (64, 256): 2}
     base = {s: n for (_, s), n in _products(repeated).items() if min(s) > 4}
     # k and v, q and o, gate and up: backward does not need down_proj's result.
-    assert base == {(64, 32): 4, (64, 64): 4, (64, 160): 4}
+    assert base == {(64, 32): 4, (64, 64): 4, (64, 256): 4}
 
 
 def _products(counts: Counter[Any]) -> dict[Any, int]:

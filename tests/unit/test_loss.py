@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from sft_dist.config.schema import FullMethod
 from sft_dist.data.loader import collate, empty_micro_batch
 from sft_dist.model import loss as loss_module
-from sft_dist.model.build import describe_model
+from sft_dist.model.describe import describe_model
 from sft_dist.model.loss import LossHead, linear_cross_entropy_sum
 from tests.helpers.cells import synthetic_data
 from tests.helpers.loaded import load_model

@@ -63,6 +63,19 @@ def test_bytes_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+def test_rows_that_end_within_a_block(dtype: torch.dtype) -> None:
+    """Blocks do not begin anew with a row, as bitsandbytes on a CPU has it when it dequantises."""
+    torch.manual_seed(0)
+    linear = nn.Linear(160, 64, bias=False, dtype=dtype).requires_grad_(False)
+    layer, same = NF4Linear.quantize(linear, dtype), nn.Linear(64, 160, bias=False)
+    same.weight = nn.Parameter(linear.weight.view(160, 64), requires_grad=False)
+    whole = NF4Linear.quantize(same, dtype)
+    expected = whole.dequantize(whole.stored(), (160, 64), dtype).view(64, 160)
+    assert torch.equal(layer.dequantize(layer.stored(), (64, 160), dtype), expected)
+    assert (expected - linear.weight).abs().max() < 0.2 * linear.weight.abs().max()
+
+
+@DTYPES
 @pytest.mark.parametrize("bias", [False, True])
 def test_outputs_and_input_gradients_are_those_of_bitsandbytes(dtype: torch.dtype, bias: bool) -> None:
     linear = base(dtype, bias=bias)

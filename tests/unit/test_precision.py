@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_dist.config.schema import FullMethod
 from sft_dist.data.loader import TrainingOrder, collate
-from sft_dist.model.build import describe_model
+from sft_dist.model.describe import describe_model
 from sft_dist.run import Precision, StrategyName
 from sft_dist.sharding.ddp import Ddp, cast_while_running
 from sft_dist.sharding.shard_optimizer import local

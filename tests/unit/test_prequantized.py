@@ -36,9 +36,9 @@ def base(folder: Path, quantization: dict[str, Any] | None, **settings: Any) -> 
     return folder
 
 
-def run_of(path: Path, method: str = "qlora", **keys: Any) -> Run:
-    cfg = cells.config(str(path), method)
-    return resolve(cfg.model_copy(update={"method": cfg.method.model_copy(update=keys)}), WorldShape())
+def run_of(path: Path, method: str = "qlora", **quantization: Any) -> Run:
+    settings = {"quantization": quantization} if quantization else {}
+    return resolve(cells.config(str(path), {**cells.METHODS[method], **settings}), WorldShape())
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,10 @@ def test_what_cannot_be_read_is_refused_by_name(
         (DOUBLE, "full", {}, "method.type is full, but", "set method.type to qlora"),
         (DOUBLE, "lora", {}, "is quantised to nf4: it has no 16-bit weights", "set method.type to qlora"),
         (INT8, "lora", {}, "is quantised to int8: it has no 16-bit weights", "set method.type to qlora"),
-        (INT8, "qlora", {}, "method.quantization is nf4, but", "set method.quantization to int8"),
-        (DOUBLE, "qlora", {"quantization": "int8"}, "is quantised to nf4 already", "set method.quantization to nf4"),
+        (INT8, "qlora", {}, "method.quantization.type is nf4, but", "set method.quantization.type to int8"),
+        (DOUBLE, "qlora", {"type": "int8"}, "is quantised to nf4 already", "set method.quantization.type to nf4"),
+        (DOUBLE, "qlora", {"skip": ["q_proj"]}, "is quantised already", "remove method.quantization.skip"),
+        (DOUBLE, "qlora", {"skip": "auto"}, "is quantised already", "remove method.quantization.skip"),
         (DOUBLE | {"llm_int8_skip_modules": ["o_proj"]}, "qlora", {}, "the output layer, is quantised", "skip_modules: null"),
     ],
 )  # fmt: skip
@@ -88,8 +90,8 @@ def test_what_does_not_go_with_a_quantised_base(
 def test_weights_that_do_not_fill_the_storage(tmp_path: Path) -> None:
     shape = {"hidden_size": 18, "intermediate_size": 32, "head_dim": 8}
     with pytest.raises(ConfigError, match="q_proj has 18 inputs, not a multiple of 4") as caught:
-        run_of(base(tmp_path, None, **shape), quantization="int8")
-    assert caught.value.fix == "use method.type=lora for this model"
+        run_of(base(tmp_path, None, **shape), type="int8")
+    assert caught.value.fix == "name it in method.quantization.skip, or use method.type=lora"
     with pytest.raises(ConfigError, match="not a multiple of 64") as caught:
         run_of(base(tmp_path, DOUBLE, **shape))
     assert DENSE in caught.value.fix
@@ -111,7 +113,7 @@ def test_the_description_is_that_of_the_files(tmp_path: Path) -> None:
     layers = {*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.down_proj"}
     assert {name.split(".layers.1.")[1] for name in packed} == {f"{layer}.base_layer.weight" for layer in layers}
     assert all("lora_" in p.name for p in skipped.model.trainable)
-    int8 = run_of(base(tmp_path, INT8), quantization="int8")
+    int8 = run_of(base(tmp_path, INT8), type="int8")
     shapes = {p.name.rsplit(".", 3)[1]: p.shape for p in int8.model.parameters if "base_layer" in p.name}
     assert shapes["down_proj"] == (64, 128 // 4)
     # Activations do not know how the base is stored.

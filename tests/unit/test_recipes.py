@@ -16,7 +16,7 @@ import pytest
 from sft_dist.config.load import load_config
 from sft_dist.config.schema import FullMethod
 from sft_dist.config.validate import validate
-from sft_dist.model.build import describe_model
+from sft_dist.model.describe import describe_model
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.plan.states import GIB, activation_bytes, gather_bytes, state_bytes
 from sft_dist.resolve import resolve
