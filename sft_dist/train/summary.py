@@ -12,6 +12,9 @@ from sft_dist.model.spec import ModelSpec
 from sft_dist.run import Run
 from sft_dist.sharding.spec import ShardingSpec
 
+# Of those that stay unquantised; README.md in final/ names all.
+MAX_LAYERS_SHOWN = 6
+
 
 def summary(
     run: Run, spec: ShardingSpec, train_data: PreparedData, eval_data: PreparedData | None, *, num_steps: int
@@ -73,8 +76,9 @@ def _quantized(model: ModelSpec) -> str:
     if not isinstance(model.method, QloraMethod):
         return ""
     skip = model.method.quantization.skip
-    names = f" but for {len(skip)} in {model.compute}: {', '.join(skip)}" if skip else ""
-    return f"; linear layers in {model.method.quantization.type}{names}"
+    names = ", ".join(skip[:MAX_LAYERS_SHOWN]) + (", ..." if len(skip) > MAX_LAYERS_SHOWN else "")
+    kept = f" but for {len(skip)} in {model.compute}: {names}" if skip else ""
+    return f"; linear layers in {model.method.quantization.type}{kept}"
 
 
 def _on_host(spec: ShardingSpec) -> str:
