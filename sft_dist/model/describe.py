@@ -9,7 +9,7 @@ from sft_dist.model.build import build_meta_model, quantizable, skipped_layers
 from sft_dist.model.prequantized import check_method, stored_quantization
 from sft_dist.model.skip import DEFAULT_BUDGET, skip_by_error
 from sft_dist.model.spec import NO_TOKENS, Dtype, ModelSpec, ParameterSpec, Tokens
-from sft_dist.model.support import has_dynamic_rope, heads_of, load_model_config
+from sft_dist.model.support import dynamic_rope, heads_of, load_model_config
 from sft_dist.model.tokens import plan_tokens
 
 
@@ -70,7 +70,7 @@ def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dt
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        has_dynamic_rope=has_dynamic_rope(config),
+        dynamic_rope=dynamic_rope(config),
         buffer_bytes=sum(b.numel() * b.element_size() for b in meta.buffers()),
         tokens=tokens,
     )

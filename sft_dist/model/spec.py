@@ -55,6 +55,19 @@ NO_TOKENS = Tokens()
 
 
 @dataclass(frozen=True)
+class DynamicRope:
+    """Rotary frequencies that are others in a forward pass with a long row.
+
+    Args:
+        from_tokens: longest row that changes nothing.
+        has_memory: they depend on the rows of earlier forward passes too.
+    """
+
+    from_tokens: int
+    has_memory: bool
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model with its adapters and quantisation, described.
 
@@ -65,7 +78,8 @@ class ModelSpec:
         parameters: in the model's own order.
         vocab_size, hidden_size, num_layers: of the decoder; the vocabulary with the rows that are new.
         num_heads, num_kv_heads, head_dim: of its attention.
-        has_dynamic_rope: whether rotary frequencies depend on the longest row of a forward pass.
+        dynamic_rope: where rotary frequencies depend on the longest row of a forward pass, when they do; None where
+            they never do.
         buffer_bytes: bytes of all buffers, which no strategy shards (quantisation state, rotary frequencies).
         tokens: that are added or trained by themselves.
     """
@@ -81,7 +95,7 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    has_dynamic_rope: bool
+    dynamic_rope: DynamicRope | None
     buffer_bytes: int
     tokens: Tokens = NO_TOKENS
 

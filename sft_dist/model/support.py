@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from sft_dist.errors import ConfigError
 from sft_dist.model.hub import model_folder
 from sft_dist.model.prequantized import stored_quantization
+from sft_dist.model.spec import DynamicRope
 
 # Settings of a model configuration that change its arithmetic where packed attention or the loss head leave it out.
 UNSUPPORTED_SETTINGS = (
@@ -84,12 +85,20 @@ def heads_of(config: PretrainedConfig) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def has_dynamic_rope(config: PretrainedConfig) -> bool:
-    """Whether the model computes its rotary frequencies from the longest row of each forward pass."""
+def dynamic_rope(config: PretrainedConfig) -> DynamicRope | None:
+    """Whether and where the model computes its rotary frequencies from the longest row of each forward pass.
+
+    Transformers' ``modeling_rope_utils.dynamic_rope_update``: "longrope" has two sets of frequencies, "dynamic" one for
+    each length and keeps that of the longest row until a short one comes.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
     # Either of all layers, or by the kind of layer.
     sections = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return any(kind == "longrope" or "dynamic" in kind for kind in (s.get("rope_type", "") for s in sections))
+    limits = [s["original_max_position_embeddings"] for s in sections if s.get("rope_type") == "longrope"]
+    has_memory = any("dynamic" in s.get("rope_type", "") for s in sections)
+    if has_memory:
+        limits.append(config.max_position_embeddings)
+    return DynamicRope(min(limits), has_memory) if limits else None
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import torch
 from sft_dist.model.build import SftModel, build_model
 from sft_dist.model.weights import Weights
 from sft_dist.run import ZERO_STAGES, Run
-from sft_dist.sharding import ddp, fsdp2, sequence_parallel, virtual_tokens, zero
+from sft_dist.sharding import ddp, fsdp2, rotary, sequence_parallel, virtual_tokens, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
@@ -18,6 +18,7 @@ from sft_dist.sharding.strategy import Strategy
 DECLARATIONS: tuple[Callable[[Run], str | None], ...] = (
     lambda run: fsdp2.unsupported(run) if run.strategy == "fsdp2" else None,
     lambda run: zero.unsupported(run) if run.strategy in ZERO_STAGES else None,
+    rotary.unsupported,
     sequence_parallel.unsupported,
     virtual_tokens.unsupported,
 )

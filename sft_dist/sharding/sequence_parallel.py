@@ -19,11 +19,6 @@ def unsupported(run: Run) -> str | None:
             f"sharding.sequence_parallel {size} does not divide the {model.num_heads} attention heads of "
             f"{model.path}, and each of the ranks that share a sequence attends with its own"
         )
-    if model.has_dynamic_rope:
-        return (
-            f"sharding.sequence_parallel {size}: the rotary frequencies of {model.path} depend on the longest row, "
-            "which a rank that holds a part of it does not see"
-        )
     return None
 
 

@@ -146,27 +146,6 @@ def test_what_does_not_divide_is_refused(tiny_base: Path, size: int, ranks: int,
 
 
 @pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
-    ],
-    ids=["dynamic", "longrope"],
-)
-def test_frequencies_of_the_longest_row_are_refused(tiny_base: Path, tmp_path: Path, rope: dict[str, Any]) -> None:
-    settings = json.loads((tiny_base / "config.json").read_text())
-    settings["rope_parameters"] = {
-        **settings.get("rope_parameters", {}),
-        **rope,
-        "original_max_position_embeddings": 64,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    run_of(tmp_path, 1, 2)
-    with pytest.raises(ConfigError, match="depend on the longest row"):
-        run_of(tmp_path, 2, 2)
-
-
-@pytest.mark.parametrize(
     ("kv_heads", "size", "shared"), [(8, 2, 8), (8, 8, 8), (8, 16, 16), (2, 4, 4), (1, 4, 4), (6, 4, 12), (3, 2, 6)]
 )
 def test_key_and_value_heads_are_repeated_as_little_as_needed(kv_heads: int, size: int, shared: int) -> None:
