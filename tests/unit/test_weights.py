@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sft_dist.errors import CheckpointError
+from sft_dist.model import weights
+from sft_dist.model.nf4 import NF4Linear
 from sft_dist.model.spec import ModelSpec
 from sft_dist.model.weights import check_weights
 from sft_dist.resolve import resolve
@@ -141,3 +143,34 @@ def test_a_damaged_index_or_file(tiny_base: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [')
     with pytest.raises(CheckpointError):
         check_weights(spec_of(folder))
+
+
+# What loading takes in host memory beside what it leaves there; tests/dist/test_streaming.py measures the whole
+
+
+def test_little_is_quantised_at_a_time(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it quantises, bitsandbytes on a CPU takes 64 bytes a weight."""
+    assert 64 * weights.QUANTIZED_AT_ONCE <= 1 << 26
+    monkeypatch.setattr(weights, "QUANTIZED_AT_ONCE", 3000)
+    sizes, quantize = [], NF4Linear.quantize_units
+
+    def measured(layer: NF4Linear, values: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(values.numel())
+        return quantize(layer, values)
+
+    monkeypatch.setattr(NF4Linear, "quantize_units", measured)
+    load_model(spec_of(tiny_base, method="qlora"), seed=0)
+    assert max(sizes) <= 3000
+    assert sum(sizes) == sum(t.numel() for n, t in load_file(tiny_base / "model.safetensors").items() if "proj" in n)
+
+
+def test_freed_memory_is_handed_back_on_the_way(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[int] = []
+    monkeypatch.setattr(weights, "release_freed_memory", lambda: released.append(1))
+    load_model(spec_of(tiny_base), seed=0)
+    assert released == [1]
+    released.clear()
+    monkeypatch.setattr(weights, "RELEASE_EVERY_BYTES", 1 << 15)
+    model = load_model(spec_of(tiny_base), seed=0)
+    large = [p for p in model.parameters() if p.nbytes > 1 << 15]
+    assert len(large) < len(released) <= sum(p.nbytes for p in model.parameters()) / (1 << 15) + 1
