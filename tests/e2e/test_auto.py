@@ -62,10 +62,10 @@ def test_an_explicit_configuration_tells_nothing_new(train: Train) -> None:
 
 
 def test_what_does_not_fit_has_its_own_exit_code(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sft_dist.train.run.least_memory_bytes", lambda *_: 2**20)
+    monkeypatch.setattr("sft_dist.train.run.least_memory_bytes", lambda *_: 3 * 2**19)
     code, _, err = train()
     assert code == 3
-    assert "even when fsdp2 shards them over 1, and a process has 1.0 MiB" in err
+    assert "even when fsdp2 shards them over 1, and a process has 1.5 MiB" in err
     assert "\n  fix: use 2 processes" in err
     assert not (tmp_path / "run/config.yaml").exists()
 

@@ -104,7 +104,7 @@ def test_check_with_a_model(exit_code: Run, tiny_base: Path) -> None:
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "run.yaml: valid",
-        f"  checked: every key; {tiny_base}: 123,584 parameters, 4,096 of them trained",
+        f"  checked: every key; {tiny_base}: 160,448 parameters, 4,096 of them trained",
         "  checked: lora with adamw on 3 processes under fsdp2 with activation checkpointing none or full",
         "  not checked: data, chat template, weights, the memory of the devices",
     ]
