@@ -42,7 +42,7 @@ def identity_of(run: Run, data: PreparedData) -> Identity:
 def data_digest(data: PreparedData) -> str:
     """XXH3-128 of all tokens, masks and packs."""
     digest = xxhash.xxh3_128()
-    arrays: list[NDArray[Any]] = [data.input_ids, data.supervised, data.row_bounds, *data.packs]
+    arrays: list[NDArray[Any]] = [data.input_ids, data.supervised, data.row_bounds, data.packs.rows, data.packs.bounds]
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
         digest.update(array.size.to_bytes(8, "little"))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sft_dist.config.schema import DataConfig, SourceConfig
 from sft_dist.data.messages import Conversation
-from sft_dist.data.packing import pack_best_fit
+from sft_dist.data.packing import Packs, pack_best_fit
 from sft_dist.data.sources import read_source
 from sft_dist.errors import DataError
 
@@ -37,7 +37,7 @@ class PreparedData:
         input_ids: [all tokens] int32.
         supervised: [all tokens] uint8, 1 where the token is trained on.
         row_bounds: [rows + 1] int64, offsets of the rows in both.
-        packs: row numbers of each sequence.
+        packs: the rows of each sequence.
         num_tokens: [sequences] int64.
         num_supervised: [sequences] int64; the first token of a row is never predicted and never counts.
     """
@@ -45,7 +45,7 @@ class PreparedData:
     input_ids: NDArray[np.int32]
     supervised: NDArray[np.uint8]
     row_bounds: NDArray[np.int64]
-    packs: list[NDArray[np.int64]]
+    packs: Packs
     num_tokens: NDArray[np.int64]
     num_supervised: NDArray[np.int64]
 
@@ -114,17 +114,13 @@ def prepare(
             f"{key}: none of {num_lost} rows is left after data.over_length={data.over_length}",
             fix=f"raise data.max_seq_len above {data.max_seq_len}, or shorten the prompts",
         )
-    packs = (
-        pack_best_fit(lengths, data.max_seq_len)
-        if data.packing == "best_fit"
-        else [[row] for row in range(len(lengths))]
-    )
+    packs = pack_best_fit(lengths, data.max_seq_len) if data.packing == "best_fit" else Packs.single(len(lengths))
     np.savez(
         folder / "index.npz",
         lengths=np.array(lengths, np.int64),
         supervised=np.array(supervised, np.int64),
-        pack_rows=np.concatenate([np.array(p, np.int64) for p in packs]),
-        pack_sizes=np.array([len(p) for p in packs], np.int64),
+        pack_rows=packs.rows,
+        pack_bounds=packs.bounds,
     )
     return counts
 
@@ -133,14 +129,14 @@ def open_prepared(folder: Path) -> PreparedData:
     """Maps what ``prepare`` wrote."""
     with np.load(folder / "index.npz") as index:
         lengths, supervised = index["lengths"], index["supervised"]
-        packs = np.split(index["pack_rows"], np.cumsum(index["pack_sizes"])[:-1])
+        packs = Packs(index["pack_rows"], index["pack_bounds"])
     return PreparedData(
         input_ids=np.memmap(folder / "input_ids.bin", np.int32, mode="r"),
         supervised=np.memmap(folder / "supervised.bin", np.uint8, mode="r"),
         row_bounds=np.concatenate([[0], np.cumsum(lengths)]),
         packs=packs,
-        num_tokens=np.array([lengths[p].sum() for p in packs], np.int64),
-        num_supervised=np.array([supervised[p].sum() for p in packs], np.int64),
+        num_tokens=packs.sums(lengths),
+        num_supervised=packs.sums(supervised),
     )
 
 

@@ -23,6 +23,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_me
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from sft_dist.data.loader import TrainingOrder
+from sft_dist.data.packing import Packs
 from sft_dist.data.prepared import PreparedData
 from sft_dist.plan.states import gather_bytes, state_bytes
 from sft_dist.resolve import resolve
@@ -132,7 +133,7 @@ def packed_data(seq_len: int, vocab: int) -> PreparedData:
         input_ids=np.concatenate(ids).astype(np.int32),
         supervised=np.concatenate(masks).astype(np.uint8),
         row_bounds=np.cumsum([0, *lengths]),
-        packs=[np.arange(4 * n, 4 * n + 4) for n in range(16)],
+        packs=Packs.of(np.arange(64).reshape(16, 4)),
         num_tokens=np.full(16, seq_len),
         num_supervised=np.array([sum(int(m[1:].sum()) for m in masks[4 * n : 4 * n + 4]) for n in range(16)]),
     )

@@ -15,7 +15,7 @@ import yaml
 from sft_dist.config.schema import Config
 from sft_dist.data.batch import MicroBatch
 from sft_dist.data.loader import TrainingOrder, collate
-from sft_dist.data.packing import pack_best_fit
+from sft_dist.data.packing import Packs, pack_best_fit
 from sft_dist.data.prepared import PreparedData
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.model.export import export, publish
@@ -94,15 +94,15 @@ def synthetic_data(
     lengths = rng.integers(3, max_len, rows)
     ids = [(rng.integers(3, vocab) + rng.integers(1, 4) * np.arange(n)) % (vocab - 3) + 3 for n in lengths]
     masks = [np.arange(n) >= rng.integers(1, n) for n in lengths]
-    packs = pack_best_fit(lengths.tolist(), capacity) if packing else [[i] for i in range(rows)]
+    packs = pack_best_fit(lengths, capacity) if packing else Packs.single(rows)
     counts = np.array([int(m[1:].sum()) for m in masks])
     return PreparedData(
         input_ids=np.concatenate(ids).astype(np.int32),
         supervised=np.concatenate(masks).astype(np.uint8),
         row_bounds=np.cumsum([0, *lengths]),
-        packs=[np.array(p) for p in packs],
-        num_tokens=np.array([lengths[p].sum() for p in packs]),
-        num_supervised=np.array([counts[p].sum() for p in packs]),
+        packs=packs,
+        num_tokens=packs.sums(lengths),
+        num_supervised=packs.sums(counts),
     )
 
 

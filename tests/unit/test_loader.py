@@ -11,6 +11,7 @@ import torch
 
 from sft_dist.data.batch import BatchPlan, MicroBatch
 from sft_dist.data.loader import TrainingOrder, collate, empty_micro_batch, micro_batches
+from sft_dist.data.packing import Packs
 from sft_dist.data.prepared import PreparedData
 from tests.helpers.cells import synthetic_data
 
@@ -30,7 +31,7 @@ def hand_made(rows: list[tuple[list[int], list[int]]]) -> PreparedData:
         input_ids=np.array([i for ids, _ in rows for i in ids], np.int32),
         supervised=np.array([m for _, mask in rows for m in mask], np.uint8),
         row_bounds=np.cumsum([0, *lengths]),
-        packs=[np.array([r]) for r in range(len(rows))],
+        packs=Packs.single(len(rows)),
         num_tokens=np.array(lengths),
         num_supervised=np.array([sum(mask[1:]) for _, mask in rows]),
     )

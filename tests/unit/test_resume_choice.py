@@ -161,7 +161,7 @@ def test_other_data_are_another_run(tiny_base: Path, tmp_path: Path, changed: st
     )
     before = identity_of(run, data)
     before.require_same(identity_of(run, other), checkpoint=tmp_path)
-    array: Any = other.packs[0] if changed == "packs" else getattr(other, changed)
+    array: Any = other.packs.rows if changed == "packs" else getattr(other, changed)
     array[0] += 1
     with pytest.raises(ConfigError, match=r"belongs to another run:\nthe training data is 40 rows in [^\n]*\n  fix"):
         before.require_same(identity_of(run, other), checkpoint=tmp_path)
