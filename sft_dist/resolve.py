@@ -72,7 +72,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         seed=config.train.seed,
         output_dir=config.output_dir,
     )
-    reason = registry.unsupported(run)
-    if reason is not None:
-        raise ConfigError(reason, fix="change one of the keys that are named")
+    refusal = registry.unsupported(run)
+    if refusal is not None:
+        raise ConfigError(refusal.why, fix=refusal.fix)
     return run

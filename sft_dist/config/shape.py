@@ -110,6 +110,12 @@ OTHER_NAMES = {
     "save_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep_last",
     "base_model": "model.path",
+    "load_in_4bit": "method.type",
+    "load_in_8bit": "method.quantization",
+    "bf16": "precision.compute",
+    "fp16": "precision.compute",
+    "gradient_checkpointing": "activation_checkpointing.mode",
+    "gradient_accumulation_steps": "train.global_batch_size",
     "model_name_or_path": "model.path",
 }
 

@@ -208,7 +208,7 @@ def _assemble(
         train_token_rows(model, tokens, whole, named=bool(method.train_tokens))
     elif isinstance(method, VirtualTokensMethod):
         model.requires_grad_(False)
-        check_base(method, model)
+        check_base(method, model, new_rows=tokens.new_rows)
         prompt = VirtualTokens(method, model.config, dtype)
     elif method.freeze:
         _freeze(model, method.freeze)
@@ -300,5 +300,8 @@ def skipped_layers(patterns: Sequence[str], linears: Iterable[str]) -> list[str]
     key = "method.quantization.skip"
     skipped = covered(patterns, linears, key=key, kind="linear layer", fix=f"choose from {leaves}, or say auto")
     if len(skipped) == len(linears):
-        raise ConfigError(f"{key} covers every linear layer: nothing is left to quantise", fix="use method.type lora")
+        raise ConfigError(
+            f"{key} covers every linear layer: nothing is left to quantise",
+            fix="use method.type lora, or skip fewer layers (with auto: lower method.quantization.skip_budget)",
+        )
     return skipped

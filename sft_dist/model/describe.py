@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sft_dist.config.schema import FullMethod, MethodConfig, QloraMethod
-from sft_dist.model.build import build_meta_model, quantizable, skipped_layers
+from sft_dist.model.build import SftModel, build_meta_model, quantizable, skipped_layers
 from sft_dist.model.prequantized import check_method, stored_quantization
+from sft_dist.model.quantized import QuantizedLinear
 from sft_dist.model.skip import DEFAULT_BUDGET, skip_by_error
 from sft_dist.model.spec import NO_TOKENS, Dtype, ModelSpec, ParameterSpec, Tokens
 from sft_dist.model.support import dynamic_rope, heads_of, load_model_config
@@ -71,6 +72,14 @@ def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dt
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         dynamic_rope=dynamic_rope(config),
+        num_parameters=sum(p.numel for p in parameters) + _packed_away(meta),
+        max_positions=getattr(config, "max_position_embeddings", None),
         buffer_bytes=sum(b.numel() * b.element_size() for b in meta.buffers()),
         tokens=tokens,
     )
+
+
+def _packed_away(model: SftModel) -> int:
+    """By how many elements the weights are more than what stores them."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)

@@ -6,6 +6,7 @@ out. Imports no torch.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -91,9 +92,17 @@ def model_folder(path: str, revision: str | None, part: Part = "weights") -> Pat
         what = f"{missing} is there" if missing == "nothing of it" else f"{missing} is missing"
         raise ModelNotHere(
             f"model.path: {_named(path, revision)} is not in the local hub cache {constants.HF_HUB_CACHE} ({what})",
-            fix="sft-dist model fetch CONFIG",
+            fix=f"sft-dist model fetch CONFIG{_folder_like(path)}",
         )
     return folder
+
+
+def _folder_like(path: str) -> str:
+    """A hint at a folder that the user may have meant by what can be a hub id too."""
+    around = Path(path).parent
+    folders = [entry.name for entry in around.iterdir() if entry.is_dir()] if around.is_dir() else []
+    near = difflib.get_close_matches(Path(path).name, folders, n=1)
+    return f"; or did you mean the folder {around / near[0]}?" if near else ""
 
 
 def _missing(folder: Path, part: Part) -> str | None:

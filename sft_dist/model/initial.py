@@ -11,6 +11,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from sft_dist.config.describe import shown
 from sft_dist.config.schema import LoraMethod
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.model.safetensors_folder import SafetensorsFolder
@@ -152,9 +153,10 @@ def _open(folder: Path, method: LoraMethod) -> SafetensorsFolder:
     here = {"type": "lora", "r": method.r, "alpha": method.alpha, "rslora": method.rslora, "dora": method.dora}
     for key, value in there.items():
         if value != here[key]:
+            ours, theirs = shown(here[key]), shown(value)
             raise ConfigError(
-                f"method.{key} is {here[key]}, and the adapter in method.init_from ({folder}) has {value}",
-                fix=f"set method.{key} to {value}, or start another adapter without method.init_from",
+                f"method.{key} is {ours}, and the adapter in method.init_from ({folder}) has {theirs}",
+                fix=f"set method.{key} to {theirs}, or start another adapter without method.init_from",
             )
     return SafetensorsFolder(folder, "adapter_model", key="method.init_from")
 

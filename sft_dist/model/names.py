@@ -28,5 +28,12 @@ def covered(patterns: Iterable[str], paths: Iterable[str], *, key: str, kind: st
     patterns, paths = list(patterns), list(paths)
     unknown = [pattern for pattern in patterns if not any(covers(pattern, path) for path in paths)]
     if unknown:
+        if unknown[0].startswith(REGULAR_EXPRESSION):
+            example = next(iter(paths), "")
+            raise ConfigError(
+                f"{key}: {unknown[0]} matches no {kind}; behind {REGULAR_EXPRESSION} stands an expression for a whole "
+                f"path, such as {example}",
+                fix=f"write {REGULAR_EXPRESSION}.*{unknown[0].removeprefix(REGULAR_EXPRESSION)} for what ends so",
+            )
         raise ConfigError(f"{key}: the model has no {kind} named {', '.join(unknown)}", fix=fix)
     return [path for path in paths if any(covers(pattern, path) for pattern in patterns)]

@@ -80,6 +80,8 @@ class ModelSpec:
         num_heads, num_kv_heads, head_dim: of its attention.
         dynamic_rope: where rotary frequencies depend on the longest row of a forward pass, when they do; None where
             they never do.
+        num_parameters: elements of all of them; of those that are stored packed, before packing.
+        max_positions: longest row that the model was made for, where it says so.
         buffer_bytes: bytes of all buffers, which no strategy shards (quantisation state, rotary frequencies).
         tokens: that are added or trained by themselves.
     """
@@ -96,6 +98,8 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     dynamic_rope: DynamicRope | None
+    num_parameters: int
+    max_positions: int | None
     buffer_bytes: int
     tokens: Tokens = NO_TOKENS
 

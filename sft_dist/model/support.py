@@ -27,6 +27,11 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
         ConfigError: no configuration in the folder, or a setting that is not supported.
     """
     folder = model_folder(path, revision, "config")
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model.path: {path} is an adapter, not a model",
+            fix="set model.path to the adapter's base model, and method.init_from to this folder to go on from it",
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: {path} has no config.json", fix="give a folder in Hugging Face layout")
     try:

@@ -193,11 +193,20 @@ class Lstm(nn.Module):
         return (out,)
 
 
-def check_base(method: VirtualTokensMethod, model: PreTrainedModel) -> None:
+def check_base(method: VirtualTokensMethod, model: PreTrainedModel, *, new_rows: int) -> None:
     """
+    Args:
+        new_rows: by which the vocabulary grows.
+
     Raises:
         ConfigError: the model has no place for virtual tokens of this kind, or PEFT would see another one.
     """
+    if new_rows:
+        raise ConfigError(
+            f"model.add_tokens: the vocabulary grows by {new_rows} rows, and what method.type {method.type} saves has "
+            "no place for them",
+            fix="use method.type lora, qlora or full, or a model whose embedding has spare rows",
+        )
     settings = model.config.to_dict()
     why = None
     if isinstance(method, PrefixMethod):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from sft_dist.config.schema import (
     ActivationCheckpointingConfig,
@@ -11,6 +12,7 @@ from sft_dist.config.schema import (
     Config,
     DdpSharding,
     Fsdp2Sharding,
+    LoraMethod,
     QloraMethod,
 )
 from sft_dist.config.validate import validate
@@ -61,7 +63,14 @@ def check(config: Config, shape: WorldShape, *, describe: Describe | None = None
             refused.append((concrete, e))
     if not runs:
         raise refused[0][1]
-    return Checked(runs, [f"auto must not become {_ways(other)}: {e.what}" for other, e in refused])
+    notes = [f"auto must not become {_ways(other)}: {e.what}" for other, e in refused]
+    return Checked(runs, [*notes, *_not_here(config)])
+
+
+def _not_here(config: Config) -> list[str]:
+    adapter = config.method.init_from if isinstance(config.method, LoraMethod) else None
+    files = {"method.init_from": adapter, "data.chat_template": config.data.chat_template}
+    return [f"not checked: {key} {file} is not here" for key, file in files.items() if file and not Path(file).exists()]
 
 
 def needs_no_weights(config: Config) -> bool:
@@ -100,11 +109,9 @@ def report(checked: Checked, shape: WorldShape) -> list[str]:
         strategies = " or ".join(dict.fromkeys(r.strategy for r in checked.runs))
         modes = " or ".join(dict.fromkeys(r.activation_checkpointing.mode for r in checked.runs))
         processes = "1 process" if shape.size == 1 else f"{shape.size} processes"
-        numel = sum(p.numel for p in run.model.parameters)
-        # Two 4-bit values are one element of a byte, so that elements of qlora are no number of parameters.
-        size = "" if run.model.method.type == "qlora" else f"{numel:,} parameters, "
         lines += [
-            f"checked: every key; {run.model.path}: {size}{run.model.num_trainable:,} of them trained",
+            f"checked: every key; {run.model.path}: {run.model.num_parameters:,} parameters, "
+            f"{run.model.num_trainable:,} of them trained",
             f"checked: {run.model.method.type} with {run.optim.type} on {processes} under {strategies} with activation "
             f"checkpointing {modes}",
         ]

@@ -226,7 +226,9 @@ def page() -> str:
         *_matrix(table),
         "",
         "Refused with every setting: mixture-of-experts models, models that scale or soft-cap their logits or drop",
-        "attention weights, and models with layers that may mix the rows of a pack. The message names the model.",
+        "attention weights, models with layers that may mix the rows of a pack, and a data.max_seq_len from which a",
+        "model changes its rotary frequencies (dynamic; longrope with several rows a micro-batch). The message names",
+        "the model.",
         "",
     ]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.optimizer_states import state_bytes
+from sft_dist.sharding.refusal import Refusal, divisors, on_a_multiple_of, processes
 from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec, chunk_numel
 from sft_dist.sharding.strategy import NativeStrategy, eval_mode, store_master
 
@@ -50,11 +51,14 @@ def describe(run: Run, rank: int) -> ShardingSpec:
     return ShardingSpec("fsdp2", rank, parameters, trainable, run.precision.master, states, on_host)
 
 
-def unsupported(run: Run) -> str | None:
+def unsupported(run: Run) -> Refusal | None:
     """Why FSDP2 cannot do what the run asks for, or None."""
     replicas, size = _settings(run).dp_replicate, run.world.size
     if size % replicas:
-        return f"sharding.dp_replicate is {replicas}, which does not divide the {size} processes of this run"
+        return Refusal(
+            f"sharding.dp_replicate is {replicas}, which does not divide the run's {processes(size)}",
+            f"set sharding.dp_replicate to {divisors(size)}, or {on_a_multiple_of(replicas)}",
+        )
     return None
 
 

@@ -11,11 +11,12 @@ from sft_dist.model.weights import Weights
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import ddp, fsdp2, rotary, sequence_parallel, virtual_tokens, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
+from sft_dist.sharding.refusal import Refusal
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 
 # Each says why its part of a run cannot do what another part asks for, or None.
-DECLARATIONS: tuple[Callable[[Run], str | None], ...] = (
+DECLARATIONS: tuple[Callable[[Run], Refusal | None], ...] = (
     lambda run: fsdp2.unsupported(run) if run.strategy == "fsdp2" else None,
     lambda run: zero.unsupported(run) if run.strategy in ZERO_STAGES else None,
     rotary.unsupported,
@@ -24,9 +25,9 @@ DECLARATIONS: tuple[Callable[[Run], str | None], ...] = (
 )
 
 
-def unsupported(run: Run) -> str | None:
-    """Why the parts of a run do not go together, in a line; None where they do."""
-    return next((reason for declared in DECLARATIONS if (reason := declared(run)) is not None), None)
+def unsupported(run: Run) -> Refusal | None:
+    """Why the parts of a run do not go together; None where they do."""
+    return next((refusal for declared in DECLARATIONS if (refusal := declared(run)) is not None), None)
 
 
 def describe(run: Run, rank: int) -> ShardingSpec:

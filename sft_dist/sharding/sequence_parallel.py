@@ -5,19 +5,24 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from sft_dist.run import Run
+from sft_dist.sharding.refusal import Refusal, divisors, on_a_multiple_of, processes
 
 
-def unsupported(run: Run) -> str | None:
+def unsupported(run: Run) -> Refusal | None:
     """Why the run cannot have its ``sharding.sequence_parallel``, or None."""
     size, ranks, model = run.sharding.sequence_parallel, run.world.size, run.model
     if size == 1:
         return None
     if ranks % size:
-        return f"sharding.sequence_parallel {size} does not divide the {ranks} processes of the run"
+        return Refusal(
+            f"sharding.sequence_parallel {size} does not divide the run's {processes(ranks)}",
+            f"set sharding.sequence_parallel to {divisors(ranks)}, or {on_a_multiple_of(size)}",
+        )
     if model.num_heads % size:
-        return (
+        return Refusal(
             f"sharding.sequence_parallel {size} does not divide the {model.num_heads} attention heads of "
-            f"{model.path}, and each of the ranks that share a sequence attends with its own"
+            f"{model.path}, and each of the ranks that share a sequence attends with its own",
+            f"set sharding.sequence_parallel to {divisors(model.num_heads)}",
         )
     return None
 

@@ -23,6 +23,7 @@ from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.optim import Group, build_optimizer, group_of, put_back, set_lr, state_kinds, states_of
 from sft_dist.sharding.optimizer_states import flat_moment_bytes
+from sft_dist.sharding.refusal import Refusal
 from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec
 from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, whole_parameter
 
@@ -58,23 +59,33 @@ def describe(run: Run, rank: int) -> ShardingSpec:
     return ShardingSpec(run.strategy, rank, parameters, optimizer_numel, "fp32", states, _on_host(run))
 
 
-def unsupported(run: Run) -> str | None:
+def unsupported(run: Run) -> Refusal | None:
     """Why ZeRO cannot do what the run asks for, or None."""
     return _unsupported_optimizer(run) or _knobs_without_effect(run)
 
 
-def _unsupported_optimizer(run: Run) -> str | None:
+def _unsupported_optimizer(run: Run) -> Refusal | None:
     flat = f"and under {run.strategy} an optimizer sees flat partitions that begin and end inside tensors"
+    other = "or sharding.strategy to fsdp2 or ddp"
     if isinstance(run.optim, AdafactorConfig):
-        return f"optim.type adafactor needs whole rows and columns of a matrix, {flat}"
+        return Refusal(
+            f"optim.type adafactor needs whole rows and columns of a matrix, {flat}",
+            f"set optim.type to adamw, {other}",
+        )
     if run.precision.optimizer_state == "8bit":
-        return f"precision.optimizer_state 8bit needs blocks of one tensor for checkpoints to read, {flat}"
+        return Refusal(
+            f"precision.optimizer_state 8bit needs blocks of one tensor for checkpoints to read, {flat}",
+            f"set precision.optimizer_state to bf16, {other}",
+        )
     if isinstance(run.optim, AdamWConfig) and run.optim.paged:
-        return f"optim.paged has its own way to host memory, and {run.strategy} has another, offload_optimizer"
+        return Refusal(
+            f"optim.paged has its own way to host memory, and {run.strategy} has another, offload_optimizer",
+            f"set optim.paged to false, {other}",
+        )
     return None
 
 
-def _knobs_without_effect(run: Run) -> str | None:
+def _knobs_without_effect(run: Run) -> Refusal | None:
     """Stage 1 with bf16 has an optimizer of its own, ``BF16_Optimizer``, which reads one knob."""
     if run.strategy != "zero1" or run.precision.compute != "bf16":
         return None
@@ -85,9 +96,10 @@ def _knobs_without_effect(run: Run) -> str | None:
     turned = [name for name in ours if ours[name] != default[name] and name != "allgather_bucket_size"]
     if not turned:
         return None
-    return (
+    return Refusal(
         f"zero_optimization.{' and '.join(turned)} {'has' if len(turned) == 1 else 'have'} no effect in stage 1 with "
-        "precision.compute bf16, unless the optimizer is offloaded; stage 2 reads all knobs"
+        "precision.compute bf16, unless the optimizer is offloaded; stage 2 reads all knobs",
+        f"remove {'it' if len(turned) == 1 else 'them'}, or set sharding.strategy to zero2",
     )
 
 

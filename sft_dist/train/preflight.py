@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from sft_dist.config.deepspeed import load_knobs
-from sft_dist.config.schema import Config, Zero1Sharding, Zero2Sharding, Zero3Sharding
+from sft_dist.config.schema import Config, LoraMethod, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.data.sources import find_files
 from sft_dist.errors import ConfigError
 from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoint, holds_a_run
@@ -19,8 +19,8 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         resume: ``never``, ``auto`` or the path of a checkpoint, as for ``train --resume``.
 
     Raises:
-        ConfigError: the run directory is used or cannot be written; the model's folder, the template or the checkpoint
-            to resume from is not there; the DeepSpeed file is wrong.
+        ConfigError: the run directory is used or cannot be written; the model's folder, the template, the adapter
+            or the checkpoint to go on from is not there; the DeepSpeed file is wrong.
         DataError: a source is not there.
     """
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
@@ -40,6 +40,13 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         raise ConfigError(
             f"data.chat_template: the file {template} does not exist",
             fix="give the path of a Jinja file; docs/data.md has one to start from",
+        )
+    adapter = config.method.init_from if isinstance(config.method, LoraMethod) else None
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"method.init_from: {adapter} "
+            + ("has no adapter_config.json" if Path(adapter).is_dir() else "is no folder here"),
+            fix="give the folder of an adapter in PEFT's format, e.g. the final/ of an earlier run",
         )
     for source in (*config.data.train, *config.data.eval):
         find_files(source.path)

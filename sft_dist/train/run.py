@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -47,7 +48,7 @@ from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.loop import Training
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
-from sft_dist.train.summary import notices, summary, untrained_notice
+from sft_dist.train.summary import long_rows_notice, notices, summary, untrained_notice
 
 
 def run_training(config: Config, *, resume: str = NEVER) -> None:
@@ -245,7 +246,7 @@ def prepare_run(run: Run, renderer: ChatRenderer, resume: str) -> str | None:
     for name, sources in (("train", run.data.train), ("eval", run.data.eval)):
         if sources:
             _prepare_data(run, renderer, name)
-    _warn_of_untrained_tokens(run, renderer)
+    _warn_of_the_data(run, renderer)
     return None if checkpoint is None else str(checkpoint)
 
 
@@ -267,13 +268,16 @@ def _prepare_data(run: Run, renderer: ChatRenderer, name: str) -> None:
         console.print(f"[yellow]data.{name}: {line}", soft_wrap=True)
 
 
-def _warn_of_untrained_tokens(run: Run, renderer: ChatRenderer) -> None:
-    special = renderer.special_ids
-    occurring = open_prepared(_data_folder(run, "train")).occurring(special)
-    untrained = untrained_tokens(run.model, occurring, special)
+def _warn_of_the_data(run: Run, renderer: ChatRenderer) -> None:
+    """Tokens that the model never learned, and rows longer than it was made for."""
+    data, special = open_prepared(_data_folder(run, "train")), renderer.special_ids
+    untrained = untrained_tokens(run.model, data.occurring(special), special)
+    lines = [long_rows_notice(np.diff(data.row_bounds), run.model)]
     if untrained:
-        line = untrained_notice(renderer.tokenizer.convert_ids_to_tokens(untrained), run.model)
-        Console(highlight=False).print(f"[yellow]model: {escape(line)}", soft_wrap=True)
+        lines.append(untrained_notice(renderer.tokenizer.convert_ids_to_tokens(untrained), run.model))
+    for line in lines:
+        if line is not None:
+            Console(highlight=False).print(f"[yellow]model: {escape(line)}", soft_wrap=True)
 
 
 def open_inputs(run: Run, renderer: ChatRenderer, *, is_main: bool) -> Inputs:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from sft_dist.config.schema import AdamWConfig, Fsdp2Sharding, LoraMethod, QloraMethod
+import numpy as np
+from numpy.typing import NDArray
+
+from sft_dist.config.schema import AdamWConfig, Fsdp2Sharding, LoraMethod, QloraMethod, VirtualTokensMethod
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.prepared import PreparedData
 from sft_dist.model.spec import ModelSpec
@@ -21,27 +24,34 @@ def summary(
 ) -> str:
     """Model, sharding, precision, data and schedule, one line each."""
     batch, precision = run.batch, run.precision
-    total = sum(p.numel for p in run.model.parameters)
-    kind = "packs" if run.data.packing == "best_fit" else "rows"
+    kind = "pack" if run.data.packing == "best_fit" else "row"
     tokens, supervised = int(train_data.num_tokens.sum()), int(train_data.num_supervised.sum())
-    held_out = f"; eval: {eval_data.num_rows:,} rows" if eval_data is not None else ""
+    held_out = f"; eval: {_count(eval_data.num_rows, 'row')}" if eval_data is not None else ""
     stored = precision.stored(trainable=True, strategy=run.strategy)
     return "\n".join(
         [
-            f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} trainable "
-            f"of {total:,} stored elements{_quantized(run.model)}{_tokens(run.model)}",
+            f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} of "
+            f"{run.model.num_parameters:,} parameters trained{_quantized(run.model)}{_tokens(run.model)}",
             f"sharding  {run.strategy} on {_count(run.world.size, 'rank')}{_replicas(run)}, verified: rank 0 holds "
             f"{spec.parameter_bytes / 2**20:,.1f} MiB of parameters and {spec.optimizer_numel:,} optimizer elements"
             f"{_on_host(spec)}; "
             f"activation checkpointing {run.activation_checkpointing.mode}",
             f"precision compute {precision.compute}, trainable stored in {stored}, master {spec.optimizer_dtype}, "
             f"gradients reduced in {precision.reduce}, {_optimizer(run)}",
-            f"data      {train_data.num_rows:,} rows in {train_data.num_sequences:,} {kind}, {tokens:,} tokens, "
-            f"{supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
-            f"schedule  {num_steps:,} steps of {batch.global_batch_size} {kind}: {_sharers(batch)} x "
+            f"data      {_count(train_data.num_rows, 'row')} in {_count(train_data.num_sequences, kind)}, "
+            f"{tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
+            f"schedule  {_count(num_steps, 'step')} of {_sequences(batch, train_data, kind)}: {_sharers(batch)} x "
             f"{_count(batch.gradient_accumulation_steps, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
         ]
     )
+
+
+def _sequences(batch: BatchPlan, data: PreparedData, kind: str) -> str:
+    """Of a step."""
+    if data.num_sequences >= batch.global_batch_size:
+        return _count(batch.global_batch_size, kind)
+    few = _count(data.num_sequences, kind)
+    return f"{few} (all there are: fewer than train.global_batch_size {batch.global_batch_size})"
 
 
 def _sharers(batch: BatchPlan) -> str:
@@ -102,6 +112,24 @@ def untrained_notice(tokens: Sequence[str], model: ModelSpec) -> str:
     return (
         f"{', '.join(tokens)}: in the training data, with rows of the base model that were never trained (zero, equal "
         f"to those of other special tokens, or new), and this run does not train them; {fix}"
+    )
+
+
+def long_rows_notice(lengths: NDArray[np.int64], model: ModelSpec) -> str | None:
+    """Rows beyond the positions that the base was made for; None without any.
+
+    Args:
+        lengths: [rows] tokens.
+    """
+    method = model.method
+    virtual = method.num_virtual_tokens if isinstance(method, VirtualTokensMethod) else 0
+    if model.max_positions is None or not len(lengths) or lengths.max() + virtual <= model.max_positions:
+        return None
+    number, most = int((lengths + virtual > model.max_positions).sum()), model.max_positions
+    return (
+        f"{_count(number, 'row')} longer than the {most:,} positions that {model.path} was made for "
+        f"({int(lengths.max()) + virtual:,} tokens at most); set data.max_seq_len to {most - virtual}, or scale its "
+        "rotary frequencies in config.json"
     )
 
 

@@ -112,6 +112,21 @@ def test_check_with_a_model(exit_code: Run, tiny_base: Path) -> None:
     assert "full with adamw on 1 process under ddp or fsdp2 with activation checkpointing none or full" in out
 
 
+def test_check_says_which_files_are_not_here(exit_code: Run, tiny_base: Path) -> None:
+    files = ("method={type: lora, init_from: adapter}", "data.chat_template=chat.jinja", f"model.path={tiny_base}")
+    code, out, _ = exit_code("config", "check", "run.yaml", *files)
+    assert code == 0
+    assert "  not checked: method.init_from adapter is not here\n" in out
+    assert "  not checked: data.chat_template chat.jinja is not here\n" in out
+
+
+def test_check_counts_weights_before_they_are_packed(exit_code: Run, tiny_base: Path) -> None:
+    for kind in ("nf4", "int8"):
+        qlora = f"method={{type: qlora, target_modules: [q_proj], quantization: {{type: {kind}}}}}"
+        _, out, _ = exit_code("config", "check", "run.yaml", qlora, f"model.path={tiny_base}")
+        assert f"{tiny_base}: 160,448 parameters, 4,096 of them trained\n" in out
+
+
 def test_check_refuses_what_does_not_go_together(exit_code: Run, tiny_base: Path) -> None:
     knobs = "sharding={strategy: zero1, deepspeed_config: {zero_optimization: {reduce_bucket_size: 7}}}"
     code, out, err = exit_code("config", "check", "run.yaml", f"model.path={tiny_base}", knobs)

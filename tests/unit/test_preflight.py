@@ -6,16 +6,20 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sft_dist.config.load import load_config
-from sft_dist.config.schema import Config, DataConfig, SourceConfig, Zero3Sharding
+from sft_dist.config.schema import Config, DataConfig, LoraMethod, SourceConfig, Zero3Sharding
 from sft_dist.config.shape import OTHER_NAMES
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.prepared import open_prepared, prepare
 from sft_dist.errors import ConfigError, DataError
+from sft_dist.resolve import resolve
+from sft_dist.runtime.world import WorldShape
 from sft_dist.train.preflight import preflight
-from sft_dist.train.summary import notices
+from sft_dist.train.summary import long_rows_notice, notices
+from tests.helpers import cells
 
 
 def config(tmp_path: Path, **data: object) -> Config:
@@ -51,6 +55,18 @@ def test_a_revision_of_a_folder_has_no_effect(tmp_path: Path) -> None:
 def test_a_template_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.chat_template: the file chatml does not exist"):
         preflight(config(tmp_path, chat_template="chatml"))
+
+
+def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
+    there, folder = config(tmp_path), tmp_path / "adapter"
+    goes_on = there.model_copy(update={"method": LoraMethod(type="lora", init_from=str(folder))})
+    with pytest.raises(ConfigError, match=r"method\.init_from: .*adapter is no folder here"):
+        preflight(goes_on)
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"adapter has no adapter_config\.json"):
+        preflight(goes_on)
+    (folder / "adapter_config.json").write_text("{}")
+    preflight(goes_on)
 
 
 def test_a_deepspeed_file_that_is_not_there_or_wrong(tmp_path: Path) -> None:
@@ -135,3 +151,15 @@ def test_rows_whose_tools_are_written_into_the_text_are_told(tmp_path: Path, tin
 
 def test_nothing_to_tell(tmp_path: Path, tiny_base: Path) -> None:
     assert notices(prepared(tmp_path, tiny_base, [row("a", "b")]), 2048) == []
+
+
+def test_rows_beyond_the_positions_of_the_model_are_told(tiny_base: Path) -> None:
+    def told(method: str) -> str | None:
+        model = resolve(cells.config(str(tiny_base), method), WorldShape()).model
+        return long_rows_notice(np.array([3, 512, 510]), model)
+
+    assert told("full") is None
+    line = told("prompt")
+    assert line is not None
+    assert line.startswith(f"2 rows longer than the 512 positions that {tiny_base} was made for (517 tokens at most)")
+    assert "set data.max_seq_len to 507" in line

@@ -350,6 +350,30 @@ def test_a_target_module_that_the_model_lacks(tiny_base: Path) -> None:
     assert "q_proj" in caught.value.fix
 
 
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is an adapter, not a model") as caught:
+        run_of(tmp_path, "full")
+    assert "method.init_from to this folder" in caught.value.fix
+
+
+def test_a_folder_that_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "swallow-8b").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        resolve(config("models/swalow-8b", "full"), WorldShape())
+    assert caught.value.fix == "sft-dist model fetch CONFIG; or did you mean the folder models/swallow-8b?"
+
+
+def test_a_pattern_that_matches_no_whole_path(tmp_path: Path) -> None:
+    cfg = config(str(model_folder(tmp_path)), "lora").model_dump()
+    cfg["method"]["target_modules"] = ["re:q_proj"]
+    with pytest.raises(ConfigError) as caught:
+        resolve(Config.model_validate(cfg), WorldShape())
+    assert "re:q_proj matches no linear layer; behind re: stands an expression for a whole path" in caught.value.what
+    assert caught.value.fix == "write re:.*q_proj for what ends so"
+
+
 def test_a_weight_that_nf4_cannot_split(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, hidden_size=20, intermediate_size=6)
     with pytest.raises(ConfigError, match="not a multiple of 64") as caught:

@@ -134,9 +134,17 @@ def test_auto_keeps_what_was_stated(tiny_base: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "ranks", "reason"),
     [
-        (2, 3, "sequence_parallel 2 does not divide the 3 processes"),
-        (4, 2, "sequence_parallel 4 does not divide the 2 processes"),
-        (3, 3, "sequence_parallel 3 does not divide the 4 attention heads"),
+        (
+            2,
+            3,
+            "2 does not divide the run's 3 processes\n  fix: set sharding.sequence_parallel to 1 or 3, or run on a m",
+        ),
+        (
+            4,
+            1,
+            "4 does not divide the run's one process\n  fix: set sharding.sequence_parallel to 1, or run on a multiple",
+        ),
+        (3, 3, "sequence_parallel 3 does not divide the 4 attention heads [^\n]*\n[^\n]*parallel to 1, 2 or 4"),
         (8, 8, "sequence_parallel 8 does not divide the 4 attention heads"),
     ],
 )

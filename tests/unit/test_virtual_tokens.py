@@ -34,7 +34,7 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
-from tests.helpers import cells
+from tests.helpers import cells, tiny_model
 from tests.helpers.loaded import load_model
 from tests.helpers.tiny_model import build_base, build_tokenizer
 
@@ -250,9 +250,10 @@ def test_sequence_parallelism_is_refused(tiny_base: Path) -> None:
 
     run = resolve(cells.config(str(tiny_base), "prefix", "fsdp2"), WorldShape(1, 2))
     assert registry.unsupported(run) is None
-    reason = registry.unsupported(type(run)(**{**vars(run), "sharding": Shared()}))
-    assert reason is not None
-    assert reason.startswith(
+    refusal = registry.unsupported(type(run)(**{**vars(run), "sharding": Shared()}))
+    assert refusal is not None
+    assert refusal.fix == "set sharding.sequence_parallel to 1, or method.type to lora"
+    assert refusal.why.startswith(
         "sharding.sequence_parallel 2 splits the rows between ranks, and method.type prefix puts 5"
     )
     lora = resolve(cells.config(str(tiny_base), "lora", "fsdp2"), WorldShape(1, 2))
@@ -275,6 +276,17 @@ def test_models_without_a_place_for_them_are_refused(
     with pytest.raises(ConfigError) as caught:
         resolve(cells.config(str(tmp_path), method), WorldShape())
     assert caught.value.what.startswith(f"method.type {method}: model.path is a llama model that {reason}")
+
+
+@pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix"])
+def test_a_vocabulary_that_grows_is_refused(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    """The new rows would be in no file. Spare rows of the base are in its own."""
+    grown = {"model": {"add_tokens": ["<tool>"]}}
+    with pytest.raises(ConfigError, match=f"the vocabulary grows by 1 rows, and what method.type {method} saves"):
+        resolve(cells.config(str(tiny_base), method, **grown), WorldShape())
+    build_tokenizer(tmp_path)
+    tiny_model.build_model(tmp_path, vocab_size=300)
+    assert resolve(cells.config(str(tmp_path), method, **grown), WorldShape()).model.tokens.new_rows == 0
 
 
 def test_a_text_that_no_embedding_can_start_is_refused(tiny_base: Path, tmp_path: Path) -> None:
