@@ -27,6 +27,7 @@ def summary(
     kind = "pack" if run.data.packing == "best_fit" else "row"
     tokens, supervised = int(train_data.num_tokens.sum()), int(train_data.num_supervised.sum())
     held_out = f"; eval: {_count(eval_data.num_rows, 'row')}" if eval_data is not None else ""
+    passes = batch.micro_batches(min(batch.global_batch_size, train_data.num_sequences))
     stored = precision.stored(trainable=True, strategy=run.strategy)
     return "\n".join(
         [
@@ -41,7 +42,7 @@ def summary(
             f"data      {_count(train_data.num_rows, 'row')} in {_count(train_data.num_sequences, kind)}, "
             f"{tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
             f"schedule  {_count(num_steps, 'step')} of {_sequences(batch, train_data, kind)}: {_sharers(batch)} x "
-            f"{_count(batch.gradient_accumulation_steps, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
+            f"{_count(passes, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
         ]
     )
 
