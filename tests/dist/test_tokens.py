@@ -15,7 +15,7 @@ import torch.distributed as dist
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from sft_dist.config.schema import Config
 from sft_dist.data.loader import collate
@@ -163,16 +163,31 @@ def test_nothing_grows_where_rows_are_spare(tmp_path: Path) -> None:
     assert described([], train_tokens=["b", "<|im_end|>"]) == (261, 0, (2, 68))
 
 
-@pytest.mark.parametrize("model", ["untied", "tied"])
-def test_it_is_what_peft_computes(base: Callable[[str], str], model: str) -> None:
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its embedding multiplies what it looks up by the root of the width, the trained rows too."""
+    folder = tmp_path_factory.mktemp("gemma")
+    build_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.08, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model", ["untied", "tied", "gemma"])
+def test_it_is_what_peft_computes(base: Callable[[str], str], gemma: Path, model: str) -> None:
     """Loss and gradients of the rows against PEFT's layer, which makes a copy of the whole matrix."""
+    path = str(gemma) if model == "gemma" else base(model)
     method = {"type": "lora", "target_modules": ["q_proj"], "train_tokens": ["<|im_end|>", "$", "e", "d"]}
-    run = resolve(cells.config(base(model), method), WorldShape())
+    run = resolve(cells.config(path, method), WorldShape())
     ids = list(run.model.tokens.trained_ids)
     ours = load_model(run.model, seed=0)
-    indices = {"embed_tokens": ids} | ({} if model == "tied" else {"lm_head": ids})
+    indices = {"embed_tokens": ids} | ({} if model != "untied" else {"lm_head": ids})
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj"], trainable_token_indices=indices)
-    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base(model)), config)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(path), config)
     mine = {n.removeprefix("hf."): p for n, p in ours.named_parameters() if p.requires_grad}
     rows = [name for name in mine if "trainable_tokens_delta" in name]
     assert len(rows) == len(indices)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ShardingMismatch
@@ -18,7 +20,8 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import build_optimizer
-from sft_dist.sharding.verify import MovementCheck, verify_sharding
+from sft_dist.sharding.spec import ParameterShard, ShardingSpec
+from sft_dist.sharding.verify import MovementCheck, differences_of, verify_sharding
 from tests.helpers import cells
 from tests.helpers.loaded import load_model
 from tests.helpers.pool import WorldPool
@@ -110,3 +113,33 @@ def test_an_optimizer_over_stale_parameters_is_found(world: World, tiny_base: Pa
     text = cells.dump(cells.config(str(tiny_base), "full", "fsdp2"))
     for message in world(2).run(stale_optimizer_message, text):
         assert "no parameter moved in the first optimizer step on rank 0" in message
+
+
+def held(weight: Tensor, master: Tensor, state_bytes: int | None) -> Mock:
+    """A strategy that believes to have everything in host memory."""
+    strategy = Mock()
+    strategy.local_parameters.return_value = [("w", weight, True)]
+    strategy.master_weights.return_value = [master]
+    strategy.optimizer_state_bytes.return_value = state_bytes
+    strategy.parts_on_host.return_value = frozenset({"parameters", "optimizer"})
+    return strategy
+
+
+HELD = ShardingSpec(
+    "fsdp2", 0, (ParameterShard("w", 4, "fp32", True),), 4, "fp32", 32, frozenset({"parameters", "optimizer"})
+)
+
+
+@pytest.mark.parametrize("part", ["parameters", "optimizer"])
+def test_what_is_elsewhere_than_in_host_memory_is_found(part: str) -> None:
+    """The strategy may believe in an offload that moved nothing. Without a GPU, the meta device stands for one."""
+    here, elsewhere = torch.zeros(4), torch.zeros(4, device="meta")
+    strategy = held(elsewhere if part == "parameters" else here, elsewhere if part == "optimizer" else here, None)
+    assert differences_of(strategy, HELD) == [f"{part} described in host memory are on ['meta']"]
+
+
+def test_states_of_another_size_are_found() -> None:
+    """They decide what fits a device. Before the first step a lazy optimizer has none."""
+    weight = torch.zeros(4)
+    for size, found in ((None, []), (32, []), (16, ["the optimizer's states take 16 bytes, described 32"])):
+        assert differences_of(held(weight, weight, size), HELD) == found

@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -191,14 +193,60 @@ def test_an_adapter_on_a_base_quantised_in_part_passes(
     assert len(quantized) == 14 - 3 - 2
     assert not any(".v_proj" in name or ".0.mlp." in name or "lm_head" in name for name in quantized)
     assert names["model"].get_input_embeddings().weight.shape[0] == artefact.spec.vocab_size
+    # Other scales or another dtype would make another base, which this adapter was not trained on.
+    settings = names["quantization"].to_dict()
+    assert (settings["load_in_4bit"], settings["load_in_8bit"]) == (kind == "nf4", kind == "int8")
+    if kind == "nf4":
+        told = [settings[f"bnb_4bit_{key}"] for key in ("quant_type", "use_double_quant", "compute_dtype")]
+        assert told == ["nf4", True, {"fp32": "float32", "bf16": "bfloat16"}[compute]]
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_a_base_whose_rows_end_within_a_block_passes(tmp_path: Path, compute: str) -> None:
-    """On a CPU bitsandbytes dequantises down_proj wrong there, and the proof must not believe it."""
+@pytest.mark.parametrize(("kind", "compute"), [(None, "fp32"), (None, "bf16"), ("double-bf16", "fp32")])
+def test_a_base_whose_rows_end_within_a_block_passes(tmp_path: Path, kind: str | None, compute: str) -> None:
+    """On a CPU bitsandbytes dequantises down_proj wrong there, and the proof must not believe it. Files that are
+    quantised note the dtype that they were made in, which is not the one of the run."""
     (tmp_path / "base").mkdir()
     base = build_base(tmp_path / "base", intermediate_size=160)
+    if kind is not None:
+        base = write_quantized(base, tmp_path / "quantized", kind)
     assert trained(base, tmp_path, "qlora", compute).findings(tmp_path) == []
+
+
+def test_logits_that_are_no_numbers_are_found(tiny_base: Path, tmp_path: Path) -> None:
+    """All weights may be finite and still overflow on the way; a difference that is NaN is no small one."""
+
+    class Overflowing(torch.nn.Module):
+        def forward(self, input_ids: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.full((*input_ids.shape, 7), torch.nan))
+
+    probe = {"input_ids": [1, 2, 3], "positions": [0, 2]}
+    expected = {"probes": [probe], "tolerance": 1e-4}
+    found = list(fresh_process.logit_findings(Overflowing(), expected, {"0": torch.randn(2, 7)}))
+    assert len(found) == 1
+    assert "the logits of probe 0 differ by nan" in found[0]
+
+
+def test_every_element_of_a_large_weight_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is hashed a part at a time."""
+    monkeypatch.setattr(fresh_process, "DIGEST_ELEMENTS", 16)
+    weight = torch.randn(7, 9)
+    before = fresh_process.digest(weight)
+    for place in (0, 17, 62):
+        other = weight.clone()
+        other.view(-1)[place] += 1
+        assert fresh_process.digest(other) != before
+    assert fresh_process.digest(weight.clone()) == before
+
+
+def test_the_bias_of_a_layer_whose_rows_end_within_a_block_stays() -> None:
+    quantized = bnb.nn.Linear4bit(96, 64, bias=True, compute_dtype=torch.float32, quant_type="nf4")
+    torch.nn.init.normal_(quantized.bias)
+    bias = quantized.bias.detach().clone()
+    model = torch.nn.Sequential(quantized.to("cpu"))
+    fresh_process.by_whole_blocks(model, torch.float32)
+    assert type(model[0]) is torch.nn.Linear
+    with torch.no_grad():
+        assert torch.equal(model(torch.zeros(1, 96)), bias[None])
 
 
 def test_other_layers_left_unquantised_are_found(tiny_base: Path, tmp_path: Path) -> None:

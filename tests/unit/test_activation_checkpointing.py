@@ -22,6 +22,8 @@ from tests.helpers.cells import config, start, synthetic_data
 
 ROWS = [0, 1, 2]
 
+LOW_RANK = subject.LOW_RANK
+
 
 @pytest.fixture(scope="module", autouse=True)
 def group_of_one() -> Iterator[None]:
@@ -100,6 +102,43 @@ def test_the_last_product_is_not_kept(name: str, expected: list[int]) -> None:
     ]
     kept = [i for i, decision in enumerate(decisions, start=1) if decision == subject.CheckpointPolicy.MUST_SAVE]
     assert kept == expected
+
+
+@pytest.mark.parametrize("is_recompute", [False, True])
+def test_whatever_kernel_attends_is_not_run_again(is_recompute: bool) -> None:
+    """On a GPU it is another one than on the CPU, and which one depends on dtype and version."""
+    aten = torch.ops.aten
+    kernels = [
+        torch.ops.torch_attn._varlen_attn.default, torch.ops.sft_dist.packed_attention.default,
+        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]  # fmt: skip
+    policy, context = subject.KeepTheDearest(7), subject.SelectiveCheckpointContext(is_recompute=is_recompute)
+    query = torch.empty(5, 2, 8, device="meta")
+    assert {policy(context, kernel, query, query, query) for kernel in kernels} == {subject.CheckpointPolicy.MUST_SAVE}
+    assert policy(context, aten.add.Tensor, query, query) == subject.CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_the_least_of_real_layers_are_wide_and_real_adapters_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key and value layers with a few shared heads have 512 or 1024 outputs; ranks seldom exceed 256."""
+    monkeypatch.setattr(subject, "LOW_RANK", LOW_RANK)
+    assert subject.is_wide(4096, 1024)
+    assert subject.is_wide(896, 512)
+    assert not subject.is_wide(4096, 256)
+    assert not subject.is_wide(64, 8192)
+
+
+def test_a_layer_with_a_bias_is_a_product_like_any_other() -> None:
+    """Torch adds it in the same operator, which is another one."""
+    wide, bias = torch.empty(32, 32, device="meta"), torch.empty(32, device="meta")
+    context = subject.SelectiveCheckpointContext(is_recompute=False)
+    plain, biased = subject.KeepTheDearest(4), subject.KeepTheDearest(4)
+    for _ in range(4):
+        expected = plain(context, torch.ops.aten.mm.default, wide, wide)
+        assert biased(context, torch.ops.aten.addmm.default, bias, wide, wide) == expected
+    low = torch.empty(32, 4, device="meta")
+    assert biased(context, torch.ops.aten.mm.default, wide, low) == subject.CheckpointPolicy.PREFER_RECOMPUTE
+    assert biased.products[False] == 4
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from torch import Tensor
 
 from sft_dist.errors import ConfigError
+from sft_dist.model import attention
 from sft_dist.model.attention import packed_attention, packed_attention_forward, per_segment_sdpa
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -200,6 +202,29 @@ def test_a_window_that_nothing_exceeds_is_plain_causal_attention(window: int) ->
     torch.testing.assert_close(out[0], dense(*qkv, seq_lens, SCALE, window), rtol=1e-5, atol=1e-5)
     if window >= 7:
         assert torch.equal(out[0], packed_attention(*qkv, seq_lens, SCALE, 0)[0])
+
+
+@HEADS
+@WINDOWS
+def test_the_kernel_of_the_gpu_is_told_the_same(
+    heads: int, kv_heads: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts the tokens before a query, not the query itself, and has to be told that heads are shared."""
+    seq_lens = (5, 7)
+    qkv = inputs(seq_lens, heads, kv_heads)
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
+    ) -> Tensor:
+        assert (cu_q.tolist(), cu_k.tolist(), max_q, max_k) == ([0, 5, 12], [0, 5, 12], 7, 7)
+        before, behind = options["window_size"]
+        assert behind == 0
+        assert options["enable_gqa"] == (heads != kv_heads)
+        return dense(q, k, v, seq_lens, options["scale"], 0 if before < 0 else before + 1)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    out = attention._varlen(*qkv, torch.tensor([0, 5, 12], dtype=torch.int32), 7, SCALE, window)
+    torch.testing.assert_close(out, dense(*qkv, seq_lens, SCALE, window))
 
 
 @pytest.mark.parametrize("options", [{"attention_mask": torch.ones(1)}, {"dropout": 0.1}])

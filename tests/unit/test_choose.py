@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def auto(path: Path, method: str = "full", **sections: Any) -> Config:
+def auto(path: Path, method: str | dict[str, Any] = "full", **sections: Any) -> Config:
     """bf16 compute with fp32 masters, 4096 tokens in a micro-batch, everything auto that can be."""
     base: dict[str, Any] = {
         "sharding": {"strategy": "auto"}, "activation_checkpointing": {"mode": "auto"}, "precision": {"compute": "bf16"},
@@ -62,7 +63,7 @@ def decided(choice: Choice) -> tuple[str, str]:
 # The counts behind the rule
 
 
-def run_of(path: Path, method: str, strategy: str, ranks: int, **sections: Any) -> Run:
+def run_of(path: Path, method: str | dict[str, Any], strategy: str, ranks: int, **sections: Any) -> Run:
     cfg = auto(path, method, sharding={"strategy": strategy}, activation_checkpointing={"mode": "full"}, **sections)
     return resolve(cfg, WorldShape(1, ranks))
 
@@ -122,6 +123,13 @@ def test_the_base_of_qlora_has_the_activations_of_lora(llama: dict[str, Path]) -
     assert lora == qlora > full
 
 
+def test_dropout_keeps_a_mask_for_each_input_of_an_adapter(llama: dict[str, Path]) -> None:
+    plain, dropped = (
+        activation_bytes(run_of(llama["8b"], {"type": "lora", "dropout": p}, "ddp", 1)) for p in (0.0, 0.1)
+    )
+    assert dropped - plain == 4096 * 32 * (6 * 4096 + 14336), "one byte; q, k, v, o, gate and up, and down"
+
+
 def test_gathered_weights(llama: dict[str, Path]) -> None:
     block, root = 218_112_000, 2 * 128256 * 4096 + 4096
     assert gather_bytes(run_of(llama["8b"], "full", "fsdp2", 8)) == 2 * (2 * block + root)
@@ -132,6 +140,18 @@ def test_gathered_weights(llama: dict[str, Path]) -> None:
     zero3, zero2 = (gather_bytes(run_of(llama["8b"], "full", s, 8)) for s in ("zero3", "zero2"))
     assert zero2 == 2 * 2 * 500_000_000
     assert zero3 == zero2 + 2 * (2 * block + root)
+
+
+def test_the_largest_blocks_are_the_ones_that_are_gathered(llama: dict[str, Path]) -> None:
+    """Of a base that is quantised but for one layer, that one is four times as large as each of the others."""
+    method = {"type": "qlora", "quantization": {"skip": ["layers.7"]}}
+    run = run_of(llama["8b"], method, "fsdp2", 8)
+    sizes: Counter[str | None] = Counter()
+    for parameter in run.model.parameters:
+        sizes[parameter.block] += parameter.numel
+    root, (largest, second, *rest) = sizes.pop(None), sorted(sizes.values(), reverse=True)
+    assert largest > 3 * second == 3 * rest[-1]
+    assert gather_bytes(run) == 2 * (largest + second + root)
 
 
 # The strategy

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from sft_dist.errors import ConfigError
 from sft_dist.plan import combinations
+from sft_dist.plan.check import check
 from sft_dist.plan.combinations import Cell, Rule, cells, page, rules
+from sft_dist.runtime.world import WorldShape
+from sft_dist.sharding import registry
+from tests.helpers.cells import config
 from tests.helpers.pairwise import pairwise
 
 ROOT = Path(__file__).parents[2]
@@ -66,3 +71,19 @@ def test_pairwise_meets_every_pair_with_few() -> None:
     pairs = {pair for cell in every for pair in itertools.combinations(cell, 2)}
     assert {pair for cell in some for pair in itertools.combinations(cell, 2)} == pairs
     assert len(some) < len(every) / 5
+
+
+def test_where_auto_must_not_go_is_told(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device's memory will decide is not known yet: one of the ways may end in a refusal after all."""
+    auto = config(str(tiny_base), "lora", "auto", activation_checkpointing={"mode": "auto"})
+    assert [run.strategy for run in check(auto, WorldShape(1, 2)).runs] == ["ddp", "ddp", "fsdp2", "fsdp2"]
+    assert check(auto, WorldShape(1, 2)).notes == []
+    monkeypatch.setattr(registry, "unsupported", lambda run: "not so" if run.strategy == "fsdp2" else None)
+    checked = check(auto, WorldShape(1, 2))
+    assert [run.activation_checkpointing.mode for run in checked.runs] == ["none", "full"]
+    assert checked.notes == [
+        f"auto must not become fsdp2 with activation_checkpointing.mode {mode}: not so" for mode in ("none", "full")
+    ]
+    monkeypatch.setattr(registry, "unsupported", lambda run: f"not under {run.strategy}")
+    with pytest.raises(ConfigError, match=r"^not under ddp"):
+        check(auto, WorldShape(1, 2))

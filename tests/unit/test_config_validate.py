@@ -137,12 +137,78 @@ WRONG = [
         "remove method.encoder_hidden_size, or set method.projection to true",
     ),
     (
+        {"optim": {"lora_plus_ratio": 4}},
+        "optim.lora_plus_ratio is 4.0, but method.type full has no B",
+        "remove optim.lora_plus_ratio, or set method.type to lora or qlora",
+    ),
+    (
+        {"method": {"type": "qlora", "quantization": {"skip": ["q_proj"], "skip_budget": 0.2}}},
+        "method.quantization.skip_budget is 0.2, which only method.quantization.skip auto looks at",
+        "remove method.quantization.skip_budget, or set method.quantization.skip to auto",
+    ),
+    (
+        {"method": {"type": "qlora", "quantization": {"skip_budget": 0.2}}},
+        "method.quantization.skip_budget is 0.2, which only method.quantization.skip auto looks at",
+        "remove method.quantization.skip_budget, or set method.quantization.skip to auto",
+    ),
+    (
+        {"method": {"type": "qlora", "quantization": {"skip": [""]}}},
+        "method.quantization.skip is ['']: one name is empty",
+        "remove the empty name from method.quantization.skip",
+    ),
+    (
+        {"method": {"type": "full", "freeze": ["embed", " "]}},
+        "method.freeze is ['embed', ' ']: one name is empty",
+        "remove the empty name from method.freeze",
+    ),
+    (
+        {"method": LORA | {"modules_to_save": [""]}},
+        "method.modules_to_save is ['']: one name is empty",
+        "remove the empty name from method.modules_to_save",
+    ),
+    (
+        {"method": LORA | {"target_modules": ["re:layers.(0"]}},
+        "method.target_modules: re:layers.(0 is no regular expression (missing ), unterminated subpattern at position 7)",
+        "correct it in method.target_modules",
+    ),
+    (
+        {"method": LORA | {"init": "pissa", "init_from": "a/final"}},
+        "method.init is pissa and method.init_from is a/final: both say how the adapter starts",
+        "remove one of them",
+    ),
+    (
+        {"method": {"type": "qlora", "init": "pissa"}},
+        "method.init pissa freezes what is left of the weight, and a quantised rest is no longer the base with "
+        "method.type qlora",
+        "set method.type to lora, or method.init to loftq",
+    ),
+    (
+        {"method": LORA | {"init": "loftq"}},
+        "method.init loftq starts from the error of quantisation, and nothing is quantised with method.type lora",
+        "set method.type to qlora, or method.init to default or pissa",
+    ),
+    (
+        {"method": LORA | {"init": "pissa", "dora": True}},
+        "method.init pissa is saved as an adapter of twice the rank, which method.dora does not allow",
+        "set method.dora to false, or method.init to default",
+    ),
+    (
         {"eval": {"every_steps": 5}},
         "eval.every_steps is 5, but data.eval is empty",
         "add held-out sources to data.eval, or remove eval.every_steps",
     ),
     ({"output_dir": " "}, "output_dir is empty", "set output_dir to a path"),
     ({"model": {"path": ""}}, "model.path is empty", "set model.path to a path"),
+    (
+        {"data": {"train": [{"path": "a"}], "eval": [{"path": " "}]}},
+        "data.eval.0.path is empty",
+        "set data.eval.0.path to a path",
+    ),
+    (
+        {"data": {"train": [{"path": "a"}], "chat_template": ""}},
+        "data.chat_template is empty",
+        "set data.chat_template to a path",
+    ),
     (
         {"data": {"train": [{"path": "a"}, {"path": ""}]}},
         "data.train.1.path is empty",
@@ -161,6 +227,9 @@ RIGHT = [
     {"optim": {"paged": True}, "precision": {"optimizer_state": "8bit"}},
     {"method": LORA | {"target_modules": ["q_proj"]}},
     {"method": LORA},
+    {"method": LORA | {"init": "pissa"}, "optim": {"lora_plus_ratio": 4}},
+    {"method": {"type": "qlora", "init": "loftq", "dora": True, "quantization": {"skip": "auto", "skip_budget": 0.2}}},
+    {"method": LORA | {"target_modules": ["re:layers.(0|1)"]}},
     UNPACKED | {"method": {"type": "prompt"}},
     UNPACKED | {"method": {"type": "p_tuning", "encoder": "lstm", "encoder_num_layers": 3}},
     UNPACKED | {"method": {"type": "prefix", "projection": True, "encoder_hidden_size": 64}},

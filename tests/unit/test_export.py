@@ -114,6 +114,18 @@ def test_an_adapter_names_the_revision_of_its_base(tiny_base: Path, tmp_path: Pa
     assert (written["base_model_name_or_path"], written["revision"]) == (str(tiny_base), "v2")
 
 
+def test_the_way_to_load_an_adapter_names_the_revision_too(tiny_base: Path, tmp_path: Path) -> None:
+    """Another revision of the base has other weights, and the code that users copy would take its newest."""
+    run = resolve(config(str(tiny_base), "lora", model={"add_tokens": ["<tool>"]}), WorldShape())
+    model = load_model(run.model, seed=0)
+    for revision, options in ((None, ""), ("v2", ', revision="v2"')):
+        spec, parameters = replace(run.model, revision=revision), masters(model, trainable_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+        export(tmp_path / "final", spec, model, parameters, tokenizer, is_main=True, seed=0)
+        told = (tmp_path / "final.unfinished/README.md").read_text()
+        assert f'AutoModelForCausalLM.from_pretrained("{tiny_base}"{options})\n' in told
+
+
 def test_other_ranks_write_nothing(tiny_base: Path, tmp_path: Path) -> None:
     run = resolve(config(str(tiny_base)), WorldShape())
     model = load_model(run.model, seed=0)

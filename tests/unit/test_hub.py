@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
+from sft_dist.config.schema import PromptMethod, QloraMethod
+from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.model import hub
+from sft_dist.model import build, hub, skip, support, tokens, virtual_tokens, weights
+from sft_dist.model.describe import describe_model
 from sft_dist.model.hub import _answers, _Blob, _fetch_weights, model_folder, weight_files
 
 
@@ -65,3 +70,32 @@ def test_the_index_names_the_weights(tmp_path: Path) -> None:
     index.write_text("[]")
     with pytest.raises(CheckpointError, match="is not an index"):
         weight_files(tmp_path)
+
+
+def test_all_of_a_model_is_of_the_revision_that_was_asked_for(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights to train and weights to measure, configuration and tokenizer: the branch main may hold others."""
+    asked: dict[str, set[tuple[str, str | None]]] = defaultdict(set)
+
+    def answer(module: ModuleType) -> None:
+        def folder(path: str, revision: str | None, part: str = "weights") -> Path:
+            asked[module.__name__.rpartition(".")[2]].add((path, revision))
+            return tiny_base
+
+        monkeypatch.setattr(module, "model_folder", folder)
+
+    for module in (build, skip, support, tokens, weights):
+        answer(module)
+    qlora = QloraMethod.model_validate({"type": "qlora", "quantization": {"skip": "auto"}})
+    weights.check_weights(describe_model("org/m", "v2", qlora, "fp32", ("<tool>",)))
+    tokenizer = load_tokenizer(str(tiny_base))
+
+    def from_pretrained(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+        asked["virtual_tokens"].add((path, revision))
+        return tokenizer
+
+    monkeypatch.setattr(virtual_tokens, "AutoTokenizer", SimpleNamespace(from_pretrained=from_pretrained))
+    prompt = PromptMethod.model_validate({"type": "prompt", "init_text": "Say: "})
+    weights.check_weights(describe_model("org/m", "v2", prompt, "fp32"))
+    skip.measure.cache_clear()  # of a model that is nowhere
+    readers = {"build", "skip", "support", "tokens", "weights", "virtual_tokens"}
+    assert asked == {reader: {("org/m", "v2")} for reader in readers}

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sft_dist.model.lora import LoraLinear, fuse_lora, lora_linear, readers
+from sft_dist.model.lora import DoraLinear, LoraLinear, add_magnitudes, fuse_lora, lora_linear, readers
 from sft_dist.model.nf4 import NF4Linear
 from sft_dist.sharding.ddp import cast_while_running
 
@@ -61,13 +61,13 @@ def example(dtype: torch.dtype = torch.float32, *shape: int) -> Tensor:
     return x.to(dtype).requires_grad_()
 
 
-def passes(model: nn.Module, x: Tensor, *, recompute: bool = False) -> dict[str, Tensor]:
+def passes(model: nn.Module, x: Tensor, *, recompute: bool = False, trained: int = 6) -> dict[str, Tensor]:
     """y and all gradients."""
     torch.manual_seed(2)
     y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
     (y * torch.linspace(-1, 1, IN, dtype=y.dtype)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(gradients) == 6
+    assert len(gradients) == trained
     return {"y": y.detach(), "x": x.grad, **gradients}
 
 
@@ -89,6 +89,20 @@ def test_equals_peft(quantized: bool, dropout: float, rslora: bool, bias: bool) 
     theirs, ours = pair(bias=bias, quantized=quantized, lora_dropout=dropout, use_rslora=rslora)
     assert sum(type(m) is LoraLinear for m in ours.modules()) == 3
     assert_equal(passes(ours, example()), passes(theirs, example()), 1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_equals_peft(dropout: float, bias: bool) -> None:
+    """In training, where dropout decides which input each part reads, and backward what counts as constant."""
+    theirs, _ = pair(bias=bias, lora_dropout=dropout, use_dora=True)
+    _, ours = pair(bias=bias, lora_dropout=dropout)
+    add_magnitudes(ours)
+    assert sum(type(m) is DoraLinear for m in ours.modules()) == 3
+    ours.load_state_dict(theirs.state_dict())
+    expected = passes(theirs, example(), trained=9)
+    actual = passes(ours, example(), trained=9)
+    assert_equal({name: actual[name] for name in expected}, expected, 1e-5)
 
 
 @BASES

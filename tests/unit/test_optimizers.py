@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import bitsandbytes
@@ -13,6 +14,7 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 
 from sft_dist.config.schema import AdafactorConfig, AdamWConfig, OptimConfig
 from sft_dist.run import Precision, StateDtype
+from sft_dist.sharding import adafactor, adamw
 from sft_dist.sharding.adamw import CHUNK_NUMEL, MixedAdamW
 from sft_dist.sharding.optim import build_optimizer
 from sft_dist.sharding.stochastic_rounding import random_16_bits, store
@@ -56,6 +58,13 @@ def test_the_mixed_step_is_adamw() -> None:
     groups = [{"params": [nn.Parameter(t)], "weight_decay": 0.1 if t.dim() > 1 else 0.0} for t in tensors(0)]
     mixed = MixedAdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, state_dtype=torch.float32)
     torch.testing.assert_close(trained(mixed), fp32_adamw(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_mixed_step_has_the_constants_of_the_run() -> None:
+    groups = [{"params": [nn.Parameter(t)], "weight_decay": 0.1 if t.dim() > 1 else 0.0} for t in tensors(0)]
+    mixed = MixedAdamW(groups, lr=1.0, betas=(0.7, 0.8), eps=1e-2, state_dtype=torch.float32)
+    expected = trained(ours(ADAMW.model_copy(update={"beta1": 0.7, "beta2": 0.8, "eps": 1e-2})))
+    torch.testing.assert_close(trained(mixed), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("chunk", [1000, CHUNK_NUMEL])
@@ -126,6 +135,18 @@ def test_rounding_is_fair_to_every_place_and_every_step() -> None:
     assert (neighbours - torch.eye(200)).abs().max() < 0.3
 
 
+def test_a_weight_and_its_moments_do_not_share_their_chance() -> None:
+    """Else a moment that happened to be rounded up would come with a weight that was, and the errors would add up."""
+    weight = nn.Parameter(torch.full((64, 64), 0.7, dtype=torch.bfloat16))
+    optimizer = build_optimizer(AdamWConfig(lr=3e-3), Precision("bf16", "bf16", "fp32", "bf16"), [("w", weight)])
+    weight.grad = torch.full_like(weight, 0.31)
+    optimizer.step()
+    rounded = [weight.detach(), *(optimizer.state[weight][kind] for kind in ("exp_avg", "exp_avg_sq"))]
+    up = torch.stack([(t > t.min()).double().flatten() for t in rounded])
+    assert ((up.mean(1) > 0.05) & (up.mean(1) < 0.95)).all(), "each is between two values of bf16"
+    assert (torch.corrcoef(up) - torch.eye(3)).abs().max() < 0.1
+
+
 def _stored(value: Tensor, *, first: int, step: int) -> Tensor:
     out = torch.empty(value.numel(), dtype=torch.bfloat16)
     store(out, value.clone(), first=first, step=step, stream=0)
@@ -139,6 +160,24 @@ def test_rounding_depends_on_the_place_in_the_whole_tensor_alone() -> None:
     assert not torch.equal(whole, random_16_bits(1000, 0, 7, 2, torch.device("cpu")))
     far = random_16_bits(10, 2**31 - 5, 7, 1, torch.device("cpu"))  # across what an int32 counts to
     assert torch.equal(far[5:], random_16_bits(5, 2**31, 7, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("config", "module"), [(AdamWConfig(), adamw), (AdafactorConfig(type="adafactor"), adafactor)])
+def test_a_shard_of_bf16_weights_is_rounded_as_its_part_of_the_whole(
+    config: OptimConfig, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vector with equal gradients, so that Adafactor's means of a part are those of the whole."""
+
+    def stepped(first: int) -> Tensor:
+        monkeypatch.setattr(module, "first_element", lambda _: first)
+        weight = nn.Parameter(torch.linspace(0.5, 1.5, 1000)[first:].bfloat16())
+        optimizer = build_optimizer(config, Precision("bf16", "bf16", "fp32", "bf16"), [("w", weight)])
+        for _ in range(3):
+            weight.grad = torch.full_like(weight, 0.3)
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(stepped(300), stepped(0)[300:])
 
 
 def test_what_bf16_can_hold_is_not_touched() -> None:
@@ -162,6 +201,22 @@ def test_8bit_is_bitsandbytes_own(master: Any) -> None:
     for kind, name in {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_scale": "absmax1"}.items():
         assert torch.equal(mine[kind], theirs[name].flatten())
     assert mine["exp_avg"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("state", "bits"), [("8bit", 8), ("fp32", 32)])
+def test_bitsandbytes_steps_with_the_constants_of_the_run(
+    state: StateDtype, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels have defaults of their own. Paged fp32 moments take the second one, here in ordinary memory."""
+    monkeypatch.setattr(bnb_functional, "get_paged", lambda numel, dtype, device: torch.empty(numel, dtype=dtype))
+    monkeypatch.setattr(bnb_functional, "fill", lambda tensor, value: tensor.fill_(value))
+    monkeypatch.setattr(bnb_functional, "prefetch_tensor", lambda tensor: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    constants = {"beta1": 0.7, "beta2": 0.8, "eps": 1e-2, "paged": bits == 32}
+    got = trained(ours(ADAMW.model_copy(update=constants), state))
+    groups = [{"params": [nn.Parameter(t)], "weight_decay": 0.1 if t.dim() > 1 else 0.0} for t in tensors(0)]
+    reference = bitsandbytes.optim.AdamW(groups, betas=(0.7, 0.8), eps=1e-2, optim_bits=bits)
+    torch.testing.assert_close(got, trained(reference), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("state", ["8bit", "fp32"])
@@ -198,3 +253,34 @@ def test_adafactor_is_transformers(scale_parameter: bool) -> None:
     groups = [{"params": [nn.Parameter(t)], "weight_decay": 0.1 if t.dim() > 1 else 0.0} for t in tensors(0)]
     reference = TransformersAdafactor(groups, lr=1.0, scale_parameter=scale_parameter, relative_step=False)
     torch.testing.assert_close(trained(ours(config)), trained(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_has_the_constants_of_the_run() -> None:
+    """Neither is its default: the running means forget slower, and most updates are clipped."""
+    config = AdafactorConfig(type="adafactor", decay_rate=-0.4, clip_threshold=0.3)
+    groups = [{"params": [nn.Parameter(t)]} for t in tensors(0)]
+    reference = TransformersAdafactor(
+        groups, lr=1.0, decay_rate=-0.4, clip_threshold=0.3, scale_parameter=False, relative_step=False
+    )
+    expected = trained(reference)
+    torch.testing.assert_close(trained(ours(config)), expected, rtol=1e-5, atol=1e-6)
+    for other in ({"decay_rate": -0.8}, {"clip_threshold": 1.0}):
+        different = trained(ours(config.model_copy(update=other)))
+        assert all((a - b).abs().max() > 1e-4 for a, b in zip(different, expected, strict=True)), other
+
+
+def test_adafactor_of_what_is_small() -> None:
+    """Its two bounds are the paper's: a tensor of zeros would never move, and gradients of 1e-8 are no zeros."""
+    config = AdafactorConfig(type="adafactor", lr=0.01, scale_parameter=True)
+    named = [(name, nn.Parameter(t * 1e-5)) for name, t in zip(SHAPES, tensors(0), strict=True)]
+    mine = build_optimizer(config, Precision("fp32", "fp32", "fp32", "fp32"), named)
+    groups = [{"params": [nn.Parameter(t * 1e-5)], "weight_decay": 0.0} for t in tensors(0)]
+    theirs = TransformersAdafactor(groups, lr=0.01, scale_parameter=True, relative_step=False)
+    for optimizer in (mine, theirs):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = parameter.detach() * 1e-3
+        optimizer.step()
+    weights = [[p.detach() * 1e5 for group in o.param_groups for p in group["params"]] for o in (mine, theirs)]
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-5)
+    assert all((w - t).abs().max() > 0.1 for w, t in zip(weights[0], tensors(0), strict=True))

@@ -87,6 +87,15 @@ def test_what_does_not_go_with_a_quantised_base(
     assert fix in caught.value.fix
 
 
+def test_an_error_of_quantisation_that_nobody_knows(tmp_path: Path) -> None:
+    """LoftQ starts from it, and the files have the quantised weights alone."""
+    with pytest.raises(
+        ConfigError, match="init loftq starts from the error of quantisation, which nothing tells"
+    ) as caught:
+        resolve(cells.config(str(base(tmp_path, DOUBLE)), {"type": "qlora", "init": "loftq"}), WorldShape())
+    assert "set method.init to default" in caught.value.fix
+
+
 def test_weights_that_do_not_fill_the_storage(tmp_path: Path) -> None:
     shape = {"hidden_size": 18, "intermediate_size": 32, "head_dim": 8}
     with pytest.raises(ConfigError, match="q_proj has 18 inputs, not a multiple of 4") as caught:

@@ -143,6 +143,14 @@ def test_counts_by_hand(tiny_base: Path, tied_base: Path) -> None:
     assert run_of(tiny_base, "lora").model.num_trainable == layers * adapters
 
 
+def test_heads_are_those_of_the_model(tiny_base: Path, tmp_path: Path) -> None:
+    """Fewer key and value heads than queries have; what ranks that share a sequence repeat is planned from them."""
+    model = resolve(config(str(tiny_base)), WorldShape()).model
+    assert (model.num_heads, model.num_kv_heads, model.head_dim) == (4, 2, 16)
+    model = resolve(config(str(model_folder(tmp_path, num_key_value_heads=1, head_dim=24))), WorldShape()).model
+    assert (model.num_kv_heads, model.head_dim) == (1, 24)
+
+
 def test_adapters_start_the_same_for_the_same_seed_and_change_nothing(tiny_base: Path) -> None:
     run = run_of(tiny_base, "lora")
     first, second, other = (
@@ -305,6 +313,7 @@ def test_each_sign_of_such_a_model_is_enough(
         ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling"),
         ({"model_type": "cohere", "logit_scale": 0.0625}, "logit_scale"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"model_type": "gpt_bigcode", "attn_pdrop": 0.1}, "attn_pdrop"),
     ],
 )
 def test_settings_that_would_be_left_out(settings: dict[str, Any], key: str, tmp_path: Path) -> None:

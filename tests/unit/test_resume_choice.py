@@ -179,3 +179,17 @@ def test_other_weights_are_another_run(tiny_base: Path, tmp_path: Path, place: i
         ConfigError, match=r"belongs to another run:\nthe fingerprint of the base weights is [^\n]*\n  fix"
     ):
         before.require_same(identity_of(run, data), checkpoint=tmp_path)
+
+
+def test_other_tokens_make_another_run(tiny_base: Path, tmp_path: Path) -> None:
+    """Rows of the embedding belong to tokens by their order, whether the training data has any of them or not."""
+    data = cells.synthetic_data()
+
+    def identity(*added: str) -> Identity:
+        cfg = cells.config(str(tiny_base), model={"add_tokens": list(added)})
+        return identity_of(resolve(cfg, WorldShape()), data)
+
+    identity("<a>", "<b>").require_same(identity("<a>", "<b>"), checkpoint=tmp_path)
+    for others in (("<b>", "<a>"), ("<a>", "<c>"), ()):
+        with pytest.raises(ConfigError, match=r"model\.add_tokens is "):
+            identity(*others).require_same(identity("<a>", "<b>"), checkpoint=tmp_path)

@@ -59,6 +59,21 @@ def test_rows_beyond_the_limit(tiny_base: Path, tmp_path: Path, rope: str) -> No
         run_of(path, 65, "none")
 
 
+def test_frequencies_of_each_kind_of_layer(tmp_path: Path) -> None:
+    """Some models have them by the kind of layer; one kind whose frequencies depend on the row is enough."""
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    settings = {
+        "model_type": "gemma3_text", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": plain, "full_attention": plain | ROPES["dynamic"]},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert run_of(tmp_path, 64, "best_fit").model.dynamic_rope is not None
+    with pytest.raises(ConfigError, match=r"data\.max_seq_len 65: in rows of more than 64 tokens"):
+        run_of(tmp_path, 65, "best_fit")
+
+
 def test_virtual_tokens_count(tiny_base: Path, tmp_path: Path) -> None:
     path = base(tiny_base, tmp_path, "dynamic")
     data = {"train": [{"path": "unused"}], "packing": "none"}

@@ -22,6 +22,7 @@ from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
 from tests.helpers import cells
 from tests.helpers.loaded import load_model
+from tests.helpers.tiny_model import build_base
 
 LAYERS = {f"model.layers.{n}.{m}_proj" for n in (0, 1) for m in (
     "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}  # fmt: skip
@@ -101,6 +102,20 @@ def test_auto_takes_the_worst_within_its_budget(base: Path, kind: str, compute: 
     assert skipped(run_of(base, compute, type=kind, skip="auto", skip_budget=0.001)) == []
 
 
+def test_without_a_budget_it_is_a_tenth(base: Path) -> None:
+    """As the schema says: with other layers left in 16 bits the same file would make another model."""
+    assert skipped(run_of(base, skip="auto")) == skipped(run_of(base, skip="auto", skip_budget=0.1)) != []
+    linears = sum(p.num_bytes for p in measured(base, "nf4", "fp32"))
+    cost = frozen_bytes(run_of(base, skip="auto")) - frozen_bytes(run_of(base))
+    assert 0 < cost <= 0.1 * linears
+
+
+def test_measured_or_named_they_are_the_same_model(base: Path) -> None:
+    """So that a run goes on where its layers are written out instead: the rest of its description is no other."""
+    measured_run = run_of(base, skip="auto", skip_budget=0.3)
+    assert run_of(base, skip=skipped(measured_run)).model == measured_run.model
+
+
 def measured(base: Path, kind: str, compute: str) -> tuple[skip.Layer, ...]:
     return skip.measure(str(base), None, kind, compute)  # type: ignore[arg-type]
 
@@ -117,6 +132,43 @@ def test_the_errors_are_those_of_the_weights(base: Path) -> None:
             assert layer.error == pytest.approx(
                 float((weight - other).square().sum() / weight.square().sum()), rel=1e-4
             )
+
+
+def test_a_weight_of_zeros_has_no_error(base: Path, tmp_path: Path) -> None:
+    """Nothing is lost where all is zero. An error that is no number would compare with none of the others, and what
+    is left unquantised would hang on where the layer stands."""
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    first = "model.layers.0.self_attn.q_proj"
+    tensors[f"{first}.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert {layer.name: layer.error for layer in measured(folder, "nf4", "fp32")}[first] == 0.0
+    one = next(layer.more_bytes for layer in measured(folder, "nf4", "fp32") if layer.name == WORST)
+    linears = sum(layer.num_bytes for layer in measured(folder, "nf4", "fp32"))
+    assert skipped(run_of(folder, skip="auto", skip_budget=(one + 1) / linears)) == [WORST]
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_layers_that_cannot_be_packed(tmp_path: Path, compute: str) -> None:
+    """Named, they stay as they are: that is what the message of the refusal says. Measured they need not be, and they
+    take nothing from the budget of the others."""
+    (tmp_path / "base").mkdir()
+    base = build_base(tmp_path / "base", hidden_size=40, intermediate_size=96)
+    with pytest.raises(ConfigError, match="a multiple of 64") as caught:
+        run_of(base, compute)
+    assert caught.value.fix.startswith("name it in method.quantization.skip")
+    with pytest.raises(ConfigError, match="a multiple of 64"):
+        run_of(base, compute, skip="auto")
+    divisible = {layer.name for layer in measured(base, "nf4", compute)}
+    assert divisible == {name for name in LAYERS if not name.endswith(("k_proj", "v_proj"))}
+    run = run_of(base, compute, skip=["k_proj", "v_proj"])
+    assert packed(run) == LAYERS - set(skipped(run)) == divisible
+    model = load_model(run.model, seed=0)
+    files = load_file(base / "model.safetensors")
+    for name in skipped(run):
+        layer = model.causal_lm.get_submodule(name).base_layer
+        assert torch.equal(layer.weight, files[f"{name}.weight"].to(layer.weight.dtype))
 
 
 class Drawn(SafetensorsFolder):

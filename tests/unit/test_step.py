@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sft_dist.config.schema import ActivationCheckpointingConfig
-from sft_dist.data.loader import Step, TrainingOrder
+from sft_dist.data.loader import Step, TrainingOrder, collate
 from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import ShardingMismatch
 from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
+from sft_dist.sharding.shard_optimizer import local
 from sft_dist.sharding.strategy import NativeStrategy
 from sft_dist.sharding.verify import MovementCheck
 from sft_dist.train.step import evaluate, train_step
@@ -166,3 +167,18 @@ def test_an_optimizer_that_moves_nothing_is_noticed(tiny_base: Path) -> None:
 )
 def test_which_blocks_are_recomputed(mode: Any, k: int | None, expected: str) -> None:
     assert checkpointed_blocks(ActivationCheckpointingConfig(mode=mode, k=k), tuple("abcde")) == tuple(expected)
+
+
+@STRATEGIES
+def test_an_evaluation_drops_nothing_and_training_goes_on_dropping(tiny_base: Path, name: str) -> None:
+    """With half of every adapter's input dropped, an evaluation would be another one each time, and too high."""
+    losses = []
+    for dropout in (0.5, 0.0):
+        _, strategy = start(config(str(tiny_base), {"type": "lora", "dropout": dropout}, name))
+        for parameter_name, parameter in strategy.model.named_parameters():
+            if ".lora_B." in parameter_name:
+                local(parameter.detach()).fill_(0.1)
+        batch = collate(synthetic_data(rows=3), [0, 1, 2])
+        losses += [float(strategy.evaluate(batch)) for _ in range(2)]
+        assert strategy.model.training
+    assert len(set(losses)) == 1

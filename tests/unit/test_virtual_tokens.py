@@ -140,7 +140,7 @@ def test_the_bounds_of_rows_that_have_grown() -> None:
         assert grown.position_ids.tolist() == [list(itertools.chain(*positions))]
 
 
-@pytest.mark.parametrize("text", ["Say: ", "A text of more tokens than there are virtual ones"])
+@pytest.mark.parametrize("text", ["Say: ", "東", "A text of more tokens than there are virtual ones"])
 def test_text_starts_it_as_in_peft(tiny_base: Path, text: str) -> None:
     config = PromptTuningConfig(
         **COMMON, prompt_tuning_init="TEXT", prompt_tuning_init_text=text, tokenizer_name_or_path=str(tiny_base)
@@ -151,6 +151,15 @@ def test_text_starts_it_as_in_peft(tiny_base: Path, text: str) -> None:
     expected = plain(tiny_base, config).prompt_encoder.default.embedding.weight
     assert torch.equal(model.get_parameter("prompt.encoder.embedding.weight"), expected)
     assert len({tuple(row) for row in expected.tolist()}) > 2
+
+
+@pytest.mark.parametrize(("layers", "there"), [(None, {0, 1}), (1, {0}), (3, {0, 1, 2})])
+def test_an_lstm_has_as_many_layers_as_stated(tiny_base: Path, layers: int | None, there: set[int]) -> None:
+    """Two if nothing is, as in PEFT."""
+    method = {"type": "p_tuning", "encoder": "lstm", "encoder_hidden_size": 24, "encoder_num_layers": layers}
+    spec = resolve(cells.config(str(tiny_base), {"num_virtual_tokens": COUNT, **method}), WorldShape()).model
+    numbers = [p.name.removesuffix("_reverse").rpartition("_l")[2] for p in spec.trainable if "lstm_head." in p.name]
+    assert {int(number) for number in numbers} == there
 
 
 def test_a_rank_reads_its_own_part_of_the_text_alone(tiny_base: Path) -> None:
@@ -264,6 +273,8 @@ def test_sequence_parallelism_is_refused(tiny_base: Path) -> None:
     ("method", "setting", "reason"),
     [
         ("prefix", {"num_kv_shared_layers": 1}, "has num_kv_shared_layers: its layers do not all have keys"),
+        ("prefix", {"kv_lora_rank": 16}, "has kv_lora_rank: its layers do not all have keys"),
+        ("prefix", {"global_head_dim": 32}, "has global_head_dim: its layers do not all have keys"),
         ("p_tuning", {"hidden_size_per_layer_input": 8}, "has hidden_size_per_layer_input: it reads more of a token"),
     ],
 )

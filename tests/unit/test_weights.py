@@ -11,12 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sft_dist.errors import CheckpointError
 from sft_dist.model import weights
+from sft_dist.model.build import build_model
 from sft_dist.model.nf4 import NF4Linear
 from sft_dist.model.spec import ModelSpec
-from sft_dist.model.weights import check_weights
+from sft_dist.model.weights import Part, Weights, check_weights
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from tests.helpers.cells import config
@@ -100,6 +103,38 @@ def test_weights_of_the_decoder_without_its_prefix(tied_base: Path, tmp_path: Pa
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def test_what_transformers_knows_to_leave_out_may_be_there(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some models' files hold a head for predicting further tokens, which the model class does not have."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"(^|\.)mtp\..*"])
+    known = changed(tiny_base, tmp_path / "known", lambda t: t.update({"mtp.norm.weight": torch.ones(64)}))
+    check_weights(spec_of(known))
+    with pytest.raises(CheckpointError, match="1 unexpected keys, such as extra"):
+        check_weights(spec_of(changed(known, tmp_path / "strange", lambda t: t.update(extra=torch.ones(1)))))
+
+
+def test_buffers_that_are_weights_are_read_too(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the scale of a layer in Gemma 4. What the model class makes of one before it is filled is no trained value."""
+    original = LlamaMLP.__init__
+
+    def with_scale(self: LlamaMLP, config: LlamaConfig) -> None:
+        original(self, config)
+        self.register_buffer("layer_scale", torch.ones(2))
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_scale)
+    scales = {f"model.layers.{n}.mlp.layer_scale": torch.tensor([0.25, 3.0 + n]) for n in (0, 1)}
+    folder = changed(tiny_base, tmp_path / "model", lambda t: t.update(scales))
+    for method in ("full", "lora"):
+        layers = load_model(spec_of(folder, method=method), seed=0).causal_lm.model.layers
+        for layer, scale in zip(layers, scales.values(), strict=True):
+            assert torch.equal(layer.mlp.layer_scale, scale), method
+    with pytest.raises(CheckpointError, match=r"2 missing keys, such as model\.layers\.0\.mlp\.layer_scale"):
+        check_weights(spec_of(tiny_base))
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_in_another_dtype(tiny_base: Path, tmp_path: Path, stored: torch.dtype) -> None:
     def cast(tensors: dict[str, Tensor]) -> None:
@@ -111,6 +146,20 @@ def test_weights_in_another_dtype(tiny_base: Path, tmp_path: Path, stored: torch
         for name, value in values(folder, compute).items():
             assert value.dtype == dtype
             assert torch.equal(value, original[name].to(stored).to(dtype)), name
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_masters_start_from_the_values_that_are_computed_with(tiny_base: Path, method: str) -> None:
+    """In fp32 they could hold more of the files' digits than under DeepSpeed, which casts them: strategies would part."""
+    spec = spec_of(tiny_base, "bf16", method)
+    model = build_model(spec)
+    weights, original = Weights(model, spec, seed=0), load_file(tiny_base / "model.safetensors")
+    for name, meta in model.named_parameters():
+        local = torch.empty(meta.numel(), dtype=torch.float32)
+        weights.read_into(name, Part(meta, local, 0))
+        assert torch.equal(local, local.bfloat16().float()), name
+        stored = original.get(name.removeprefix("hf."))
+        assert stored is None or torch.equal(local, stored.flatten().bfloat16().float()), name
 
 
 def sharded(base: Path, folder: Path) -> Path:
