@@ -279,7 +279,11 @@ def _quantize_linears(
     for name, linear in linears.items():
         indivisible = kind.indivisible(linear, storage)
         if name not in skipped and indivisible is not None:
-            fix = "name it in method.quantization.skip, or use method.type=lora" if stored is None else DENSE_FIX
+            fix = (
+                "name it in method.quantization.skip or set that to auto, or use method.type lora"
+                if stored is None
+                else DENSE_FIX
+            )
             raise ConfigError(f"method.quantization.type is {kind.kind}, but {name} has {indivisible}", fix=fix)
     for name, linear in linears.items():
         if name not in skipped:

@@ -118,20 +118,29 @@ def _missing(folder: Path, part: Part) -> str | None:
     return next((name for name in needed if not (folder / name).is_file()), None)
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that make up the model of a folder, as its index or the lack of one says.
+def weight_files(folder: Path, name: str = "model", *, key: str = "model.path") -> list[str]:
+    """Names of the files that make up a model: ``NAME.safetensors``, or the shards that its index lists; none without.
+
+    The single file comes first where there is both, as for Transformers: an index may be a leftover.
+
+    Args:
+        key: of the configuration, for messages.
 
     Raises:
         CheckpointError: the index is damaged.
     """
-    index = folder / INDEX
+    single = f"{name}.safetensors"
+    index = folder / f"{single}.index.json"
+    if (folder / single).is_file():
+        return [single]
     if not index.is_file():
-        return [WEIGHTS] if (folder / WEIGHTS).is_file() else []
+        return []
     try:
-        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         raise CheckpointError(
-            f"model.path: {index} is not an index of safetensors files", fix="delete it and fetch the model again"
+            f"{key}: {index} is not an index of safetensors files",
+            fix="take the index that belongs to the shards, or fetch the model again",
         ) from e
 
 
@@ -180,7 +189,7 @@ def fetch(path: str, revision: str | None, *, weights: bool = True, say: Callabl
         folder = Path(_quiet_snapshot(path, revision, small))
         if not weights:
             return Fetched(folder, 0)
-        names = weight_files(folder) if INDEX in files else [WEIGHTS]
+        names = [WEIGHTS] if WEIGHTS in files else weight_files(folder)
         new_bytes = _fetch_weights(path, commit, names, say)
         _quiet_snapshot(path, commit, names)  # links the files into the snapshot
         return Fetched(folder, new_bytes)

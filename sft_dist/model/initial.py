@@ -36,9 +36,16 @@ class InitialAdapters:
     """
 
     def __init__(
-        self, method: LoraMethod, *, seed: int, dense: Callable[[str], Tensor], stored: Callable[[str], Tensor]
+        self,
+        method: LoraMethod,
+        *,
+        seed: int,
+        compute: torch.dtype,
+        dense: Callable[[str], Tensor],
+        stored: Callable[[str], Tensor],
     ) -> None:
         self._method, self._seed, self._dense, self._stored = method, seed, dense, stored
+        self._compute = compute
         self._scaling = scaling_of(method)
         self._saved = None if method.init_from is None else _open(Path(method.init_from), method)
         self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
@@ -99,7 +106,7 @@ class InitialAdapters:
         return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r], fp32, whose product with the scaling comes closest to a matrix.
+        """A [r, in] and B [out, r], fp32 values rounded to ``compute``, whose scaled product comes closest to a matrix.
 
         ``pissa`` (Meng et al. 2024, arXiv 2404.02948): the weight. ``loftq`` (Li et al. 2023, arXiv 2310.08659, one
         iteration): what quantising took from it. Unlike PEFT's, the factors of LoftQ allow for the scaling; where
@@ -119,7 +126,8 @@ class InitialAdapters:
             roots = (s[:rank] / self._scaling).sqrt()
             a, b = torch.zeros(self._method.r, matrix.shape[1]), torch.zeros(matrix.shape[0], self._method.r)
             a[:rank], b[:, :rank] = (v[:, :rank] * roots).T, u[:, :rank] * roots
-            self._last = layer, (a, b)
+            # As the adapter starts, so that what PiSSA freezes is the rest of that.
+            self._last = layer, (a.to(self._compute).float(), b.to(self._compute).float())
         return self._last[1]
 
     def frozen_rest(self, layer: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft_dist.errors import CheckpointError
+from sft_dist.model.hub import weight_files
 
 # Dtypes of weights that can be trained from, as the files name them; others are quantised or no numbers.
 TRAINABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -81,19 +81,12 @@ class SafetensorsFolder:
         return math.prod(stored.shape) * _itemsize(stored.dtype)
 
     def _weight_files(self) -> list[Path]:
-        single = self.folder / f"{self._name}.safetensors"
-        index = single.with_name(f"{single.name}.index.json")
-        if not index.is_file():
-            if not single.is_file():
-                raise self._error(f"{self.folder} has no {single.name}")
-            return [single]
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-            raise self._unreadable(index, e) from e
+        names = weight_files(self.folder, self._name, key=self._key)
+        if not names:
+            raise self._error(f"{self.folder} has no {self._name}.safetensors")
         for name in names:
             if not (self.folder / name).is_file():
-                raise self._error(f"{self.folder} lacks {name}, which {index.name} lists")
+                raise self._error(f"{self.folder} lacks {name}, which {self._name}.safetensors.index.json lists")
         return [self.folder / name for name in names]
 
     def _open(self, file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -31,9 +32,9 @@ class Layer:
     """A linear layer, quantised or not.
 
     Args:
-        error: |W - Q(W)|^2 / |W|^2 of the sample.
+        error: |W - Q(W)|^2 / |W|^2 of the sample; infinite where the layer cannot be packed.
         num_bytes: quantised, with its state.
-        more_bytes: that it takes if it is not.
+        more_bytes: that it takes if it is not; none where there is no choice.
     """
 
     name: str
@@ -67,7 +68,7 @@ def skip_by_error(
 
 @lru_cache(maxsize=8)  # a run is described several times while `auto` is decided, and 70B take 15 s
 def measure(path: str, revision: str | None, quantization: Quantization, compute: Dtype) -> tuple[Layer, ...]:
-    """Every linear layer that can be quantised, in the model's own order.
+    """Every linear layer, in the model's own order.
 
     Errors are computed on the CPU from a sample that is the same everywhere, so that every rank and every machine
     finds the same.
@@ -86,6 +87,8 @@ def measure(path: str, revision: str | None, quantization: Quantization, compute
         if kind.indivisible(linear, storage) is None:
             sample = _sample(folder, keys[names[id(linear.weight)]], kind.in_place_of(linear, storage))
             layers.append(_measured(name, linear, sample.to(storage), kind))
+        else:
+            layers.append(Layer(name, error=math.inf, num_bytes=0, more_bytes=0))
     return tuple(layers)
 
 

@@ -91,7 +91,9 @@ class Weights:
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._adapters: InitialAdapters | None = None
         if isinstance(spec.method, LoraMethod):
-            self._adapters = InitialAdapters(spec.method, seed=seed, dense=self._dense, stored=self._stored)
+            self._adapters = InitialAdapters(
+                spec.method, seed=seed, compute=self._compute, dense=self._dense, stored=self._stored
+            )
             self._adapters.check({p.name: p.shape for p in spec.trainable}, spec.tokens.trained_ids)
         self._token_ids = spec.tokens.trained_ids
         self._means: dict[str, Tensor] = {}
@@ -146,10 +148,9 @@ class Weights:
         layer.set_scales(absmax)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """A and B that an adapter of PiSSA or LoftQ started from, rounded as the model's were."""
+        """A and B that an adapter of PiSSA or LoftQ started from."""
         assert self._adapters is not None
-        a, b = self._adapters.factors(layer)
-        return a.to(self._compute), b.to(self._compute)
+        return self._adapters.factors(layer)
 
     def rows(self, name: str, ids: Sequence[int]) -> Tensor:
         """[n, h] rows of a matrix of the base model as a run starts from them; only they are read."""

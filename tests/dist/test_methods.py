@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from tests.helpers import cells
 from tests.helpers.cells import Trained
+from tests.helpers.loaded import load_model
 from tests.helpers.pool import WorldPool
 
 World = Callable[[int], WorldPool]
@@ -178,9 +180,9 @@ def test_another_adapter_is_refused(adapter: Path, tiny_base: Path, tmp_path: Pa
         return caught.value
 
     assert str(problem(r=8)).startswith(f"method.r is 8, and the adapter in method.init_from ({adapter}) has 4")
-    assert str(problem(rslora=True)).startswith("method.rslora is True, and")
+    assert str(problem(rslora=True)).startswith("method.rslora is true, and")
     assert str(problem(alpha=8)).startswith(f"method.alpha is 8.0, and the adapter in method.init_from ({adapter}) has 16")
-    assert str(problem(dora=True)).startswith("method.dora is True, and")
+    assert str(problem(dora=True)).startswith("method.dora is true, and")
     fewer = str(problem(target_modules=["q_proj"]))
     assert "differs in 24 tensors" in fewer
     assert "absent here" in fewer
@@ -225,3 +227,17 @@ def test_ranks_draw_the_same_adapter(world: World, tiny_base: Path) -> None:
     two, three = (world(n).run(weights_before_training, text)[0] for n in (2, 3))
     for name, tensor in two.items():
         np.testing.assert_array_equal(tensor, three[name], err_msg=name)
+
+
+def test_pissa_in_bf16_starts_as_near_to_the_base_as_bf16_is(tiny_base: Path) -> None:
+    """What is frozen is the rest of the factors as they are stored: the errors of two roundings must not add up."""
+    method = {"type": "lora", "init": "pissa", "r": 24, "alpha": 24}
+    run = resolve(cells.config(str(tiny_base), method, precision={"compute": "bf16"}), WorldShape())
+    model = load_model(run.model, seed=0)
+    layer = model.causal_lm.get_submodule("model.layers.0.mlp.up_proj")
+    base = load_file(tiny_base / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    parts = (layer.lora_B["default"].weight, layer.lora_A["default"].weight, layer.base_layer.weight)
+    b, a, rest = (part.detach().double() for part in parts)
+    target = base.to(torch.bfloat16).double()
+    # A rounding of the rest alone: at most half a unit in the last of 8 bits.
+    assert (rest + b @ a - target).norm() <= rest.norm() * 2**-9

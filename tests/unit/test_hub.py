@@ -62,14 +62,15 @@ def test_what_is_neither_a_folder_nor_an_id(path: str) -> None:
 
 def test_the_index_names_the_weights(tmp_path: Path) -> None:
     assert weight_files(tmp_path) == []
-    (tmp_path / "model.safetensors").touch()
-    assert weight_files(tmp_path) == ["model.safetensors"]
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"}}))
     assert weight_files(tmp_path) == ["1.safetensors", "2.safetensors"]
     index.write_text("[]")
     with pytest.raises(CheckpointError, match="is not an index"):
         weight_files(tmp_path)
+    # An index may be left over from the model that was in the folder before; Transformers looks at the file first.
+    (tmp_path / "model.safetensors").touch()
+    assert weight_files(tmp_path) == ["model.safetensors"]
 
 
 def test_all_of_a_model_is_of_the_revision_that_was_asked_for(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_weights_that_do_not_fill_the_storage(tmp_path: Path) -> None:
     shape = {"hidden_size": 18, "intermediate_size": 32, "head_dim": 8}
     with pytest.raises(ConfigError, match="q_proj has 18 inputs, not a multiple of 4") as caught:
         run_of(base(tmp_path, None, **shape), type="int8")
-    assert caught.value.fix == "name it in method.quantization.skip, or use method.type=lora"
+    assert caught.value.fix == "name it in method.quantization.skip or set that to auto, or use method.type lora"
     with pytest.raises(ConfigError, match="not a multiple of 64") as caught:
         run_of(base(tmp_path, DOUBLE, **shape))
     assert DENSE in caught.value.fix

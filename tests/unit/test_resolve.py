@@ -387,7 +387,7 @@ def test_a_weight_that_nf4_cannot_split(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, hidden_size=20, intermediate_size=6)
     with pytest.raises(ConfigError, match="not a multiple of 64") as caught:
         run_of(folder, "qlora")
-    assert caught.value.fix == "name it in method.quantization.skip, or use method.type=lora"
+    assert caught.value.fix == "name it in method.quantization.skip or set that to auto, or use method.type lora"
     assert run_of(folder, "lora").model.num_trainable > 0
 
 

@@ -151,16 +151,16 @@ def test_a_weight_of_zeros_has_no_error(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_layers_that_cannot_be_packed(tmp_path: Path, compute: str) -> None:
-    """Named, they stay as they are: that is what the message of the refusal says. Measured they need not be, and they
-    take nothing from the budget of the others."""
+    """Named, they stay as they are: that is what the message of the refusal says. ``auto`` leaves them out, and they take
+    nothing from the budget of the others."""
     (tmp_path / "base").mkdir()
     base = build_base(tmp_path / "base", hidden_size=40, intermediate_size=96)
     with pytest.raises(ConfigError, match="a multiple of 64") as caught:
         run_of(base, compute)
     assert caught.value.fix.startswith("name it in method.quantization.skip")
-    with pytest.raises(ConfigError, match="a multiple of 64"):
-        run_of(base, compute, skip="auto")
-    divisible = {layer.name for layer in measured(base, "nf4", compute)}
+    cheap = run_of(base, compute, skip="auto", skip_budget=1e-9)
+    divisible = {layer.name for layer in measured(base, "nf4", compute) if layer.error < 1}
+    assert packed(cheap) == divisible
     assert divisible == {name for name in LAYERS if not name.endswith(("k_proj", "v_proj"))}
     run = run_of(base, compute, skip=["k_proj", "v_proj"])
     assert packed(run) == LAYERS - set(skipped(run)) == divisible
