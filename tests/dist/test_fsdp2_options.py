@@ -88,7 +88,7 @@ def test_replicas_are_described_by_their_place_in_the_shard_group(tiny_base: Pat
 
 
 def test_replicas_must_divide_the_processes(tiny_base: Path) -> None:
-    with pytest.raises(ConfigError, match="dp_replicate is 2, which does not divide the 3 processes of this run"):
+    with pytest.raises(ConfigError, match="dp_replicate is 2, which does not divide the run's 3 processes"):
         resolve(fsdp2(tiny_base, "full", REPLICATED), WorldShape(1, 3))
 
 

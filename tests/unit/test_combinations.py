@@ -13,6 +13,7 @@ from sft_dist.plan.check import check
 from sft_dist.plan.combinations import Cell, Rule, cells, page, rules
 from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
+from sft_dist.sharding.refusal import Refusal
 from tests.helpers.cells import config
 from tests.helpers.pairwise import pairwise
 
@@ -78,12 +79,14 @@ def test_where_auto_must_not_go_is_told(tiny_base: Path, monkeypatch: pytest.Mon
     auto = config(str(tiny_base), "lora", "auto", activation_checkpointing={"mode": "auto"})
     assert [run.strategy for run in check(auto, WorldShape(1, 2)).runs] == ["ddp", "ddp", "fsdp2", "fsdp2"]
     assert check(auto, WorldShape(1, 2)).notes == []
-    monkeypatch.setattr(registry, "unsupported", lambda run: "not so" if run.strategy == "fsdp2" else None)
+    monkeypatch.setattr(
+        registry, "unsupported", lambda run: Refusal("not so", "try") if run.strategy == "fsdp2" else None
+    )
     checked = check(auto, WorldShape(1, 2))
     assert [run.activation_checkpointing.mode for run in checked.runs] == ["none", "full"]
     assert checked.notes == [
         f"auto must not become fsdp2 with activation_checkpointing.mode {mode}: not so" for mode in ("none", "full")
     ]
-    monkeypatch.setattr(registry, "unsupported", lambda run: f"not under {run.strategy}")
+    monkeypatch.setattr(registry, "unsupported", lambda run: Refusal(f"not under {run.strategy}", "try"))
     with pytest.raises(ConfigError, match=r"^not under ddp"):
         check(auto, WorldShape(1, 2))

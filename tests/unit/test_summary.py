@@ -45,7 +45,7 @@ def test_elements_and_tokens(tiny_base: Path) -> None:
     run = run_of(tiny_base, "lora", model={"add_tokens": ["<tool>", "<call>"]})
     stored = sum(p.numel for p in run.model.parameters)
     assert told(run)["model"] == (
-        f"{tiny_base}: lora, {run.model.num_trainable:,} trainable of {stored:,} stored elements; 2 tokens added, 2 rows "
+        f"{tiny_base}: lora, {run.model.num_trainable:,} of {stored:,} parameters trained; 2 tokens added, 2 rows "
         "more in a vocabulary of now 261; rows of 2 tokens trained"
     )
 
