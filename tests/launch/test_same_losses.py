@@ -93,7 +93,7 @@ def accelerate(*options: str) -> list[str]:
     ("commands", "strategy", "expected"),
     [
         ([[str(BIN / "torchrun"), "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", SCRIPT]], "zero1", "zero1 on 2 ranks"),
-        ([accelerate("--multi_gpu", "--num_processes", "2")], "ddp", "ddp on 2 ranks"),
+        pytest.param([accelerate("--multi_gpu", "--num_processes", "2")], "ddp", "ddp on 2 ranks", marks=pytest.mark.ci),
         ([accelerate("--config_file", "configs/accelerate/fsdp2.yaml")], "auto", "fsdp2 on 2 ranks"),
         ([accelerate("--config_file", "configs/accelerate/zero3.yaml")], "auto", "zero3 on 2 ranks"),
         pytest.param([["launch/accelerate.sh", "--config_file", "configs/accelerate/ddp.yaml", "train"]], "ddp", "ddp on 2 ranks", marks=pytest.mark.ci),
