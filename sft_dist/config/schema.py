@@ -165,9 +165,16 @@ MethodConfig = Annotated[
 
 
 class SourceConfig(Section):
-    path: str = Field(description="A .json or .jsonl file, or a glob of them.")
+    path: str = Field(
+        description="JSON, JSONL, CSV, TSV, Parquet or Arrow, also with gzip or Zstandard: a file, a folder, a glob or "
+        "a URL (https, s3, gs)."
+    )
     format: DataFormat = Field(
         "auto", description="Layout of the rows; `auto` recognises it by the first row's content."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="What the file calls the keys of the layout, e.g. {instruction: question, output: answer}.",
     )
 
 

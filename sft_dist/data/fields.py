@@ -18,7 +18,7 @@ _KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number"
 
 def kind(value: object) -> str:
     """What JSON calls ``value``, with its article."""
-    return "null" if value is None else _KINDS[type(value)]
+    return "null" if value is None else _KINDS.get(type(value), f"of type {type(value).__name__}")
 
 
 @dataclass(frozen=True)

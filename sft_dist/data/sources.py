@@ -1,26 +1,33 @@
-"""Read JSON arrays and JSONL files row by row; every fault is named by file and row.
+"""Read the rows of files, one by one; every fault is named by file and row.
 
-What a file is, is decided by its content: ``[`` opens an array, anything else is read line by line. JSONL is streamed,
-so a file larger than memory can be read; an array is held whole, because JSON gives no way to stop inside one.
+What a file is, is decided by its content: compression, Parquet and Arrow by their first bytes, ``[`` opens a JSON
+array, anything else is read line by line as JSON. CSV and TSV have no mark of their own and go by their names. All are
+streamed, so a file larger than memory can be read, but for a JSON array, which gives no way to stop inside it.
 """
 
 from __future__ import annotations
 
 import codecs
-import glob
 import json
-import os
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import IO, Any
 
 from sft_dist.config.schema import SourceConfig
 from sft_dist.data import formats
-from sft_dist.data.fields import kind
+from sft_dist.data.fields import Fields, kind
+from sft_dist.data.files import ending, find_files, open_file, read_ahead
 from sft_dist.data.messages import Conversation, Origin
+from sft_dist.data.tables import ARROW, ARROW_STREAM, PARQUET, read_columns, read_csv
 from sft_dist.errors import DataError
 
 _WRONG_BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+LONGEST_MARK = max(map(len, (PARQUET, ARROW, ARROW_STREAM)))
+BLANK = b" \t\r\n" + codecs.BOM_UTF8
+
+TOO_DEEP = "write the row with less nesting; no layout has more than a few levels"
 
 
 def read_source(source: SourceConfig) -> Iterator[Conversation]:
@@ -35,7 +42,8 @@ def read_source(source: SourceConfig) -> Iterator[Conversation]:
     layout = None if source.format == "auto" else source.format
     first: Origin | None = None
     for path in find_files(source.path):
-        for row, origin in read_rows(path):
+        for stored, origin in read_rows(path):
+            row = _renamed(stored, source.columns, origin)
             if source.format == "auto":
                 found = formats.recognise(row, origin)
                 if first is None or layout is None:
@@ -49,34 +57,25 @@ def read_source(source: SourceConfig) -> Iterator[Conversation]:
             yield formats.parse(row, origin, layout)
 
 
-def find_files(path: str) -> list[str]:
-    """The files that ``path``, a file name or a glob, stands for, sorted. Raises ``DataError`` when there is none."""
-    expanded = os.path.expanduser(path)
-    if os.path.isfile(expanded):
-        return [expanded]
-    if os.path.isdir(expanded):
-        raise DataError(f"{path} is a folder", fix=f"name its files with a glob: {os.path.join(path, '*.jsonl')}")
-    if glob.has_magic(expanded):
-        found = sorted(name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
-        if found:
-            return found
-        raise DataError(f"no file matches {path}", fix="correct the glob; it is relative to the working directory")
-    folder = os.path.dirname(expanded) or "."
-    if not os.path.isdir(folder):
-        raise DataError(f"{path} does not exist, nor does its folder {folder}", fix="correct the path under data")
-    near = get_close_matches(os.path.basename(expanded), os.listdir(folder), n=1)
-    hint = f"did you mean {os.path.join(os.path.dirname(path), near[0])}?" if near else "correct the path under data"
-    raise DataError(f"{path} does not exist", fix=hint)
+def _renamed(row: dict[str, Any], columns: dict[str, str], origin: Origin) -> dict[str, Any]:
+    """The row with the keys that a layout knows, where ``columns`` says what the file calls them."""
+    missing = [name for name in columns.values() if name not in row]
+    if missing:
+        raise Fields(row, origin).error(
+            f"the row has no {', '.join(missing)}, which columns names (keys: {', '.join(row) or 'none'})",
+            fix="correct columns of the source, or remove it",
+        )
+    theirs = set(columns.values()) | columns.keys()
+    return {key: value for key, value in row.items() if key not in theirs} | {
+        ours: row[name] for ours, name in columns.items()
+    }
 
 
 def read_rows(path: str) -> Iterator[tuple[dict[str, Any], Origin]]:
     """Yield the rows of one file as objects with their origins. Raises ``DataError`` as ``read_source`` does."""
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path} cannot be opened: permission denied", fix=f"make it readable: chmod +r {path}")
     count = 0
-    with open(path, "rb") as file:
-        is_array = _opens_an_array(file, path)
-        for value, origin in _array(file, path) if is_array else _lines(file, path):
+    with open_file(path) as file:
+        for value, origin in _rows_of(file, path):
             if not isinstance(value, dict):
                 raise DataError(
                     f"{origin}: the row is {kind(value)}, not an object",
@@ -88,26 +87,27 @@ def read_rows(path: str) -> Iterator[tuple[dict[str, Any], Origin]]:
         raise DataError(f"{path} holds no row", fix="put rows into the file, or remove it from the sources")
 
 
-def _opens_an_array(file: IO[bytes], path: str) -> bool:
-    """Whether the first character that is not blank is ``[``; leaves ``file`` after a UTF-8 byte order mark."""
-    head = file.read(4)
+def _rows_of(file: IO[bytes], path: str) -> Iterator[tuple[Any, Origin]]:
+    if ending(path) in SEPARATORS:
+        return read_csv(file, path, separator=SEPARATORS[ending(path)])
+    head, file = read_ahead(file, lambda read: len(read) >= LONGEST_MARK and read.strip(BLANK))
+    if head.startswith((PARQUET, ARROW, ARROW_STREAM)):
+        return read_columns(file, path, head)
     for bom, name in _WRONG_BOMS.items():
         if head.startswith(bom):
             raise DataError(f"{path} is {name}, not UTF-8", fix=f"convert it: iconv -f {name} -t UTF-8")
-    start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
-    file.seek(start)
-    first = b""
-    while block := file.read(4096):
-        if first := block.strip()[:1]:
-            break
-    file.seek(start)
-    return first == b"["
+    if head.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+        head = head.removeprefix(codecs.BOM_UTF8)
+    return _array(file, path) if head.strip()[:1] == b"[" else _lines(file, path)
 
 
 def _array(file: IO[bytes], path: str) -> Iterator[tuple[Any, Origin]]:
     text = _decode(file.read(), path)
     try:
         rows = json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{path}: JSON nested too deep to be read", fix=TOO_DEEP) from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}",
@@ -123,12 +123,15 @@ def _lines(file: IO[bytes], path: str) -> Iterator[tuple[Any, Origin]]:
             continue
         line = _decode(raw.rstrip(b"\r\n"), f"{path}:{number}")
         try:
-            yield json.loads(line), Origin(path, number)
+            row = json.loads(line)
+        except RecursionError as error:
+            raise DataError(f"{path}:{number}: JSON nested too deep to be read", fix=TOO_DEEP) from error
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}:{number}: malformed JSON at line {number} column {error.colno}: {error.msg}",
                 fix="write one whole JSON object on each line, or a JSON array of objects in the file",
             ) from error
+        yield row, Origin(path, number)
 
 
 def _decode(raw: bytes, place: str) -> str:

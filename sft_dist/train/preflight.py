@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sft_dist.config.deepspeed import load_knobs
 from sft_dist.config.schema import Config, LoraMethod, Zero1Sharding, Zero2Sharding, Zero3Sharding
-from sft_dist.data.sources import find_files
+from sft_dist.data.files import find_files
 from sft_dist.errors import ConfigError
 from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoint, holds_a_run
 
