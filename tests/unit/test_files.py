@@ -6,6 +6,7 @@ import gzip
 import http.server
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -227,7 +228,8 @@ def test_a_file_behind_a_url(tmp_path: Path, server: str, name: str) -> None:
     assert str(origin).startswith(f"{server}/{name}")
 
 
-def test_urls_that_lead_nowhere(server: str) -> None:
+def test_urls_that_lead_nowhere(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(DataError, match=r"there is no file at http://.*/absent\.jsonl"):
         find_files(f"{server}/absent.jsonl")
     with pytest.raises(DataError, match="ftpx:// is no storage that is known"):
