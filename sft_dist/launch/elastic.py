@@ -25,6 +25,10 @@ DEFAULT_RENDEZVOUS_PORT = 29400  # torchrun's own
 # can know whether it matters.
 LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
+# The node whose launcher kept the rendezvous may end first, and the others warn that they cannot leave what is gone.
+RENDEZVOUS_LOGGER = "torch.distributed.elastic.rendezvous.dynamic_rendezvous"
+CANNOT_LEAVE = "has failed to shutdown the rendezvous"
+
 
 def run_elastic(run: Callable[[str], None]) -> int:
     """Runs a launch and returns its exit code, leaving out what the launcher says about a failure that is told already.
@@ -32,6 +36,7 @@ def run_elastic(run: Callable[[str], None]) -> int:
     Args:
         run: gets a temporary folder for the launcher's own files, which it would otherwise leave behind.
     """
+    logging.getLogger(RENDEZVOUS_LOGGER).addFilter(_is_no_farewell)
     with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, _held_back(LOGGERS) as held:
         try:
             run(folder)
@@ -87,6 +92,10 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_no_farewell(record: logging.LogRecord) -> bool:
+    return CANNOT_LEAVE not in record.getMessage()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sft_dist.errors import ConfigError
-from sft_dist.launch.elastic import address_of_this_node
+from sft_dist.launch.elastic import address_of_this_node, run_elastic
 from sft_dist.launch.outcome import exit_code
 from sft_dist.launch.torchrun import main
 from tests.launch.conftest import SMALLEST, InterruptedCode, Launch, command_line
@@ -166,3 +167,16 @@ def test_a_rendezvous_that_no_one_can_find(
 )
 def test_exit_code_of_several_processes(by_rank: dict[int, int], code: int) -> None:
     assert exit_code(by_rank) == code
+
+
+def test_a_rendezvous_that_is_gone_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    """The first node's launcher may end before the others have said farewell; their runs are over by then, too."""
+    logger = logging.getLogger("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
+
+    def run(_: str) -> None:
+        node = "The node 'n' has failed to shutdown the rendezvous 'none' due to an error of type RendezvousConnectionError."
+        logger.warning(node)
+        logger.warning("something else")
+
+    assert run_elastic(run) == 0
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

@@ -268,12 +268,12 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
         (
             "data.train=[]",
             "data.train is []",
-            "set data.train to a list (not empty) of sections with the keys path (and optionally format)",
+            "set data.train to a list (not empty) of sections with the keys path (and optionally format, columns)",
         ),
         (
             "data.train=[x]",
             'data.train.0 is "x"',
-            "make data.train.0 a section with the keys path (and optionally format)",
+            "make data.train.0 a section with the keys path (and optionally format, columns)",
         ),
         (
             "method={type: lora, target_modules: 3}",
