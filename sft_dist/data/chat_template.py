@@ -7,14 +7,15 @@ the BOS where there is one, so it is never doubled, exactly as ``apply_chat_temp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.data.jinja_template import JinjaTemplate, Span, TemplateFailure
-from sft_dist.data.masking import SpanFinder, supervised_tokens
+from sft_dist.data.masking import SpanFinder
 from sft_dist.data.messages import Conversation
 from sft_dist.data.presentation import ChatMessage, Presentation, Tools, find_presentation
+from sft_dist.data.row_tokenizer import RowTokenizer, Tokens
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import DataError
 
@@ -62,7 +63,9 @@ class ChatRenderer:
                 fix="set data.chat_template to a Jinja file",
             )
         self.tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+        templates = str(tokenizer.chat_template)
+        marks = {token for token in tokenizer.added_tokens_encoder if token in templates}
+        self._tokenise = RowTokenizer(tokenizer, marks.union(tokenizer.all_special_tokens))
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._name = template_path or f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
@@ -110,7 +113,7 @@ class ChatRenderer:
             messages=messages,
             tools=list(tools) if tools else None,
             text=text,
-            input_ids=self._tokenise(text, [])[0].input_ids,
+            input_ids=self._tokenise(text, []).input_ids,
             changes_with_time=template.jinja.uses_clock,
         )
 
@@ -130,11 +133,14 @@ class ChatRenderer:
             self._compare_with_transformers(template.jinja, messages, tools, text)
         if template.finder.end_of_turn == "" and not text[spans[-1][1] :].strip():
             text = text[: spans[-1][1]]  # known in advance to need an EOS; spares tokenising twice
-        row, offsets = self._tokenise(text, spans)
-        if not self._ends_turn(row, offsets, spans[-1], text, template.finder.end_of_turn):
-            row, offsets = self._end_with_eos(row, offsets, text, spans)
-        _check_every_span_is_supervised(row, offsets, spans)
-        return row
+        tokens = self._tokenise(text, spans)
+        if not self._ends_turn(tokens, spans[-1], text, template.finder.end_of_turn):
+            tokens = self._end_with_eos(tokens, text, spans)
+        for number, place in enumerate(tokens.reached, start=1):
+            # Its tokens all hold characters of the prompt: the answer would be lost in silence.
+            if place is None:
+                raise TemplateFailure(f"no token of answer {number} lies wholly after the generation prompt")
+        return TokenizedRow(tokens.input_ids, tokens.supervised)
 
     def _template_for(self, tools: Tools) -> _Template:
         """The template that transformers picks: a tokenizer may have one by name for conversations with tools."""
@@ -147,31 +153,15 @@ class ChatRenderer:
             self._templates[source] = _Template.load(source, self._name, special, self.tokenizer.all_special_tokens)
         return self._templates[source]
 
-    def _tokenise(self, text: str, spans: list[Span]) -> tuple[TokenizedRow, list[Span]]:
-        # transformers sets these for each call of a tokenizer; a tokenizer.json may ask for either.
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets
-        added = [id in self._added_ids for id in ids]
-        return TokenizedRow(ids, supervised_tokens(text, offsets, added, spans)), offsets
-
-    def _ends_turn(
-        self, row: TokenizedRow, offsets: list[Span], last: Span, text: str, end_of_turn: str | None
-    ) -> bool:
+    def _ends_turn(self, tokens: Tokens, last: Span, text: str, end_of_turn: str | None) -> bool:
         """Whether the last answer ends in a token that stops generation: a special one, or the template's own."""
-        if True not in row.supervised:
+        if tokens.last is None or (tokens.reached[-1] or 0) < last[1]:
             return False
-        at = len(row.supervised) - 1 - row.supervised[::-1].index(True)
-        if offsets[at][1] < last[1]:
-            return False
-        id = row.input_ids[at]
+        id = tokens.input_ids[tokens.last]
         is_templates_own = bool(end_of_turn) and text[: last[1]].endswith(end_of_turn or "")
         return id in self._special_ids or (id in self._added_ids and is_templates_own)
 
-    def _end_with_eos(
-        self, row: TokenizedRow, offsets: list[Span], text: str, spans: list[Span]
-    ) -> tuple[TokenizedRow, list[Span]]:
+    def _end_with_eos(self, tokens: Tokens, text: str, spans: list[Span]) -> Tokens:
         end = spans[-1][1]
         if text[end:].strip():
             raise TemplateFailure(f"{text[end:].strip()[:20]!r} follows the last answer and is no end-of-turn token")
@@ -179,8 +169,13 @@ class ChatRenderer:
         if eos is None:
             raise TemplateFailure("it ends an answer without an end-of-turn token, and the tokenizer has no EOS token")
         if end < len(text):
-            row, offsets = self._tokenise(text[:end], spans)
-        return TokenizedRow([*row.input_ids, eos], [*row.supervised, True]), [*offsets, (end, end)]
+            tokens = self._tokenise(text[:end], spans)
+        return replace(
+            tokens,
+            input_ids=[*tokens.input_ids, eos],
+            supervised=[*tokens.supervised, True],
+            reached=[*tokens.reached[:-1], end],
+        )
 
     def _compare_with_transformers(
         self, jinja: JinjaTemplate, messages: list[ChatMessage], tools: Tools, text: str
@@ -193,8 +188,7 @@ class ChatRenderer:
             )
             if theirs != text:
                 raise TemplateFailure("transformers renders this row differently")
-        row, _ = self._tokenise(text, [])
-        if self.tokenizer(text, add_special_tokens=False)["input_ids"] != row.input_ids:
+        if self.tokenizer(text, add_special_tokens=False)["input_ids"] != self._tokenise(text, []).input_ids:
             raise TemplateFailure("transformers tokenises this row differently")
 
 
@@ -253,11 +247,3 @@ def _read_template(path: str) -> str:
         raise DataError(f"{path}: {error.strerror}", fix="set data.chat_template to a Jinja file") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the chat template is not UTF-8", fix="save it as UTF-8") from error
-
-
-def _check_every_span_is_supervised(row: TokenizedRow, offsets: list[Span], spans: list[Span]) -> None:
-    """An answer of which no token is trained would be lost in silence: its tokens all hold characters of the prompt."""
-    ends = [end for (_, end), is_supervised in zip(offsets, row.supervised, strict=True) if is_supervised]
-    for number, (start, end) in enumerate(spans, start=1):
-        if not any(start < place <= end for place in ends):
-            raise TemplateFailure(f"no token of answer {number} lies wholly after the generation prompt")

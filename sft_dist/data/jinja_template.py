@@ -59,6 +59,8 @@ class JinjaTemplate:
             raise DataError(
                 f"{name}: line {error.lineno} is not valid Jinja: {error.message}", fix="correct the chat template"
             ) from error
+        # Jinja copies them for each rendering, and a ChainMap, which it makes of them, is copied slowly.
+        self._compiled.globals = dict(self._compiled.globals)
         self.marks_answers = "endgeneration" in source
 
     def render(
