@@ -16,7 +16,7 @@ from sft_dist import __version__
 from sft_dist.config.load import dump_config, load_config
 from sft_dist.config.schema import Config
 from sft_dist.config.validate import validate
-from sft_dist.errors import SftError
+from sft_dist.errors import ConfigError, SftError
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_interrupt, report_unexpected
 
 UNEXPECTED_EXIT_CODE = 1
@@ -53,6 +53,9 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration wit
 app.add_typer(config_app, name="config")
 model_app = typer.Typer(no_args_is_help=True, help="Models of the Hugging Face hub.")
 app.add_typer(model_app, name="model")
+
+data_app = typer.Typer(no_args_is_help=True, help="Training data, on a machine without GPUs.")
+app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
 Overrides = Annotated[
@@ -162,6 +165,41 @@ def show(config: ConfigPath, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of a configuration, for editors; every key is described in it."""
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ConfigError(f"--shard {text} is no part", fix="say --shard i/n with i from 1 to n, e.g. 1/4")
+    return int(number) - 1, int(of)
+
+
+@data_app.command("prepare")
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="i/n",
+            help="Do the i-th of n parts, on a machine that shares the folder of the cache with those that do the "
+            "others; who ends last puts them together.",
+        ),
+    ] = "1/1",
+) -> None:
+    """Tokenise, mask and pack the data of a run into its cache, with all CPUs; training then opens it at once.
+
+    Goes on where it was stopped or killed. What is prepared already, by this or another run, is used.
+    """
+    number, of = _shard(shard)
+    checked = _load(config, overrides)
+    from sft_dist.data.tokenising import Shard
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    from sft_dist.train.data import prepare_data
+
+    prepare_data(checked, shard=Shard(number, of))
 
 
 @model_app.command("fetch")

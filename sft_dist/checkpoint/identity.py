@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from sft_dist.checkpoint.manifest import Identity
 from sft_dist.data.prepared import PreparedData
@@ -34,19 +31,9 @@ def identity_of(run: Run, data: PreparedData) -> Identity:
             "optim.type": run.optim.type,
             "train.seed": run.seed,
             "train.global_batch_size": run.batch.global_batch_size,
-            "the training data": f"{data.num_rows} rows in {data.num_sequences} sequences, {data_digest(data)}",
+            "the training data": f"{data.num_rows} rows in {data.num_sequences} sequences, {data.digest}",
         }
     )
-
-
-def data_digest(data: PreparedData) -> str:
-    """XXH3-128 of all tokens, masks and packs."""
-    digest = xxhash.xxh3_128()
-    arrays: list[NDArray[Any]] = [data.input_ids, data.supervised, data.row_bounds, data.packs.rows, data.packs.bounds]
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-        digest.update(array.size.to_bytes(8, "little"))
-    return digest.hexdigest()
 
 
 def _weights_fingerprint(folder: Path) -> str | None:

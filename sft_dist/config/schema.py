@@ -192,6 +192,17 @@ class DataConfig(Section):
     packing: Literal["best_fit", "none"] = Field(
         "best_fit", description="Pack rows into sequences of at most max_seq_len tokens, or train one row a sequence."
     )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder for the prepared data, which runs share that read the same files in the same way; null: "
+        "data_cache beside output_dir. All nodes must see it.",
+    )
+    num_workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes that tokenise a large source; 0: none but the run's own; null: one for each "
+        "CPU that the run may use.",
+    )
 
 
 class _Sharding(Section):

@@ -6,10 +6,14 @@ the BOS where there is one, so it is never doubled, exactly as ``apply_chat_temp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from sft_dist.data.jinja_template import JinjaTemplate, Span, TemplateFailure
 from sft_dist.data.masking import SpanFinder
@@ -65,6 +69,7 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         templates = str(tokenizer.chat_template)
         marks = {token for token in tokenizer.added_tokens_encoder if token in templates}
+        self._backend = tokenizer.backend_tokenizer
         self._tokenise = RowTokenizer(tokenizer, marks.union(tokenizer.all_special_tokens))
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._special_ids = frozenset(tokenizer.all_special_ids)
@@ -73,6 +78,16 @@ class ChatRenderer:
         self._is_compared = False
         self.rewritten_rows = 0
         self._template_for(None)  # a template that is not Jinja is refused here, before any row
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tokenizer and the template: renderers with equal ones make equal rows."""
+        parts = [
+            self._backend.to_str(),
+            json.dumps(self.tokenizer.chat_template, sort_keys=True),
+            json.dumps(self.tokenizer.special_tokens_map, default=str, sort_keys=True),
+        ]
+        return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
     @property
     def special_ids(self) -> list[int]:

@@ -82,7 +82,7 @@ def open_file(path: str) -> Iterator[IO[bytes]]:
     Raises:
         DataError: it cannot be opened or read to its end.
     """
-    with _open_url(path) if is_url(path) else _open_local(path) as raw:
+    with open_raw(path) as raw:
         head, file = read_ahead(raw, lambda read: len(read) >= len(ZSTD))
         if head.startswith(GZIP):
             file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
@@ -138,6 +138,25 @@ def _below(folder: str) -> Iterator[str]:
 
 def _is_data(name: str) -> bool:
     return not name.startswith((".", "_")) and ending(name) in ENDINGS
+
+
+def open_raw(path: str) -> IO[bytes]:
+    """A file's bytes as they are. Raises ``DataError``."""
+    return _open_url(path) if is_url(path) else _open_local(path)
+
+
+def file_state(path: str) -> str | None:
+    """What changes when the file does: its size and the time or tag of its last change; None where it has none."""
+    if not is_url(path):
+        status = os.stat(path)
+        return f"{status.st_size} {status.st_mtime_ns}"
+    system, inner = _file_system(path)
+    try:
+        info = system.info(inner)
+    except Exception as e:
+        raise _unreachable(path, e) from e
+    changed = [str(info[key]) for key in ("ETag", "etag", "LastModified", "mtime", "md5Hash") if info.get(key)]
+    return f"{info.get('size')} {' '.join(changed)}" if changed else None
 
 
 def _open_local(path: str) -> IO[bytes]:

@@ -19,14 +19,13 @@ def memory_bytes(world: World, device: torch.device) -> int:
     return physical // world.shape.ranks_per_node
 
 
-def least_memory_bytes(world: World, device: torch.device) -> int:
+def least_memory_bytes(world: World, device: torch.device, store: dist.Store) -> int:
     """The smallest ``memory_bytes`` of all ranks, on every rank: what is decided by it must be decided alike.
 
-    Needs the process group; every rank calls it.
+    Every rank calls it, before there is a process group.
     """
-    least = torch.tensor(memory_bytes(world, device), dtype=torch.int64)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
+    store.set(f"memory of {world.rank}", str(memory_bytes(world, device)))
+    return min(int(store.get(f"memory of {rank}")) for rank in range(world.size))
 
 
 def release_freed_memory() -> None:

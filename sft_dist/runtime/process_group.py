@@ -35,9 +35,20 @@ def device_of(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
+def join(world: World) -> dist.Store:
+    """Meets the other processes: a key-value store that all share, and no process group yet."""
+    store: dist.Store
+    if "RANK" in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size))
+        return store
+    # DeepSpeed reads this even when the group already stands.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    return dist.HashStore()
+
+
 @contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[dist.Store]:
-    """Joins the group and leaves it again; yields its key-value store.
+def process_group(world: World, device: torch.device, store: dist.Store) -> Iterator[None]:
+    """Makes the process group of those who share ``store``, and leaves it again.
 
     A world of one gets a group too, so that every strategy runs the same code on one process as on many.
     """
@@ -45,16 +56,9 @@ def process_group(world: World, device: torch.device) -> Iterator[dist.Store]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    store: dist.Store
-    if "RANK" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size))
-    else:
-        store = dist.HashStore()
-        # DeepSpeed reads these even when the group already stands.
-        os.environ.setdefault("LOCAL_RANK", "0")
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=world.rank, world_size=world.size)
     try:
-        yield dist.PrefixStore("sft_dist", store)
+        yield
     finally:
         dist.destroy_process_group()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -23,14 +24,14 @@ from sft_dist.checkpoint.identity import identity_of
 from sft_dist.checkpoint.store import sweep
 from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
-from sft_dist.data.chat_template import ChatRenderer, TemplateSample, load_renderer
+from sft_dist.data.chat_template import ChatRenderer, TemplateSample
 from sft_dist.data.loader import TrainingOrder
-from sft_dist.data.prepared import PreparedData, open_prepared, prepare
+from sft_dist.data.prepare import Cache, cache_folder, counts_of, prepare_sets
+from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
 from sft_dist.errors import ConfigError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
-from sft_dist.model.hub import model_folder
 from sft_dist.model.untrained import untrained_tokens
 from sft_dist.model.weights import check_weights
 from sft_dist.plan.accelerate import check_accelerate
@@ -39,12 +40,13 @@ from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.accelerate_environment import read_accelerate_environment
 from sft_dist.runtime.memory import least_memory_bytes
-from sft_dist.runtime.process_group import device_of, process_group, run_on_main_first
+from sft_dist.runtime.process_group import device_of, join, process_group, run_on_main_first
 from sft_dist.runtime.world import World
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import unsupported_on
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
+from sft_dist.train.data import renderer_of, showing
 from sft_dist.train.loop import Training
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
@@ -62,17 +64,17 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
             what was saved is not what was trained.
     """
     world = World.from_environment()
-    device = device_of(world)
-    with process_group(world, device) as store:
-        process = Process(world, device, store)
-        config, run = decide(config, world, device)
-        tokenizer_folder = model_folder(run.model.path, run.model.revision, "tokenizer")
-        renderer = load_renderer(
-            str(tokenizer_folder), None, run.data.chat_template, added_tokens=run.model.tokens.added
-        )
-        found = run_on_main_first(world, store, "prepare", lambda: prepare_run(run, renderer, resume))
-        inputs = open_inputs(run, renderer, is_main=world.is_main)
-        train(run, config, process, inputs, start=None if found is None else Path(found))
+    store = join(world)
+    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store))
+    config, run = decide(config, process)
+    load = renderer_of(config.model, config.data)
+    renderer = load()
+    # Before there is a process group: nothing of it can time out while rank 0 tokenises for hours.
+    told = run_on_main_first(world, process.store, "prepare", lambda: prepare_run(run, renderer, load, resume))
+    found = Found(**json.loads(told or ""))
+    inputs = open_inputs(run, renderer, found, is_main=world.is_main)
+    with process_group(world, process.device, store):
+        train(run, config, process, inputs, start=None if found.checkpoint is None else Path(found.checkpoint))
         dist.barrier()
 
 
@@ -100,10 +102,25 @@ class Inputs:
     sample: TemplateSample | None
 
 
-def decide(config: Config, world: World, device: torch.device) -> tuple[Config, Run]:
+@dataclass(frozen=True)
+class Found:
+    """What rank 0 tells the others when everything is ready; paths.
+
+    Args:
+        checkpoint: to go on from, or None.
+        train_data, eval_data: what it prepared.
+    """
+
+    checkpoint: str | None
+    train_data: str
+    eval_data: str | None
+
+
+def decide(config: Config, process: Process) -> tuple[Config, Run]:
     """Makes every ``auto`` concrete, the same on all ranks, and compares the result with what accelerate said."""
+    world, device = process.world, process.device
     accelerate = read_accelerate_environment()
-    memory_bytes = least_memory_bytes(world, device)
+    memory_bytes = least_memory_bytes(world, device, process.store)
     choice = choose(config, world.shape, memory_bytes=memory_bytes, accelerate=accelerate)
     run = resolve(choice.config, world.shape)
     reason = unsupported_on(run, device.type)
@@ -230,11 +247,14 @@ def _logger(run: Run, world: World, config: Config, num_steps: int, completed: i
         yield logger
 
 
-def prepare_run(run: Run, renderer: ChatRenderer, resume: str) -> str | None:
+def prepare_run(run: Run, renderer: ChatRenderer, load: Callable[[], ChatRenderer], resume: str) -> str:
     """Everything that can be found wrong without a GPU, and the data; on rank 0.
 
+    Args:
+        load: makes ``renderer`` in another process.
+
     Returns:
-        the checkpoint to go on from, or None.
+        ``Found``, as JSON.
 
     Raises:
         ConfigError, CheckpointError, DataError: the run directory, the checkpoint, the weights, the data.
@@ -243,36 +263,28 @@ def prepare_run(run: Run, renderer: ChatRenderer, resume: str) -> str | None:
     checkpoint = find_checkpoint(resume, run.output_dir)
     sweep(checkpoints_folder(run.output_dir))
     check_weights(run.model)
-    for name, sources in (("train", run.data.train), ("eval", run.data.eval)):
-        if sources:
-            _prepare_data(run, renderer, name)
-    _warn_of_the_data(run, renderer)
-    return None if checkpoint is None else str(checkpoint)
+    cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
+    with showing() as display:
+        sets = prepare_sets(run.data, cache, display=display)
+    for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
+        if folder is not None:
+            for line in notices(sum(counts_of(folder).values(), Counter()), run.data.max_seq_len):
+                Console(highlight=False).print(f"[yellow]{name}: {escape(line)}", soft_wrap=True)
+    assert sets.train is not None
+    _warn_of_the_data(run, renderer, open_prepared(sets.train))
+    found = Found(
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        train_data=str(sets.train),
+        eval_data=None if sets.eval is None else str(sets.eval),
+    )
+    return json.dumps(asdict(found))
 
 
-def _prepare_data(run: Run, renderer: ChatRenderer, name: str) -> None:
-    """Tokenises, masks and packs one set into the run directory, showing how far it is."""
-    columns = SpinnerColumn(), TextColumn("{task.description} {task.completed:,.0f} rows"), TimeElapsedColumn()
-    console = Console(highlight=False)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"preparing data.{name}", total=None)
-        counts = prepare(
-            run.data.train if name == "train" else run.data.eval,
-            run.data,
-            renderer,
-            _data_folder(run, name),
-            key=f"data.{name}",
-            on_row=lambda: progress.advance(task),
-        )
-    for line in notices(counts, run.data.max_seq_len):
-        console.print(f"[yellow]data.{name}: {line}", soft_wrap=True)
-
-
-def _warn_of_the_data(run: Run, renderer: ChatRenderer) -> None:
+def _warn_of_the_data(run: Run, renderer: ChatRenderer, data: PreparedData) -> None:
     """Tokens that the model never learned, and rows longer than it was made for."""
-    data, special = open_prepared(_data_folder(run, "train")), renderer.special_ids
+    special = renderer.special_ids
     untrained = untrained_tokens(run.model, data.occurring(special), special)
-    lines = [long_rows_notice(np.diff(data.row_bounds), run.model)]
+    lines = [long_rows_notice(data.lengths, run.model)]
     if untrained:
         lines.append(untrained_notice(renderer.tokenizer.convert_ids_to_tokens(untrained), run.model))
     for line in lines:
@@ -280,7 +292,7 @@ def _warn_of_the_data(run: Run, renderer: ChatRenderer) -> None:
             Console(highlight=False).print(f"[yellow]model: {escape(line)}", soft_wrap=True)
 
 
-def open_inputs(run: Run, renderer: ChatRenderer, *, is_main: bool) -> Inputs:
+def open_inputs(run: Run, renderer: ChatRenderer, found: Found, *, is_main: bool) -> Inputs:
     """Maps what rank 0 prepared.
 
     Raises:
@@ -288,17 +300,13 @@ def open_inputs(run: Run, renderer: ChatRenderer, *, is_main: bool) -> Inputs:
     """
     try:
         return Inputs(
-            train_data=open_prepared(_data_folder(run, "train")),
-            eval_data=open_prepared(_data_folder(run, "eval")) if run.data.eval else None,
+            train_data=open_prepared(Path(found.train_data)),
+            eval_data=None if found.eval_data is None else open_prepared(Path(found.eval_data)),
             renderer=renderer,
             sample=renderer.sample(next(read_source(run.data.train[0]))) if is_main else None,
         )
     except FileNotFoundError as e:
         raise ConfigError(
-            f"output_dir: {run.output_dir} lacks the data that rank 0 prepared ({e.filename})",
-            fix="set output_dir to a folder that all nodes share",
+            f"this node does not see the data that rank 0 prepared ({e.filename})",
+            fix="set data.cache_dir to a folder that all nodes share",
         ) from e
-
-
-def _data_folder(run: Run, name: str) -> Path:
-    return Path(run.output_dir) / "data" / name

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from sft_dist.runtime import memory
 from sft_dist.runtime.world import World as Ranks
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 def least_of_uneven_ranks() -> int:
     ranks = Ranks.from_environment()
     with patch.object(memory, "memory_bytes", lambda *_: (80 - ranks.rank) * 2**30):
-        return memory.least_memory_bytes(ranks, CPU)
+        return memory.least_memory_bytes(ranks, CPU, dist.PrefixStore("least", _get_default_store()))
 
 
 def test_the_least_counts_everywhere(world: World) -> None:

@@ -199,7 +199,7 @@ def test_it_is_what_peft_computes(base: Callable[[str], str], gemma: Path, model
                 mine[name].copy_(parameter)
     # No packing: each row by itself, and the tokens among those that occur.
     data = cells.synthetic_data(rows=12, packing=False)
-    assert set(ids[1:]) & set(data.input_ids.tolist())
+    assert set(ids[1:]) & set(data.stores[0].input_ids.tolist())
     batch = collate(data, list(range(12)))
     loss = ours(batch)
     loss.backward()
@@ -329,6 +329,6 @@ def test_the_fix_of_untrained_tokens(reserved: Path) -> None:
 
 def test_which_special_tokens_occur() -> None:
     data = cells.synthetic_data()
-    present = set(data.input_ids.tolist())
+    present = set(data.stores[0].input_ids.tolist())
     assert data.occurring([0, 1, 2, *range(3, 80)]) == sorted(present & set(range(80)))
     assert data.occurring([]) == []

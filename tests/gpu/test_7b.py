@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 39e9:
     pytest.skip("needs a CUDA device of 40 GB: two models of 7B are trained", allow_module_level=True)
@@ -57,7 +58,7 @@ SEQ_LEN, STEPS, WARM_UP = 4096, 8, 2
 
 @pytest.fixture(scope="module", autouse=True)
 def group() -> Iterator[None]:
-    with process_group(World(0, 0, WorldShape()), CUDA):
+    with process_group(World(0, 0, WorldShape()), CUDA, dist.HashStore()):
         yield
 
 
@@ -129,11 +130,4 @@ def packed_data(seq_len: int, vocab: int) -> PreparedData:
     rng = np.random.default_rng(0)
     ids = [(rng.integers(3, vocab) + np.arange(n)) % 1000 + 3 for n in lengths]
     masks = [np.arange(n) >= n // 4 for n in lengths]
-    return PreparedData(
-        input_ids=np.concatenate(ids).astype(np.int32),
-        supervised=np.concatenate(masks).astype(np.uint8),
-        row_bounds=np.cumsum([0, *lengths]),
-        packs=Packs.of(np.arange(64).reshape(16, 4)),
-        num_tokens=np.full(16, seq_len),
-        num_supervised=np.array([sum(int(m[1:].sum()) for m in masks[4 * n : 4 * n + 4]) for n in range(16)]),
-    )
+    return PreparedData.of(list(zip(ids, masks, strict=True)), Packs.of(np.arange(64).reshape(16, 4)))

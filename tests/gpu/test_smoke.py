@@ -35,7 +35,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(scope="module", autouse=True)
 def group() -> Iterator[None]:
-    with process_group(World(0, 0, WorldShape()), CUDA):
+    with process_group(World(0, 0, WorldShape()), CUDA, dist.HashStore()):
         yield
 
 

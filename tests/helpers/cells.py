@@ -95,15 +95,7 @@ def synthetic_data(
     ids = [(rng.integers(3, vocab) + rng.integers(1, 4) * np.arange(n)) % (vocab - 3) + 3 for n in lengths]
     masks = [np.arange(n) >= rng.integers(1, n) for n in lengths]
     packs = pack_best_fit(lengths, capacity) if packing else Packs.single(rows)
-    counts = np.array([int(m[1:].sum()) for m in masks])
-    return PreparedData(
-        input_ids=np.concatenate(ids).astype(np.int32),
-        supervised=np.concatenate(masks).astype(np.uint8),
-        row_bounds=np.cumsum([0, *lengths]),
-        packs=packs,
-        num_tokens=packs.sums(lengths),
-        num_supervised=packs.sums(counts),
-    )
+    return PreparedData.of(list(zip(ids, masks, strict=True)), packs)
 
 
 def start(cfg: Config) -> tuple[Run, Strategy]:

@@ -11,7 +11,6 @@ import torch
 
 from sft_dist.data.batch import BatchPlan, MicroBatch
 from sft_dist.data.loader import TrainingOrder, collate, empty_micro_batch, micro_batches
-from sft_dist.data.packing import Packs
 from sft_dist.data.prepared import PreparedData
 from tests.helpers.cells import synthetic_data
 
@@ -26,15 +25,7 @@ def plan(*, world_size: int = 1, micro_batch_size: int = 1, global_batch_size: i
 
 def hand_made(rows: list[tuple[list[int], list[int]]]) -> PreparedData:
     """Rows of (input ids, mask), each a sequence of its own."""
-    lengths = [len(ids) for ids, _ in rows]
-    return PreparedData(
-        input_ids=np.array([i for ids, _ in rows for i in ids], np.int32),
-        supervised=np.array([m for _, mask in rows for m in mask], np.uint8),
-        row_bounds=np.cumsum([0, *lengths]),
-        packs=Packs.single(len(rows)),
-        num_tokens=np.array(lengths),
-        num_supervised=np.array([sum(mask[1:]) for _, mask in rows]),
-    )
+    return PreparedData.of(rows)
 
 
 def segments(batch: MicroBatch) -> list[tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config, DataConfig, LoraMethod, SourceConfig, Zero3Sharding
 from sft_dist.config.shape import OTHER_NAMES
 from sft_dist.data.chat_template import load_renderer
-from sft_dist.data.prepared import open_prepared, prepare
+from sft_dist.data.prepare import Cache, counts_of, prepare_set
+from sft_dist.data.prepared import open_prepared
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
@@ -112,10 +114,12 @@ def test_names_of_other_trainers_lead_to_keys_that_exist(name: str, ours: str, t
 def prepared(tmp_path: Path, base: Path, rows: list[object], **data: object) -> Counter[str]:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     settings = DataConfig.model_validate({"train": [{"path": "unused"}], **data})
-    renderer = load_renderer(str(base), None, None)
+    load = partial(load_renderer, str(base), None, None)
     source = SourceConfig(path=str(tmp_path / "rows.jsonl"))
-    counts = prepare([source], settings, renderer, tmp_path / "out", key="data.train")
-    assert open_prepared(tmp_path / "out").num_rows == counts["rows"]
+    folder = prepare_set([source], settings, Cache(tmp_path / "cache", load(), load), key="data.train")
+    assert folder is not None
+    (counts,) = counts_of(folder).values()
+    assert open_prepared(folder).num_rows == counts["rows"]
     return counts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,8 @@ from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.loader import TrainingOrder
+from sft_dist.data.packing import Packs
+from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
@@ -152,18 +153,21 @@ def test_half_a_deleted_checkpoint_does_not_look_like_one(tmp_path: Path, monkey
     assert store.complete_checkpoints(tmp_path / "checkpoints") == [newest]
 
 
-@pytest.mark.parametrize("changed", ["input_ids", "supervised", "row_bounds", "packs"])
+@pytest.mark.parametrize("changed", ["input_ids", "supervised", "bounds", "packs"])
 def test_other_data_are_another_run(tiny_base: Path, tmp_path: Path, changed: str) -> None:
-    run, data, other = (
-        resolve(cells.config(str(tiny_base)), WorldShape()),
-        cells.synthetic_data(),
-        cells.synthetic_data(),
-    )
-    before = identity_of(run, data)
-    before.require_same(identity_of(run, other), checkpoint=tmp_path)
-    array: Any = other.packs.rows if changed == "packs" else getattr(other, changed)
-    array[0] += 1
-    with pytest.raises(ConfigError, match=r"belongs to another run:\nthe training data is 40 rows in [^\n]*\n  fix"):
+    run = resolve(cells.config(str(tiny_base)), WorldShape())
+    rows = [([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1])]
+    before = identity_of(run, PreparedData.of(rows, Packs.of([[0, 1]])))
+    before.require_same(identity_of(run, PreparedData.of(rows, Packs.of([[0, 1]]))), checkpoint=tmp_path)
+    packs = Packs.of([[0], [1]] if changed == "packs" else [[0, 1]])
+    if changed == "input_ids":
+        rows[0][0][0] = 7
+    elif changed == "supervised":
+        rows[0][1][1] = 0
+    elif changed == "bounds":
+        rows = [([1, 2], [0, 1]), ([3, 4, 5], [1, 0, 1])]
+    other = PreparedData.of(rows, packs)
+    with pytest.raises(ConfigError, match=r"belongs to another run:\nthe training data is 2 rows in [^\n]*\n  fix"):
         before.require_same(identity_of(run, other), checkpoint=tmp_path)
 
 

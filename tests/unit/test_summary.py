@@ -82,7 +82,7 @@ def test_where_it_is(tiny_base: Path) -> None:
 def test_data_and_steps(tiny_base: Path) -> None:
     data, held_out = cells.synthetic_data(), cells.synthetic_data(rows=7, seed=99)
     lines = told(run_of(tiny_base, "full", "ddp", size=1), data, held_out)
-    tokens, supervised = len(data.input_ids), int(data.num_supervised.sum())
+    tokens, supervised = len(data.stores[0].input_ids), int(data.num_supervised.sum())
     assert lines["data"] == (
         f"40 rows in {data.num_sequences} packs, {tokens} tokens, {supervised} supervised ({supervised / tokens:.0%}); "
         "eval: 7 rows"

@@ -1,0 +1,191 @@
+"""From sources to prepared data: every source tokenised once, every set chosen and packed, all in a cache on disk.
+
+    CACHE/files.json                 digests of the files that were seen
+    CACHE/tokens/KEY/                the rows of one source as tokens (``token_store``)
+    CACHE/sets/KEY/                  the rows of one set, chosen and packed (``prepared``)
+
+A key is a digest of all that the folder's content follows from, and of nothing else: of the content of the files, of
+the tokenizer, the template and the settings that tokenising reads; a set's, of the keys of its sources and of the
+settings that choose and pack. What another run has prepared in the same cache is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import xxhash
+
+from sft_dist.config.schema import DataConfig, SourceConfig
+from sft_dist.data.files import find_files, is_url
+from sft_dist.data.fingerprint import Fingerprints
+from sft_dist.data.prepared import META
+from sft_dist.data.selection import NamedStore, select
+from sft_dist.data.sources import parser_of
+from sft_dist.data.token_store import TokenStore, is_complete
+from sft_dist.data.tokenising import WHOLE, Shard, Work, alone, tokenise
+
+if TYPE_CHECKING:
+    from sft_dist.data.chat_template import ChatRenderer
+
+# Raise it when the same sources and settings begin to give other tokens or files.
+FORMAT = 1
+
+# A worker takes seconds to start: sources with fewer bytes on disk are tokenised by the process itself.
+MIN_BYTES_FOR_WORKERS = 4 << 20
+
+
+class Display(Protocol):
+    """What shows how far the preparation is."""
+
+    def source(self, name: str, *, is_there: bool) -> Callable[[int, int], None]:
+        """A source is begun, or found prepared; what is returned is called with rows and tokens that are done."""
+
+    def say(self, line: str) -> None: ...
+
+
+class Silent:
+    def source(self, name: str, *, is_there: bool) -> Callable[[int, int], None]:
+        return lambda rows, tokens: None
+
+    def say(self, line: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where prepared data is kept, and what makes it.
+
+    Args:
+        renderer: of this process.
+        load: makes the same renderer in another one.
+        num_workers: processes that tokenise a large source; None: as many as this process may use CPUs.
+    """
+
+    folder: Path
+    renderer: ChatRenderer
+    load: Callable[[], ChatRenderer]
+    num_workers: int | None = None
+
+
+def prepare_set(
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    cache: Cache,
+    *,
+    key: str,
+    shard: Shard = WHOLE,
+    display: Display | None = None,
+) -> Path | None:
+    """Prepares one set, or finds it prepared.
+
+    Args:
+        key: of the configuration, for messages (``data.train``).
+        shard: what this machine does of it.
+
+    Returns:
+        the folder for ``open_prepared``; None where shards of other machines are missing.
+
+    Raises:
+        DataError: a source cannot be read, a row cannot be trained on, or nothing is left.
+    """
+    display = display or Silent()
+    names = source_names(sources)
+    works = [_work(source, data, cache) for source in sources]
+    are_complete = [_tokenise(work, name, cache, shard, display) for work, name in zip(works, names, strict=True)]
+    if not all(are_complete):
+        return None
+    settings = {
+        "format": FORMAT,
+        "stores": [work.folder.name for work in works],
+        "names": names,
+        **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing")},
+    }
+    folder = cache.folder / "sets" / _digest(settings)
+    with alone(folder, "select", display.say):
+        if not (folder / META).exists():
+            stores = [NamedStore(name, TokenStore.open(work.folder)) for work, name in zip(works, names, strict=True)]
+            select(stores, data, folder, key=key)
+    return folder
+
+
+@dataclass(frozen=True)
+class PreparedSets:
+    """Folders for ``open_prepared``; None: there is no such set, or not yet."""
+
+    train: Path | None
+    eval: Path | None
+
+
+def prepare_sets(
+    data: DataConfig, cache: Cache, *, shard: Shard = WHOLE, display: Display | None = None
+) -> PreparedSets:
+    """Prepares training and evaluation data. Raises ``DataError``, as ``prepare_set``."""
+    train = prepare_set(data.train, data, cache, key="data.train", shard=shard, display=display)
+    if not data.eval:
+        return PreparedSets(train, None)
+    return PreparedSets(train, prepare_set(data.eval, data, cache, key="data.eval", shard=shard, display=display))
+
+
+def cache_folder(data: DataConfig, output_dir: str) -> Path:
+    """Where a run keeps its prepared data: beside its run directory, if the configuration does not say."""
+    return Path(output_dir).absolute().parent / "data_cache" if data.cache_dir is None else Path(data.cache_dir)
+
+
+def counts_of(folder: Path) -> dict[str, Counter[str]]:
+    """What became of the rows of each source of a prepared set; see ``selection.fit``."""
+    counts = json.loads((folder / META).read_text(encoding="utf-8"))["counts"]
+    return {name: Counter(count) for name, count in counts.items()}
+
+
+def source_names(sources: Sequence[SourceConfig]) -> list[str]:
+    """What each source is called in reports: its path, made unique."""
+    seen: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        seen[source.path] += 1
+        names.append(source.path if seen[source.path] == 1 else f"{source.path} ({seen[source.path]})")
+    return names
+
+
+def _work(source: SourceConfig, data: DataConfig, cache: Cache) -> Work:
+    files = find_files(source.path)
+    content = Fingerprints(cache.folder / "files.json").of(files)
+    settings = {
+        "format": FORMAT,
+        "files": content,
+        "layout": source.format,
+        "columns": source.columns,
+        "renderer": cache.renderer.fingerprint,
+    }
+    return Work(
+        files=files,
+        parser=parser_of(source, files),
+        load=cache.load,
+        folder=cache.folder / "tokens" / _digest(settings),
+        about={},
+    )
+
+
+def _tokenise(work: Work, name: str, cache: Cache, shard: Shard, display: Display) -> bool:
+    is_there = is_complete(work.folder)
+    on_progress = display.source(name, is_there=is_there)
+    if is_there:
+        return True
+    workers = cache.num_workers if cache.num_workers is not None else len(os.sched_getaffinity(0))
+    if _bytes(work.files) < MIN_BYTES_FOR_WORKERS or workers == 1:
+        workers = 0
+    return tokenise(work, cache.renderer, num_workers=workers, shard=shard, on_progress=on_progress, say=display.say)
+
+
+def _bytes(files: Sequence[str]) -> int:
+    return sum(MIN_BYTES_FOR_WORKERS if is_url(name) else os.path.getsize(name) for name in files)
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())

@@ -1,0 +1,118 @@
+"""Preparing a run's data: with the renderer of its model, and shown on the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from sft_dist.config.schema import Config, DataConfig, ModelConfig
+from sft_dist.data.chat_template import ChatRenderer, load_renderer
+from sft_dist.data.prepare import Cache, cache_folder, counts_of, prepare_sets
+from sft_dist.data.prepared import ChosenRows, open_prepared
+from sft_dist.data.tokenising import WHOLE, Shard
+from sft_dist.model.hub import model_folder
+from sft_dist.train.summary import notices
+
+
+def renderer_of(model: ModelConfig, data: DataConfig) -> Callable[[], ChatRenderer]:
+    """Makes the renderer of a model's tokenizer and a run's template, in this process or in another one."""
+    folder = model_folder(model.path, model.revision, "tokenizer")
+    return partial(load_renderer, str(folder), None, data.chat_template, added_tokens=model.add_tokens)
+
+
+def prepare_data(config: Config, *, shard: Shard = WHOLE) -> None:
+    """``sft-dist data prepare``: makes the prepared data of a run, or this machine's part of it, and tells about it.
+
+    Raises:
+        SftError: the tokenizer or a source cannot be read, or a row cannot be trained on.
+    """
+    console, started = Console(highlight=False), time.perf_counter()
+    load = renderer_of(config.model, config.data)
+    cache = Cache(cache_folder(config.data, config.output_dir), load(), load, config.data.num_workers)
+    with showing() as display:
+        sets = prepare_sets(config.data, cache, shard=shard, display=display)
+    for name, folder in (("train", sets.train), ("eval", sets.eval)):
+        if folder is not None:
+            console.print(_told_of(f"data.{name}", folder, config.data))
+            for line in notices(sum(counts_of(folder).values(), Counter()), config.data.max_seq_len):
+                console.print(f"[yellow]data.{name}: {escape(line)}", soft_wrap=True)
+    if sets.train is None or (config.data.eval and sets.eval is None):
+        console.print(f"shard {shard.number + 1} of {shard.of} is done; the others are not yet, or on another machine")
+    console.print(f"{cache.folder} in {time.perf_counter() - started:.1f} s", soft_wrap=True)
+
+
+def _told_of(name: str, folder: Path, data: DataConfig) -> Table:
+    prepared = open_prepared(folder)
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column(name, overflow="fold")
+    for title in ("rows", "tokens", "trained", "longest"):
+        table.add_column(title, justify="right")
+    for number, source in enumerate(prepared.sources):
+        _add_rows(table, escape(source), prepared.rows[prepared.rows["store"] == number])
+    table.add_section()
+    kind = "packs" if data.packing == "best_fit" else "rows"
+    fill = prepared.lengths.sum() / (prepared.num_sequences * data.max_seq_len)
+    filled = f", {fill:.1%} full" if data.packing == "best_fit" else ""
+    _add_rows(table, f"{prepared.num_sequences:,} {kind} of {data.max_seq_len:,}{filled}", prepared.rows)
+    return table
+
+
+def _add_rows(table: Table, name: str, rows: ChosenRows) -> None:
+    tokens, supervised = (int(rows[key].sum(dtype=np.int64)) for key in ("length", "supervised"))
+    share = f"{supervised / tokens:.1%}" if tokens else ""
+    table.add_row(name, f"{len(rows):,}", f"{tokens:,}", share, f"{int(rows['length'].max(initial=0)):,}")
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        elapsed = task.finished_time or task.elapsed
+        return Text(f"{task.completed / elapsed:,.0f} rows/s" if elapsed and task.completed else "")
+
+
+class _Bars:
+    """Shows each source that is tokenised, and what waits for another process."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self._console, self._progress = console, progress
+
+    def source(self, name: str, *, is_there: bool) -> Callable[[int, int], None]:
+        if is_there:
+            return lambda rows, tokens: None
+        task = self._progress.add_task(escape(name), total=None, tokens=0)
+        total = 0
+
+        def on_progress(rows: int, tokens: int) -> None:
+            nonlocal total
+            total += tokens
+            self._progress.update(task, advance=rows, tokens=total)
+
+        return on_progress
+
+    def say(self, line: str) -> None:
+        self._console.print(escape(line), soft_wrap=True)
+
+
+@contextmanager
+def showing() -> Iterator[_Bars]:
+    """A display of what is prepared; on a terminal it moves."""
+    console = Console(highlight=False)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("tokenising {task.description}: {task.completed:,.0f} rows, {task.fields[tokens]:,} tokens"),
+        _Rate(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _Bars(console, progress)
