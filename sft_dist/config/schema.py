@@ -176,11 +176,42 @@ class SourceConfig(Section):
         default_factory=dict,
         description="What the file calls the keys of the layout, e.g. {instruction: question, output: answer}.",
     )
+    name: str | None = Field(None, min_length=1, description="What reports and metrics call it; null: its path.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="How often a training source is seen in an epoch: 2.0 twice, 0.5 half of it. A fraction is drawn "
+        "by train.seed, once for all epochs.",
+    )
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="In place of `weight`, for all training sources: this one's share of an epoch. Every source is "
+        "seen at least once, and all but one more often.",
+    )
+
+
+class EvalSplitConfig(Section):
+    """Rows of the training sources that are held out and evaluated."""
+
+    share: float = Field(gt=0, lt=1, description="Of the rows of each training source.")
+    by: Literal["prompt", "row"] = Field(
+        "prompt",
+        description="prompt: by a hash of what comes before the first answer, so that rows with one prompt stay "
+        "together, and on their side however the data grow; row: drawn by train.seed, exactly this share.",
+    )
 
 
 class DataConfig(Section):
     train: list[SourceConfig] = Field(min_length=1, description="Training sources, concatenated in this order.")
-    eval: list[SourceConfig] = Field(default_factory=list, description="Held-out sources.")
+    eval: list[SourceConfig] = Field(
+        default_factory=list, description="Held-out sources; the loss is reported for each and for all."
+    )
+    eval_split: EvalSplitConfig | None = Field(None, description="Hold out rows of the training sources instead.")
+    mix_by: Literal["tokens", "rows"] = Field(
+        "tokens", description="What `weight` and `share` of the training sources count."
+    )
     chat_template: str | None = Field(
         None,
         description="Path of a Jinja file that replaces the tokenizer's chat template; it is saved with the result.",

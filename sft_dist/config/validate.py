@@ -231,11 +231,40 @@ def _virtual_tokens(config: Config) -> Iterator[Finding]:
         )
 
 
+def _mixing(config: Config) -> Iterator[Finding]:
+    train, held_out = config.data.train, config.data.eval
+    shares = [source.share for source in train if source.share is not None]
+    if shares and len(shares) < len(train):
+        yield (
+            f"data.train: {len(shares)} of {len(train)} sources have a share",
+            "give every training source a share, or all of them weights",
+        )
+    elif shares and not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        yield f"data.train: the shares add up to {sum(shares):g}", "make them add up to 1"
+    for i, source in enumerate(train):
+        if source.share is not None and source.weight != 1:
+            yield f"data.train.{i} has a weight and a share", "remove one of them"
+    for i, source in enumerate(held_out):
+        if source.weight != 1 or source.share is not None:
+            yield (
+                f"data.eval.{i} has a weight or a share, which has no effect: held-out rows are seen once",
+                "remove it",
+            )
+    if config.data.mix_by != "tokens" and not shares and all(source.weight % 1 == 0 for source in train):
+        yield (
+            f"data.mix_by is {config.data.mix_by}, which has no effect: no training source has a share or a fraction "
+            "in its weight",
+            "remove data.mix_by",
+        )
+    if config.data.eval_split is not None and held_out:
+        yield "data.eval_split and data.eval both say what is held out", "remove one of them"
+
+
 def _evaluation(config: Config) -> Iterator[Finding]:
-    if config.eval.every_steps is not None and not config.data.eval:
+    if config.eval.every_steps is not None and not config.data.eval and config.data.eval_split is None:
         yield (
             f"eval.every_steps is {config.eval.every_steps}, but data.eval is empty",
-            "add held-out sources to data.eval, or remove eval.every_steps",
+            "add held-out sources to data.eval, set data.eval_split, or remove eval.every_steps",
         )
 
 
@@ -262,5 +291,6 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _tokens,
     _adapter,
     _virtual_tokens,
+    _mixing,
     _evaluation,
 )

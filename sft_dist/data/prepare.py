@@ -24,6 +24,7 @@ import xxhash
 from sft_dist.config.schema import DataConfig, SourceConfig
 from sft_dist.data.files import find_files, is_url
 from sft_dist.data.fingerprint import Fingerprints
+from sft_dist.data.mixing import Side
 from sft_dist.data.prepared import META
 from sft_dist.data.selection import NamedStore, select
 from sft_dist.data.sources import parser_of
@@ -78,14 +79,16 @@ def prepare_set(
     data: DataConfig,
     cache: Cache,
     *,
-    key: str,
+    side: Side = "train",
+    seed: int = 0,
     shard: Shard = WHOLE,
     display: Display | None = None,
 ) -> Path | None:
     """Prepares one set, or finds it prepared.
 
     Args:
-        key: of the configuration, for messages (``data.train``).
+        side: rows that are trained, or those that are evaluated.
+        seed: of what is drawn.
         shard: what this machine does of it.
 
     Returns:
@@ -104,13 +107,15 @@ def prepare_set(
         "format": FORMAT,
         "stores": [work.folder.name for work in works],
         "names": names,
+        "side": side,
         **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing")},
+        **_drawing(sources, data, side, seed),
     }
     folder = cache.folder / "sets" / _digest(settings)
     with alone(folder, "select", display.say):
         if not (folder / META).exists():
             stores = [NamedStore(name, TokenStore.open(work.folder)) for work, name in zip(works, names, strict=True)]
-            select(stores, data, folder, key=key)
+            select(stores, sources, data, folder, key=f"data.{side}", side=side, seed=seed)
     return folder
 
 
@@ -123,13 +128,27 @@ class PreparedSets:
 
 
 def prepare_sets(
-    data: DataConfig, cache: Cache, *, shard: Shard = WHOLE, display: Display | None = None
+    data: DataConfig, cache: Cache, *, seed: int = 0, shard: Shard = WHOLE, display: Display | None = None
 ) -> PreparedSets:
     """Prepares training and evaluation data. Raises ``DataError``, as ``prepare_set``."""
-    train = prepare_set(data.train, data, cache, key="data.train", shard=shard, display=display)
-    if not data.eval:
+    train = prepare_set(data.train, data, cache, seed=seed, shard=shard, display=display)
+    held_out = data.eval if data.eval_split is None else data.train
+    if not held_out:
         return PreparedSets(train, None)
-    return PreparedSets(train, prepare_set(data.eval, data, cache, key="data.eval", shard=shard, display=display))
+    held_out_set = prepare_set(held_out, data, cache, side="eval", seed=seed, shard=shard, display=display)
+    return PreparedSets(train, held_out_set)
+
+
+def _drawing(sources: Sequence[SourceConfig], data: DataConfig, side: Side, seed: int) -> dict[str, Any]:
+    """What decides which rows are drawn; the seed only where something is."""
+    split = data.eval_split
+    mixed = side == "train" and any(source.share is not None or source.weight % 1 for source in sources)
+    return {
+        "weights": [(source.weight, source.share) for source in sources] if side == "train" else [],
+        "mix_by": data.mix_by if mixed else "",
+        "eval_split": None if split is None else split.model_dump(),
+        "seed": seed if mixed or (split is not None and split.by == "row") else None,
+    }
 
 
 def cache_folder(data: DataConfig, output_dir: str) -> Path:
@@ -144,12 +163,13 @@ def counts_of(folder: Path) -> dict[str, Counter[str]]:
 
 
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:
-    """What each source is called in reports: its path, made unique."""
+    """What each source is called in reports: its name or path, made unique."""
     seen: Counter[str] = Counter()
     names = []
     for source in sources:
-        seen[source.path] += 1
-        names.append(source.path if seen[source.path] == 1 else f"{source.path} ({seen[source.path]})")
+        name = source.name or source.path
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return names
 
 

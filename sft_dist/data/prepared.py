@@ -105,6 +105,11 @@ class PreparedData:
         """[sequences]."""
         return self.packs.sums(self.rows["supervised"].astype(np.int64))
 
+    @cached_property
+    def sequence_sources(self) -> NDArray[np.int64]:
+        """[sequences] number of the source that the first row of each is from."""
+        return self.rows["store"][self.packs.rows[self.packs.bounds[:-1]]].astype(np.int64)
+
     def occurring(self, ids: Iterable[int]) -> list[int]:
         """Those of ``ids``, special ones, that some row has, ascending."""
         return sorted(id for id in set(ids) if self.special.get(id))

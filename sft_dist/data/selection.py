@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_dist.config.schema import DataConfig
+from sft_dist.config.schema import DataConfig, SourceConfig
+from sft_dist.data.mixing import Side, is_held_out, repeated, weights_of
 from sft_dist.data.packing import Packs, pack_best_fit
 from sft_dist.data.prepared import CHOSEN, META, PACK_BOUNDS, PACK_ROWS, ROWS, ChosenRows, digest_of
 from sft_dist.data.token_store import TokenStore
 from sft_dist.errors import DataError
+
+Counts = dict[str, Counter[str]]
+"""What became of the rows of each source, by its name."""
 
 
 @dataclass(frozen=True)
@@ -29,35 +33,98 @@ class NamedStore:
     store: TokenStore
 
 
-def select(stores: Sequence[NamedStore], data: DataConfig, folder: Path, *, key: str) -> None:
+def select(
+    stores: Sequence[NamedStore],
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    folder: Path,
+    *,
+    key: str,
+    side: Side,
+    seed: int,
+) -> None:
     """Chooses and packs the rows of one set into ``folder``, which appears when it is complete.
+
+    Training packs mix the sources; evaluation packs have rows of one each, so that its loss is known.
 
     Args:
         key: of the configuration, for messages (``data.train``).
+        side: rows that are trained, or those that are evaluated.
+        seed: of what is drawn.
 
     Raises:
         DataError: a row is over-long under ``over_length: error``, or nothing is left.
     """
-    chosen, counts = [], {}
-    for index, named in enumerate(stores):
-        rows, counts[named.name] = fit(index, named.store, data)
-        chosen.append(rows)
     if data.over_length == "error":
         _refuse_long_rows(stores, data, key)
+    chosen, counts = [], {}
+    for index, named in enumerate(stores):
+        of_side = None
+        if data.eval_split is not None:
+            held_out = is_held_out(named.store.rows["prompt"], data.eval_split, seed=seed, source=index)
+            of_side = held_out if side == "eval" else ~held_out
+        rows, counts[named.name] = fit(index, named.store, data, of_side)
+        chosen.append(rows)
+    if side == "train":
+        chosen = _mix(chosen, sources, data, seed, counts)
     rows = np.concatenate(chosen)
+    if not len(rows) and data.eval_split is not None and side == "eval":
+        raise DataError(
+            f"data.eval_split: no row is held out by a share of {data.eval_split.share}",
+            fix="raise data.eval_split.share",
+        )
     if not len(rows):
         raise DataError(
             f"{key}: none of {sum(count['dropped_rows'] + count['unanswered_rows'] for count in counts.values())} rows "
             f"is left after data.over_length={data.over_length}",
             fix=f"raise data.max_seq_len above {data.max_seq_len}, or shorten the prompts",
         )
-    lengths = rows["length"].astype(np.int64)
-    packs = pack_best_fit(lengths, data.max_seq_len) if data.packing == "best_fit" else Packs.single(len(rows))
+    packs = _pack(rows, data) if side == "train" else _pack_apart(chosen, data)
     _write(folder, stores, rows, packs, counts)
 
 
-def fit(index: int, store: TokenStore, data: DataConfig) -> tuple[ChosenRows, Counter[str]]:
+def _mix(
+    chosen: list[ChosenRows], sources: Sequence[SourceConfig], data: DataConfig, seed: int, counts: Counts
+) -> list[ChosenRows]:
+    """The rows of each source as often as they are seen in an epoch."""
+    sizes = [
+        rows["length"].astype(np.int64) if data.mix_by == "tokens" else np.ones(len(rows), np.int64) for rows in chosen
+    ]
+    for source, each in zip(sources, sizes, strict=True):
+        if source.share is not None and not len(each):
+            raise DataError(f"{source.path} has a share and no row is left of it", fix="remove the source")
+    weights = weights_of(sources, [int(each.sum()) for each in sizes])
+    mixed = []
+    for index, (rows, weight) in enumerate(zip(chosen, weights, strict=True)):
+        seen = rows if weight == 1 else rows[repeated(sizes[index], weight, seed=seed, source=index)]
+        list(counts.values())[index]["seen_rows"] = len(seen)
+        mixed.append(seen)
+    return mixed
+
+
+def _pack(rows: ChosenRows, data: DataConfig) -> Packs:
+    if data.packing == "none":
+        return Packs.single(len(rows))
+    return pack_best_fit(rows["length"].astype(np.int64), data.max_seq_len)
+
+
+def _pack_apart(chosen: Sequence[ChosenRows], data: DataConfig) -> Packs:
+    """Packs of rows of one source each, source after source."""
+    packs: list[NDArray[np.int64]] = []
+    before = 0
+    for rows in chosen:
+        packs += [pack + before for pack in _pack(rows, data)] if len(rows) else []
+        before += len(rows)
+    return Packs.of(packs)
+
+
+def fit(
+    index: int, store: TokenStore, data: DataConfig, of_side: NDArray[np.bool_] | None = None
+) -> tuple[ChosenRows, Counter[str]]:
     """The rows of a store that can be trained, as ``CHOSEN`` with the store's ``index``, and what became of the others.
+
+    Args:
+        of_side: [rows] which of them are asked for; None: all.
 
     Counts: rows; dropped_rows (over-long), unanswered_rows (nothing supervised left after truncation), truncated_rows,
     truncated_tokens, and those of the store.
@@ -66,6 +133,8 @@ def fit(index: int, store: TokenStore, data: DataConfig) -> tuple[ChosenRows, Co
     rows = np.zeros(len(store.rows), CHOSEN)
     rows["store"], rows["start"] = index, store.starts
     rows["length"], rows["supervised"] = store.rows["length"], store.rows["supervised"]
+    if of_side is not None:
+        rows = rows[of_side]
     is_long = rows["length"] > data.max_seq_len
     if data.over_length == "drop":
         rows = rows[~is_long]
@@ -100,9 +169,7 @@ def _refuse_long_rows(stores: Sequence[NamedStore], data: DataConfig, key: str) 
     )
 
 
-def _write(
-    folder: Path, stores: Sequence[NamedStore], rows: ChosenRows, packs: Packs, counts: dict[str, Counter[str]]
-) -> None:
+def _write(folder: Path, stores: Sequence[NamedStore], rows: ChosenRows, packs: Packs, counts: Counts) -> None:
     building = folder.with_name(folder.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

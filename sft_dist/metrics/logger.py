@@ -101,6 +101,7 @@ class RunLogger:
         self.say(
             f"eval at step {metrics['step']}: loss {metrics['eval_loss']:.4f}, "
             f"perplexity {metrics['eval_perplexity']:,.2f}"
+            + "".join(f"\n  {name.removeprefix('eval_loss/')}: {v:.4f}" for name, v in metrics.items() if "/" in name)
         )
 
     def _write(self, metrics: Metrics) -> None:

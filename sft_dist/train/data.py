@@ -42,13 +42,13 @@ def prepare_data(config: Config, *, shard: Shard = WHOLE) -> None:
     load = renderer_of(config.model, config.data)
     cache = Cache(cache_folder(config.data, config.output_dir), load(), load, config.data.num_workers)
     with showing() as display:
-        sets = prepare_sets(config.data, cache, shard=shard, display=display)
+        sets = prepare_sets(config.data, cache, seed=config.train.seed, shard=shard, display=display)
     for name, folder in (("train", sets.train), ("eval", sets.eval)):
         if folder is not None:
             console.print(_told_of(f"data.{name}", folder, config.data))
             for line in notices(sum(counts_of(folder).values(), Counter()), config.data.max_seq_len):
                 console.print(f"[yellow]data.{name}: {escape(line)}", soft_wrap=True)
-    if sets.train is None or (config.data.eval and sets.eval is None):
+    if sets.train is None or (sets.eval is None and (config.data.eval or config.data.eval_split)):
         console.print(f"shard {shard.number + 1} of {shard.of} is done; the others are not yet, or on another machine")
     console.print(f"{cache.folder} in {time.perf_counter() - started:.1f} s", soft_wrap=True)
 

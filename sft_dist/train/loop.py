@@ -180,8 +180,10 @@ class Training:
         self._read()
         result = evaluate(self.strategy, self.eval_data, self.run.batch, rank=self.world.rank, device=self.device)
         if self.logger is not None:
+            by_source = {f"eval_loss/{name}": loss for name, loss in result.by_source.items()}
             self.logger.evaluation(
                 {"step": self.completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
+                | (by_source if len(by_source) > 1 else {})
             )
 
 

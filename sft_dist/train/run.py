@@ -265,7 +265,7 @@ def prepare_run(run: Run, renderer: ChatRenderer, load: Callable[[], ChatRendere
     check_weights(run.model)
     cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
     with showing() as display:
-        sets = prepare_sets(run.data, cache, display=display)
+        sets = prepare_sets(run.data, cache, seed=run.seed, display=display)
     for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
         if folder is not None:
             for line in notices(sum(counts_of(folder).values(), Counter()), run.data.max_seq_len):

@@ -53,8 +53,15 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class EvalOutcome:
+    """Mean losses over supervised tokens.
+
+    Args:
+        loss: of all.
+        by_source: of each source that has any.
+    """
+
     loss: float
-    supervised_tokens: int
+    by_source: dict[str, float]
 
     @property
     def perplexity(self) -> float:
@@ -87,10 +94,18 @@ def train_step(
 def evaluate(
     strategy: Strategy, data: PreparedData, plan: BatchPlan, *, rank: int, device: torch.device
 ) -> EvalOutcome:
-    """Mean loss over all supervised tokens of ``data``; the same on any number of ranks."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for batch, _ in micro_batches(data, plan, np.arange(data.num_sequences), rank):
-        loss_sum += strategy.evaluate(batch.to(device))
-    dist.all_reduce(loss_sum)
-    tokens = int(data.num_supervised.sum())
-    return EvalOutcome(loss=float(loss_sum) / tokens, supervised_tokens=tokens)
+    """Mean loss over all supervised tokens of ``data``, whose sequences are of one source each; the same on any number
+    of ranks."""
+    loss_sums = torch.zeros(len(data.sources), dtype=torch.float64, device=device)
+    tokens = np.zeros(len(data.sources), np.int64)
+    for source in np.unique(data.sequence_sources):
+        sequences = np.flatnonzero(data.sequence_sources == source)
+        tokens[source] = data.num_supervised[sequences].sum()
+        for batch, _ in micro_batches(data, plan, sequences, rank):
+            loss_sums[source] += strategy.evaluate(batch.to(device))
+    dist.all_reduce(loss_sums)
+    sums = loss_sums.tolist()
+    return EvalOutcome(
+        loss=sum(sums) / int(tokens.sum()),
+        by_source={name: sums[i] / int(tokens[i]) for i, name in enumerate(data.sources) if tokens[i]},
+    )

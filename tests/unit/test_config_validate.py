@@ -195,7 +195,7 @@ WRONG = [
     (
         {"eval": {"every_steps": 5}},
         "eval.every_steps is 5, but data.eval is empty",
-        "add held-out sources to data.eval, or remove eval.every_steps",
+        "add held-out sources to data.eval, set data.eval_split, or remove eval.every_steps",
     ),
     ({"output_dir": " "}, "output_dir is empty", "set output_dir to a path"),
     ({"model": {"path": ""}}, "model.path is empty", "set model.path to a path"),

@@ -116,7 +116,7 @@ def prepared(tmp_path: Path, base: Path, rows: list[object], **data: object) -> 
     settings = DataConfig.model_validate({"train": [{"path": "unused"}], **data})
     load = partial(load_renderer, str(base), None, None)
     source = SourceConfig(path=str(tmp_path / "rows.jsonl"))
-    folder = prepare_set([source], settings, Cache(tmp_path / "cache", load(), load), key="data.train")
+    folder = prepare_set([source], settings, Cache(tmp_path / "cache", load(), load))
     assert folder is not None
     (counts,) = counts_of(folder).values()
     assert open_prepared(folder).num_rows == counts["rows"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,26 @@ def test_evaluation_is_the_mean_over_tokens_and_leaves_no_trace(name: str, tiny_
         expected = float(Plain(tiny_base).loss(data, list(range(9))))
     assert first.loss == pytest.approx(expected, rel=1e-5)
     assert first.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
-    assert first.supervised_tokens == int(data.num_supervised.sum())
+    assert first.by_source == {"rows": first.loss}
     assert evaluate(strategy, data, run.batch, rank=0, device=CPU) == first
     assert strategy.model.training
     assert all(p.grad is None for p in strategy.model.parameters())
     after = weights(strategy)
     assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+@STRATEGIES
+def test_each_source_is_evaluated_by_itself(name: str, tiny_base: Path) -> None:
+    run, strategy = started(tiny_base, name)
+    data = synthetic_data(rows=9, packing=False)
+    data.rows["store"][[1, 4, 5]] = 2
+    named = replace(data, sources=("a", "none of it", "c"))
+    outcome, plain = evaluate(strategy, named, run.batch, rank=0, device=CPU), Plain(tiny_base)
+    parts = {"a": [0, 2, 3, 6, 7, 8], "c": [1, 4, 5]}
+    with torch.no_grad():
+        expected = {source: float(plain.loss(data, rows)) for source, rows in parts.items()}
+        assert outcome.loss == pytest.approx(float(plain.loss(data, list(range(9)))), rel=1e-5)
+    assert outcome.by_source == pytest.approx(expected, rel=1e-5)
 
 
 @STRATEGIES
