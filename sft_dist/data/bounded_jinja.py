@@ -74,12 +74,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
         _refuse_forbidden(template)
-        for node in list(template.find_all(_BODIES)):
+        bodies: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+            *template.find_all(nodes.For), *template.find_all(nodes.Macro), *template.find_all(nodes.CallBlock)
+        ]  # fmt: skip
+        for node in bodies:
             count = nodes.Filter(nodes.Const(_constant_characters(node.body)), _STEP, [], [], None, None)
             node.body = [nodes.ExprStmt(count).set_lineno(node.lineno), *node.body]
         # Texts grow without measure only where their sum is kept, or handed on, for another turn.
         for assignment in template.find_all(nodes.Assign):
-            assignment.node = _sized(assignment.node)
+            value = assignment.node
+            assert isinstance(value, nodes.Expr)
+            assignment.node = _sized(value)
         for call in template.find_all(nodes.Call):
             call.args = [_sized(argument) for argument in call.args]
             for keyword in call.kwargs:
@@ -119,8 +124,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _check_format(left)
         return _checked(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __object: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902 - as in Jinja
-        method = getattr(__object, "__wrapped__", __object)  # the sandbox wraps str.format
+    def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(called, "__wrapped__", called)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
             if method.__name__ in _WIDENING:
@@ -131,12 +136,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 _check_replaced(owner, args[0], args[1])
             elif method.__name__ == "join" and args:
                 args = (_joinable(args[0], owner), *args[1:])
-        return super().call(__context, __object, *args, **kwargs)
+        return super().call(context, called, *args, **kwargs)
 
 
 def _sized(expression: nodes.Expr) -> nodes.Expr:
     """``expression`` with its size checked, if it joins anything."""
-    if not isinstance(expression, nodes.Add | nodes.Concat) and expression.find((nodes.Add, nodes.Concat)) is None:
+    joins = (nodes.Add, nodes.Concat)
+    if not isinstance(expression, joins) and all(expression.find(kind) is None for kind in joins):
         return expression
     return nodes.Filter(expression, _SIZED, [], [], None, None, lineno=expression.lineno)
 
@@ -158,9 +164,9 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_forbidden(template: nodes.Template) -> None:
-    for node in template.find_all(_OF_OTHER_FILES):
-        tag = {"FromImport": "from"}.get(type(node).__name__, type(node).__name__.lower())
-        raise ForbiddenNode(f"{{% {tag} %}} needs another file, and a chat template is one file", node.lineno)
+    for statement in template.find_all(_OF_OTHER_FILES):
+        tag = {"FromImport": "from"}.get(type(statement).__name__, type(statement).__name__.lower())
+        raise ForbiddenNode(f"{{% {tag} %}} needs another file, and a chat template is one file", statement.lineno)
     for node in template.find_all((nodes.Getattr, nodes.Getitem, nodes.NSRef, nodes.Name)):
         argument = getattr(node, "arg", None)
         name = argument.value if isinstance(argument, nodes.Const) else getattr(node, "attr", getattr(node, "name", ""))

@@ -32,6 +32,9 @@ FIXED_NOW = datetime(2024, 7, 26, 12, 0, 0)
 _OPEN, _CLOSE = "\ue0b5\ue0b1\ue0b5", "\ue0b5\ue0b2\ue0b5"
 
 
+_PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
 class TemplateFailure(Exception):
     """The template refused a conversation, in its own words; the caller knows which row it was."""
 
