@@ -150,7 +150,8 @@ class ChatRenderer:
             raise DataError(f"{self._name}: {error}", fix="set data.chat_template") from error
         if source not in self._templates:
             special = self.tokenizer.special_tokens_map
-            self._templates[source] = _Template.load(source, self._name, special, self.tokenizer.all_special_tokens)
+            tokens = self.tokenizer.convert_ids_to_tokens(self.special_ids)
+            self._templates[source] = _Template.load(source, self._name, special, tokens)
         return self._templates[source]
 
     def _ends_turn(self, tokens: Tokens, last: Span, text: str, end_of_turn: str | None) -> bool:

@@ -116,7 +116,9 @@ def _built(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         "plain": f"it does not know <|im_start|> and <|im_end|>, so roles are words and {tokenizer.eos_token} ends an "
         "answer",
     }
-    template = _fitted(ChatTemplate(built_in_source(name), f"the chat template {name}, built for {whose}"), name, tokenizer)
+    template = _fitted(
+        ChatTemplate(built_in_source(name), f"the chat template {name}, built for {whose}"), name, tokenizer
+    )
     notice = (
         f"{whose} has no chat template: the rows are written, and the model is saved, with the built-in {name} "
         f"({reasons[name]}); data.chat_template sets another"

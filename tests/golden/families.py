@@ -22,7 +22,8 @@ class Family:
 
     Args:
         tokenizer: makes its tokenizer.
-        template: ``data.chat_template`` of the run: a built-in name, a file of ``templates``, or None: one is built.
+        template: ``data.chat_template`` of the run: a built-in name, the text of a file in ``templates``, or None: one is
+            built.
     """
 
     tokenizer: Callable[[], PreTrainedTokenizerFast]
@@ -32,8 +33,8 @@ class Family:
         return ChatRenderer(self.tokenizer(), template or self.template)
 
 
-def _file(name: str) -> str:
-    return str(TEMPLATES / f"{name}.jinja")
+def _text(name: str) -> str:
+    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 _QWEN = partial(
@@ -54,9 +55,7 @@ _HARMONY = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<
 FAMILIES = {
     "chatml": Family(partial(byte_level, BUILT_IN["chatml"], bos=None, eos="<|endoftext|>"), "chatml"),
     "llama3": Family(
-        partial(
-            byte_level, BUILT_IN["llama3"], bos="<|begin_of_text|>", eos="<|eot_id|>", adds_bos=True
-        ),
+        partial(byte_level, BUILT_IN["llama3"], bos="<|begin_of_text|>", eos="<|eot_id|>", adds_bos=True),
         "llama3",
     ),
     "mistral": Family(partial(byte_level, BUILT_IN["mistral"], bos="<s>", eos="</s>", adds_bos=True), "mistral"),
@@ -64,38 +63,32 @@ FAMILIES = {
         partial(sentencepiece, BUILT_IN["gemma"], bos="<bos>", eos="<eos>", first_space=False, adds_bos=True), "gemma"
     ),
     "qwen3": Family(_QWEN, "qwen3"),
-    "qwen2_5": Family(_QWEN, _file("qwen2_5")),
+    "qwen2_5": Family(_QWEN, _text("qwen2_5")),
     "deepseek": Family(_DEEPSEEK, "deepseek"),
-    "deepseek_r1": Family(_DEEPSEEK, _file("deepseek_r1")),
+    "deepseek_r1": Family(_DEEPSEEK, _text("deepseek_r1")),
     "phi3": Family(
-        partial(
-            sentencepiece, BUILT_IN["phi3"], bos="<s>", eos="<|endoftext|>", first_space=True, rstrip=True
-        ),
+        partial(sentencepiece, BUILT_IN["phi3"], bos="<s>", eos="<|endoftext|>", first_space=True, rstrip=True),
         "phi3",
     ),
     "phi3_eos": Family(
-        partial(
-            sentencepiece, BUILT_IN["phi3"], bos="<s>", eos="<|endoftext|>", first_space=True, rstrip=True
-        ),
-        _file("phi3_eos"),
+        partial(sentencepiece, BUILT_IN["phi3"], bos="<s>", eos="<|endoftext|>", first_space=True, rstrip=True),
+        _text("phi3_eos"),
     ),
     "phi4": Family(
-        partial(byte_level, ["<|im_start|>", "<|im_end|>", "<|im_sep|>"], bos=None, eos="<|im_end|>"), _file("phi4")
+        partial(byte_level, ["<|im_start|>", "<|im_end|>", "<|im_sep|>"], bos=None, eos="<|im_end|>"), _text("phi4")
     ),
-    "harmony": Family(partial(byte_level, _HARMONY, bos=None, eos="<|return|>"), _file("harmony")),
+    "harmony": Family(partial(byte_level, _HARMONY, bos=None, eos="<|return|>"), _text("harmony")),
     "command_r": Family(
         partial(byte_level, _COMMAND_R, bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>", adds_bos=True),
-        _file("command_r"),
+        _text("command_r"),
     ),
     "zephyr": Family(
-        partial(sentencepiece, [], bos="<s>", eos="</s>", first_space=True, adds_bos=True), _file("zephyr")
+        partial(sentencepiece, [], bos="<s>", eos="</s>", first_space=True, adds_bos=True), _text("zephyr")
     ),
     "base_chatml": Family(partial(byte_level, BUILT_IN["chatml"], bos="<s>", eos="</s>", adds_bos=True), None),
-    "base_plain": Family(
-        partial(sentencepiece, [], bos="<s>", eos="</s>", first_space=True, adds_bos=True), None
-    ),
+    "base_plain": Family(partial(sentencepiece, [], bos="<s>", eos="</s>", first_space=True, adds_bos=True), None),
     "base_alpaca_ja": Family(partial(unigram, [], bos="<s>", eos="</s>"), "alpaca_ja"),
 }
 
-TAGGED = {name: _file(f"{name}_tagged") for name in ("chatml", "llama3", "qwen2_5")}
+TAGGED = {name: _text(f"{name}_tagged") for name in ("chatml", "llama3", "qwen2_5")}
 """The same templates with ``{% generation %}`` around what the assistant says."""

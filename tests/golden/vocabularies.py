@@ -30,9 +30,7 @@ _WORDS = [
 ]  # fmt: skip
 _JAPANESE = ["こんにちは", "東京", "天気", "晴れ", "です", "ます", "指示", "応答", "。"]
 _MARKS = ["\n\n", "\n\n\n", ".\n", ":\n", ">\n", ">\n\n", "}\n", "  ", "    ", "###"]
-_PIECES = (
-    r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_PIECES = r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 
 
@@ -62,7 +60,9 @@ def sentencepiece(
     merges = _merges(words)
     joined = [a + b for a, b in merges]
     vocabulary = _numbered(["<unk>", bos, eos, *BYTES, *_characters(), *joined])
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     spaces = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if first_space else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
