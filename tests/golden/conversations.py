@@ -52,6 +52,7 @@ _MESSAGES: dict[str, list[Message]] = {
     "untrained": [
         _user("Hi"), _answer("Not this.", trained=False), _user("Again"), _answer("But this."), _user("Cut off"),
     ],
+    "emoji": [_user("鬱？"), _answer("🙂鬱"), _user("🙂"), _answer("👍")],
     "japanese": [_user("東京の天気は🙂？"), _answer("晴れです☀️。家族👨‍👩‍👧で、こんにちは。")],
     "whitespace": [
         _user("  code?\n"), _answer("\n\n  if x:\n    return 1  \n"), _user("more\n"), _answer(" Hello \n\n"),
