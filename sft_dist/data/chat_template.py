@@ -37,8 +37,8 @@ class ChatRenderer:
     """Renders and tokenises conversations with a tokenizer and its chat template, or another one.
 
     Args:
-        tokenizer: a fast tokenizer. Its ``chat_template`` becomes the one that is used, so that a copy of the tokenizer
-            saved with the model carries the template that the model was trained with.
+        tokenizer: a fast tokenizer. Its ``chat_template`` becomes the one that is used, and its EOS what ends an answer
+            there, so that a copy saved with the model carries the template that the model was trained with.
         template: a Jinja file, Jinja text or the name of a built-in template; None for the tokenizer's own, or for one
             that is built where it has none (``named_templates``).
 
@@ -61,6 +61,7 @@ class ChatRenderer:
         replacement = template_for(template, tokenizer)
         if replacement is not None:
             tokenizer.chat_template = replacement.source
+            tokenizer.eos_token = replacement.eos or tokenizer.eos_token
         self.notice = None if replacement is None else replacement.notice
         self.tokenizer = tokenizer
         templates = str(tokenizer.chat_template)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,6 +36,12 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "alpaca_ja": (),
 }  # fmt: skip
 
+# What an answer ends in, where that is not the tokenizer's EOS. It becomes the EOS: programs that generate stop there,
+# and a base model's own is the end of a document.
+END_OF_TURN = {
+    "chatml": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>",
+}  # fmt: skip
+
 _BOS = "{{- bos_token }}\n"
 
 
@@ -46,11 +52,13 @@ class ChatTemplate:
     Args:
         source: the Jinja text.
         name: what messages call it.
+        eos: the token that is to be the tokenizer's EOS; None: its own remains.
         notice: one line for the user about a template that nobody asked for, else None.
     """
 
     source: str
     name: str
+    eos: str | None = None
     notice: str | None = None
 
 
@@ -72,7 +80,7 @@ def read_template(given: str) -> ChatTemplate:
     if form == "inline":
         return ChatTemplate(given, "the template in data.chat_template")
     if form == "name":
-        return ChatTemplate(built_in_source(given), f"the built-in chat template {given}")
+        return ChatTemplate(built_in_source(given), f"the built-in chat template {given}", END_OF_TURN.get(given))
     path = Path(given).expanduser()
     if not path.is_file():
         raise _missing(given)
@@ -112,18 +120,16 @@ def _built(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     name = "plain" if _unknown(BUILT_IN["chatml"], tokenizer) else "chatml"
     whose = tokenizer.name_or_path or "the tokenizer"
     reasons = {
-        "chatml": "it knows <|im_start|> and <|im_end|>",
+        "chatml": "it knows <|im_start|> and <|im_end|>, which becomes its EOS",
         "plain": f"it does not know <|im_start|> and <|im_end|>, so roles are words and {tokenizer.eos_token} ends an "
         "answer",
     }
-    template = _fitted(
-        ChatTemplate(built_in_source(name), f"the chat template {name}, built for {whose}"), name, tokenizer
-    )
+    template = _fitted(read_template(name), name, tokenizer)
     notice = (
         f"{whose} has no chat template: the rows are written, and the model is saved, with the built-in {name} "
         f"({reasons[name]}); data.chat_template sets another"
     )
-    return ChatTemplate(template.source, template.name, notice)
+    return replace(template, name=f"the chat template {name}, built for {whose}", notice=notice)
 
 
 def _fitted(template: ChatTemplate, name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -144,7 +150,7 @@ def _fitted(template: ChatTemplate, name: str, tokenizer: PreTrainedTokenizerBas
         )
     if "bos_token" in template.source or not _begins_with_bos(tokenizer):
         return template
-    return ChatTemplate(_BOS + template.source, template.name)
+    return replace(template, source=_BOS + template.source)
 
 
 def _unknown(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
 from sft_dist.data.jinja_template import JinjaTemplate
-from sft_dist.data.named_templates import BUILT_IN, built_in_source, form_of, read_template
+from sft_dist.data.named_templates import BUILT_IN, END_OF_TURN, built_in_source, form_of, read_template
 from sft_dist.errors import ConfigError, DataError
 from tests.golden.families import FAMILIES
 from tests.golden.vocabularies import byte_level, sentencepiece
@@ -68,6 +68,15 @@ def test_added_tokens_count_as_known(tmp_path: Path) -> None:
     assert supervised_texts(renderer, renderer.render(CHAT)) == ["Hello<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_eos_becomes_what_ends_an_answer(name: str) -> None:
+    renderer = ChatRenderer(byte_level(BUILT_IN[name], bos="<s>", eos="<|endoftext|>"), name)
+    tokenizer, row = renderer.tokenizer, renderer.render(CHAT)
+    ends = [id for id, is_supervised in zip(row.input_ids, row.supervised, strict=True) if is_supervised]
+    assert ends[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token == END_OF_TURN.get(name, "<|endoftext|>")
+
+
 def test_a_built_in_template_needs_the_eos_that_it_writes() -> None:
     tokenizer = plain()
     tokenizer.eos_token = None
@@ -105,7 +114,7 @@ def test_a_base_model_that_knows_chatml_gets_chatml_and_says_so() -> None:
     assert renderer.tokenizer.chat_template == built_in_source("chatml")
     assert renderer.notice == (
         "the tokenizer has no chat template: the rows are written, and the model is saved, with the built-in chatml "
-        "(it knows <|im_start|> and <|im_end|>); data.chat_template sets another"
+        "(it knows <|im_start|> and <|im_end|>, which becomes its EOS); data.chat_template sets another"
     )
 
 
