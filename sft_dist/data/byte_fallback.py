@@ -1,8 +1,8 @@
 """Where the bytes of unknown characters stand.
 
 A unigram model with byte fallback writes a character that it does not know as the tokens of its bytes, ``<0xF0>`` and
-so on. It puts unknown characters that follow each other into one piece first, and gives every byte token the place of the
-whole piece: a line break at the end of a prompt and an emoji at the beginning of the answer cannot be told apart.
+so on. It puts unknown characters that follow each other into one piece first, and gives every byte token the place of
+the whole piece: a line break at the end of a prompt and an emoji at the beginning of the answer cannot be told apart.
 """
 
 from __future__ import annotations
