@@ -214,7 +214,9 @@ class DataConfig(Section):
     )
     chat_template: str | None = Field(
         None,
-        description="Path of a Jinja file that replaces the tokenizer's chat template; it is saved with the result.",
+        description="What replaces the tokenizer's chat template and is saved with the result: path of a Jinja file, "
+        "Jinja text, or a built-in one: chatml, llama3, mistral, gemma, qwen3, phi3, deepseek, plain, alpaca_ja. null: "
+        "the tokenizer's; where it has none, chatml if it knows its tokens, else plain.",
     )
     max_seq_len: int = Field(2048, ge=8, description="Tokens; the size of a pack and the most a row may have.")
     over_length: Literal["error", "drop", "truncate"] = Field(

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -18,6 +17,7 @@ import xxhash
 from sft_dist.data.jinja_template import JinjaTemplate, Span, TemplateFailure
 from sft_dist.data.masking import SpanFinder
 from sft_dist.data.messages import Conversation
+from sft_dist.data.named_templates import template_for
 from sft_dist.data.presentation import ChatMessage, Presentation, Tools, find_presentation
 from sft_dist.data.row_tokenizer import RowTokenizer, Tokens
 from sft_dist.data.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ from sft_dist.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATE_FIX = "set data.chat_template to a Jinja file made for this kind of conversation, or correct the row"
+_TEMPLATE_FIX = "set data.chat_template to a template made for this kind of conversation, or correct the row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,31 +41,32 @@ class ChatRenderer:
     """Renders and tokenises conversations with a tokenizer and its chat template, or another one.
 
     Args:
-        tokenizer: a fast tokenizer. With ``template_path`` its ``chat_template`` is replaced, so that a copy of the
-            tokenizer saved with the model carries the template that the model was trained with.
-        template_path: a Jinja file, or None for the tokenizer's own template.
+        tokenizer: a fast tokenizer. Its ``chat_template`` becomes the one that is used, and its EOS what ends an answer
+            there, so that a copy saved with the model carries the template that the model was trained with.
+        template: a Jinja file, Jinja text or the name of a built-in template; None for the tokenizer's own, or for one
+            that is built where it has none (``named_templates``).
 
     Attributes:
+        notice: one line about a template that was built because there was none, else None.
         rewritten_rows: rows so far with tools, calls or results that the template does not print and that were
             written into the messages instead.
 
     Raises:
-        DataError: there is no template, the file cannot be read or is not Jinja, or the tokenizer is a slow one.
+        ConfigError, DataError: as ``template_for`` and ``JinjaTemplate``, or the tokenizer is a slow one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_path: str | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 f"{tokenizer.name_or_path}: the tokenizer is a slow one, which gives no character positions of tokens",
                 fix="convert it to a fast tokenizer (a tokenizer.json beside the model)",
             )
-        if template_path is not None:
-            tokenizer.chat_template = _read_template(template_path)
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template",
-                fix="set data.chat_template to a Jinja file",
-            )
+        own = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        replacement = template_for(template, tokenizer)
+        if replacement is not None:
+            tokenizer.chat_template = replacement.source
+            tokenizer.eos_token = replacement.eos or tokenizer.eos_token
+        self.notice = None if replacement is None else replacement.notice
         self.tokenizer = tokenizer
         templates = str(tokenizer.chat_template)
         marks = {token for token in tokenizer.added_tokens_encoder if token in templates}
@@ -73,7 +74,7 @@ class ChatRenderer:
         self._tokenise = RowTokenizer(tokenizer, marks.union(tokenizer.all_special_tokens))
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
         self._special_ids = frozenset(tokenizer.all_special_ids)
-        self._name = template_path or f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        self._name = own if replacement is None else replacement.name
         self._templates: dict[str, _Template] = {}
         self._is_compared = False
         self.rewritten_rows = 0
@@ -162,10 +163,11 @@ class ChatRenderer:
         try:
             source = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
         except ValueError as error:
-            raise DataError(f"{self._name}: {error}", fix="set data.chat_template to a Jinja file") from error
+            raise DataError(f"{self._name}: {error}", fix="set data.chat_template") from error
         if source not in self._templates:
             special = self.tokenizer.special_tokens_map
-            self._templates[source] = _Template.load(source, self._name, special, self.tokenizer.all_special_tokens)
+            tokens = self.tokenizer.convert_ids_to_tokens(self.special_ids)
+            self._templates[source] = _Template.load(source, self._name, special, tokens)
         return self._templates[source]
 
     def _ends_turn(self, tokens: Tokens, last: Span, text: str, end_of_turn: str | None) -> bool:
@@ -238,27 +240,18 @@ class _Template:
 
 
 def load_renderer(
-    model_path: str, revision: str | None, template_path: str | None, *, added_tokens: Sequence[str] = ()
+    model_path: str, revision: str | None, template: str | None, *, added_tokens: Sequence[str] = ()
 ) -> ChatRenderer:
     """The renderer of a model's tokenizer.
 
     Args:
         model_path: folder in Hugging Face layout, or hub id.
         revision: branch, tag or commit of a hub id.
-        template_path: Jinja file in place of the tokenizer's chat template.
+        template: as for ``ChatRenderer``.
         added_tokens: special tokens that the tokenizer gets.
 
     Raises:
         CheckpointError, ConfigError: as ``load_tokenizer``.
         DataError: as ``ChatRenderer``.
     """
-    return ChatRenderer(load_tokenizer(model_path, revision, added=added_tokens), template_path)
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", fix="set data.chat_template to a Jinja file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the chat template is not UTF-8", fix="save it as UTF-8") from error
+    return ChatRenderer(load_tokenizer(model_path, revision, added=added_tokens), template)

@@ -1,7 +1,8 @@
-"""A chat template as transformers runs it, with two differences: no clock, and the answer's place on request.
+"""A chat template as transformers runs it, with three differences: no clock, bounds, the answer's place on request.
 
 The environment is that of ``PreTrainedTokenizerBase.apply_chat_template`` (sandboxed, the same filters and globals),
-kept here because that function gives neither character positions nor a way to hold ``strftime_now`` still.
+kept here because that function gives neither character positions nor a way to hold ``strftime_now`` still, and because
+a template that never ends would not end there either (``bounded_jinja``).
 ``ChatRenderer`` compares the two on the first row it renders.
 """
 
@@ -16,8 +17,8 @@ from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sft_dist.data.bounded_jinja import BoundedEnvironment, ForbiddenNode, LimitReached
 from sft_dist.errors import DataError
 
 Span = tuple[int, int]
@@ -31,6 +32,9 @@ FIXED_NOW = datetime(2024, 7, 26, 12, 0, 0)
 _OPEN, _CLOSE = "\ue0b5\ue0b1\ue0b5", "\ue0b5\ue0b2\ue0b5"
 
 
+_PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
 class TemplateFailure(Exception):
     """The template refused a conversation, in its own words; the caller knows which row it was."""
 
@@ -42,23 +46,29 @@ class JinjaTemplate:
         source: the Jinja text.
         name: where it is from, for error messages.
         variables: the tokenizer's special tokens by name (``bos_token``, ``eos_token``, ...), which templates print.
+
+    Raises:
+        DataError: it is not Jinja, or asks for another file or Python's inside; naming the template and the line.
     """
 
     def __init__(self, source: str, *, name: str, variables: Mapping[str, Any]) -> None:
         self.source = source
         self.name = name
         self.uses_clock = "strftime_now" in source
-        self._environment = ImmutableSandboxedEnvironment(
+        self._environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
         )
-        self._environment.filters["tojson"] = _tojson
+        self._environment.add_filter("tojson", _tojson)
         self._environment.globals.update(variables, raise_exception=_raise_exception, strftime_now=FIXED_NOW.strftime)
         try:
             self._compiled = self._environment.from_string(source)
         except TemplateSyntaxError as error:
-            raise DataError(
-                f"{name}: line {error.lineno} is not valid Jinja: {error.message}", fix="correct the chat template"
-            ) from error
+            raise self._refusal(f"is not valid Jinja: {error.message}", error.lineno) from error
+        except ForbiddenNode as error:
+            raise self._refusal(str(error), error.line) from error
+        # Python compiles what Jinja made of it: 21 loops inside each other, or a thousand brackets, are too much.
+        except (SyntaxError, RecursionError, ValueError, MemoryError) as error:
+            raise self._refusal(f"cannot be compiled: {error}", None) from error
         # Jinja copies them for each rendering, and a ChainMap, which it makes of them, is copied slowly.
         self._compiled.globals = dict(self._compiled.globals)
         self.marks_answers = "endgeneration" in source
@@ -70,14 +80,41 @@ class JinjaTemplate:
         *,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The conversation as text. Raises ``TemplateFailure`` with the template's own message."""
+        """The conversation as text.
+
+        Raises:
+            TemplateFailure: with the template's own message.
+            DataError: it does not end, or writes without measure.
+        """
+        self._environment.start()
         try:
             return self._compiled.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
             )
+        except LimitReached as error:
+            raise self._refusal(str(error), _line_of(error)) from error
+        except RecursionError as error:
+            raise self._refusal("a macro or loop calls itself without end", _line_of(error)) from error
+        except MemoryError as error:
+            raise self._refusal("it needs more memory than there is", _line_of(error)) from error
         # A template is a program: besides its own raise_exception it can add a string to a dict or index past the end.
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise TemplateFailure(str(error) or type(error).__name__) from error
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:
+            line = _line_of(error)
+            where = "" if line is None else f" (line {line} of the template)"
+            raise TemplateFailure(f"{str(error) or type(error).__name__}{where}") from error
+
+    def _refusal(self, what: str, line: int | None) -> DataError:
+        place = "the chat template" if line is None else f"line {line}"
+        separator = " " if what.startswith(("is ", "cannot ")) else ": "
+        return DataError(f"{self.name}: {place}{separator}{what}", fix="correct the chat template")
 
     def render_marked(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
@@ -91,6 +128,16 @@ class JinjaTemplate:
         finally:
             blocks.active = False
         return _unmark(marked)
+
+
+def _line_of(error: BaseException) -> int | None:
+    """The template's line that raised ``error``: Jinja puts frames of the template into the traceback."""
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
 
 
 def _unmark(marked: str) -> tuple[str, list[Span]]:

@@ -122,7 +122,8 @@ class SpanFinder:
             raise TemplateFailure(f"the template does not write the text of {name}")
         before, after = whole[: whole.index(word)], whole[whole.rindex(word) + len(word) :]
         start = self._start(messages[:index], tools, before, alone[: alone.index(word)], name)
-        closing_length = self._closing_length(after, alone[alone.rindex(word) + len(word) :].rstrip(), name)
+        tail = alone[alone.rindex(word) + len(word) :].rstrip()
+        closing_length = self._closing_length(after, tail, name)
         closing, following = after[:closing_length], after[closing_length:]
         end = len(text) - len(following)
         # Arguments of a call may end in a quote, a bracket or nothing: only what is no part of the JSON has to agree.
@@ -130,6 +131,8 @@ class SpanFinder:
         is_found = text.startswith(before[:start]) and text.endswith(following) and start < end
         if not is_found or (closing.endswith(closes) and not text[:end].endswith(closes)):
             raise TemplateFailure(f"what the template writes around {name} depends on the text of that turn")
+        if tail and not closing:
+            return start, end  # nothing of the template's is left to trim: the white space is the answer's own
         return _trim(text, start, end)
 
     def _start(self, earlier: Sequence[ChatMessage], tools: Tools, before: str, shown_last: str, name: str) -> int:
@@ -145,6 +148,8 @@ class SpanFinder:
         except TemplateFailure:  # some templates refuse a conversation that stops early; the probe's prompt remains
             pass
         else:
+            if before.startswith(prompt):
+                return len(prompt)
             if prompt.startswith(without):
                 generation_prompt = prompt[len(without) :]
             if shown_last.startswith(prompt):
@@ -163,15 +168,15 @@ class SpanFinder:
     def _closing_length(self, after: str, tail: str, name: str) -> int:
         """How much of ``after``, what follows the content in mid-conversation, belongs to the turn.
 
-        ``tail`` is what follows the content when the turn is the last one: it closes a tool call and ends the turn. A
-        template may leave the end-of-turn token out in mid-conversation; it may not put another in its place.
+        ``tail`` is what follows the content when the turn is the last one: it closes a tool call and ends the turn. In
+        mid-conversation a template may leave the end-of-turn token out, or put one in its place that no turn is asked
+        to end with (gpt-oss): that one does not belong to the turn.
         """
         if after.startswith(tail):
             return len(tail)
         ending = next((token for token in self._special_tokens if tail.endswith(token)), None)
         closing = tail.removesuffix(ending or "").rstrip()
-        follows = after[len(closing) :].lstrip()
-        if ending and after.startswith(closing) and not follows.startswith(tuple(self._special_tokens)):
+        if ending and after.startswith(closing):
             return len(closing)
         raise TemplateFailure(f"the template ends {name} in another way when a turn follows: {after.strip()[:20]!r}")
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
+from sft_dist.data.byte_fallback import byte_ids, places_of_bytes
 from sft_dist.data.jinja_template import Span
 from sft_dist.data.masking import supervised_tokens
 
@@ -66,6 +67,7 @@ class RowTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
+        self._byte_ids = byte_ids(self._backend)
         added = list(tokenizer.added_tokens_decoder.values())
         self._pieces = self._borders = None
         if _cuts_at_words(self._backend, added):
@@ -120,6 +122,8 @@ class RowTokenizer:
         if not spans:
             return Tokens(ids, [False] * len(ids), [], None)
         offsets = encoding.offsets
+        if self._byte_ids:
+            offsets = places_of_bytes(text, ids, offsets, self._byte_ids)
         supervised = supervised_tokens(text, offsets, [id in self._added_ids for id in ids], spans)
         reached: list[int | None] = [None] * len(spans)
         last, span = None, 0

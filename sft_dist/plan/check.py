@@ -16,6 +16,7 @@ from sft_dist.config.schema import (
     QloraMethod,
 )
 from sft_dist.config.validate import validate
+from sft_dist.data.named_templates import form_of
 from sft_dist.errors import ConfigError
 from sft_dist.model.hub import ModelNotHere
 from sft_dist.resolve import Describe, resolve
@@ -69,7 +70,9 @@ def check(config: Config, shape: WorldShape, *, describe: Describe | None = None
 
 def _not_here(config: Config) -> list[str]:
     adapter = config.method.init_from if isinstance(config.method, LoraMethod) else None
-    files = {"method.init_from": adapter, "data.chat_template": config.data.chat_template}
+    template = config.data.chat_template
+    is_file = template is not None and form_of(template) == "file"
+    files = {"method.init_from": adapter, "data.chat_template": template if is_file else None}
     return [f"not checked: {key} {file} is not here" for key, file in files.items() if file and not Path(file).exists()]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from sft_dist.config.deepspeed import load_knobs
 from sft_dist.config.schema import Config, LoraMethod, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.data.files import find_files
+from sft_dist.data.jinja_template import JinjaTemplate
+from sft_dist.data.named_templates import read_template
 from sft_dist.errors import ConfigError
 from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoint, holds_a_run
 
@@ -21,7 +23,7 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
     Raises:
         ConfigError: the run directory is used or cannot be written; the model's folder, the template, the adapter
             or the checkpoint to go on from is not there; the DeepSpeed file is wrong.
-        DataError: a source is not there.
+        DataError: a source is not there; the template is not Jinja.
     """
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
     find_checkpoint(resume, config.output_dir)
@@ -35,12 +37,9 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         )
     if isinstance(config.sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding):
         load_knobs(config.sharding.deepspeed_config, int(config.sharding.strategy.removeprefix("zero")))
-    template = config.data.chat_template
-    if template is not None and not Path(template).is_file():
-        raise ConfigError(
-            f"data.chat_template: the file {template} does not exist",
-            fix="give the path of a Jinja file; docs/data.md has one to start from",
-        )
+    if config.data.chat_template is not None:
+        template = read_template(config.data.chat_template)
+        JinjaTemplate(template.source, name=template.name, variables={})
     adapter = config.method.init_from if isinstance(config.method, LoraMethod) else None
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise ConfigError(

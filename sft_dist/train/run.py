@@ -284,7 +284,7 @@ def _warn_of_the_data(run: Run, renderer: ChatRenderer, data: PreparedData) -> N
     """Tokens that the model never learned, and rows longer than it was made for."""
     special = renderer.special_ids
     untrained = untrained_tokens(run.model, data.occurring(special), special)
-    lines = [long_rows_notice(data.lengths, run.model)]
+    lines = [renderer.notice, long_rows_notice(data.lengths, run.model)]
     if untrained:
         lines.append(untrained_notice(renderer.tokenizer.convert_ids_to_tokens(untrained), run.model))
     for line in lines:

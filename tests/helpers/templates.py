@@ -1,4 +1,7 @@
-"""Chat templates in the styles in use, and a small byte-level tokenizer for each: nothing is downloaded."""
+"""Chat templates with the quirks of those in use, and a small byte-level tokenizer for each: nothing is downloaded.
+
+Whole families with tokenizers of their own are in ``tests/golden``.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data.chat_template import ChatRenderer, TokenizedRow
 from sft_dist.data.messages import Conversation, Message, Origin
+from sft_dist.data.named_templates import built_in_source
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHATML = built_in_source("chatml")
+GEMMA = built_in_source("gemma")
+QWEN = built_in_source("qwen3")
 
 # The block leaves the end-of-turn token outside, as many templates in the wild do.
 CHATML_GENERATION = (
@@ -120,86 +121,6 @@ MISTRAL = """
         {{- raise_exception('Only user, assistant and tool roles are supported!') }}
     {%- endif %}
 {%- endfor %}
-"""
-
-GEMMA = """
-{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {{- raise_exception('System role not supported') }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-    {%- endif %}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-    {{- '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<start_of_turn>model\n' }}
-{%- endif %}
-"""
-
-# After a later question an answer loses its reasoning; the last one always gets a reasoning block, even an empty one.
-QWEN = """
-{%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\n\n' }}
-    {%- endif %}
-    {{- '# Tools\n<tools>' }}
-    {%- for tool in tools %}
-        {{- '\n' + tool | tojson }}
-    {%- endfor %}
-    {{- '\n</tools><|im_end|>\n' }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
-{%- endif %}
-{%- set ns = namespace(last_question=-1) %}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {%- set ns.last_question = loop.index0 %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-    {%- elif message.role == 'assistant' %}
-        {%- set content = message.content %}
-        {%- set reasoning = '' %}
-        {%- if message.reasoning_content is string %}
-            {%- set reasoning = message.reasoning_content %}
-        {%- elif '</think>' in content %}
-            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-        {%- endif %}
-        {{- '<|im_start|>assistant\n' }}
-        {%- if loop.index0 > ns.last_question and (loop.last or reasoning) %}
-            {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
-        {%- else %}
-            {{- content }}
-        {%- endif %}
-        {%- for call in message.tool_calls or [] %}
-            {%- if content or not loop.first %}
-                {{- '\n' }}
-            {%- endif %}
-            {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- call.function.arguments | tojson }}
-            {{- '}\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\n' }}
-    {%- elif message.role == 'tool' %}
-        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}
-            {{- '<|im_start|>user' }}
-        {%- endif %}
-        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
-        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}
-            {{- '<|im_end|>\n' }}
-        {%- endif %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
 """
 
 # The generation prompt opens a reasoning block that finished turns do not have; arguments are concatenated as text.

@@ -118,6 +118,8 @@ def test_check_says_which_files_are_not_here(exit_code: Run, tiny_base: Path) ->
     assert code == 0
     assert "  not checked: method.init_from adapter is not here\n" in out
     assert "  not checked: data.chat_template chat.jinja is not here\n" in out
+    code, out, _ = exit_code("config", "check", "run.yaml", "data.chat_template=chatml", f"model.path={tiny_base}")
+    assert (code, "is not here" in out) == (0, False)
 
 
 def test_check_counts_weights_before_they_are_packed(exit_code: Run, tiny_base: Path) -> None:

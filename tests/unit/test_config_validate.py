@@ -265,7 +265,7 @@ def test_several_contradictions_come_at_once_and_name_the_file() -> None:
         validate(config(**train(), eval={"every_steps": 5}), source="run.yaml")
     assert caught.value.what.splitlines() == [
         "run.yaml: the length of the run is missing; set train.num_epochs or train.max_steps",
-        "run.yaml: eval.every_steps is 5, but data.eval is empty; add held-out sources to data.eval, or remove "
-        "eval.every_steps",
+        "run.yaml: eval.every_steps is 5, but data.eval is empty; add held-out sources to data.eval, set "
+        "data.eval_split, or remove eval.every_steps",
     ]
     assert caught.value.fix == "correct these 2 places"

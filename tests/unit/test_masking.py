@@ -204,6 +204,16 @@ def test_eos_only_after_the_last_answer() -> None:
     assert row.input_ids.count(renderer.tokenizer.eos_token_id) == 1
 
 
+def test_another_end_of_turn_in_mid_conversation_is_not_what_a_turn_ends_with() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{{ '<|im_end|>' if loop.last else '<|endoftext|>' }}{% endfor %}"
+    )
+    row = conversation(("user", "Hi"), ("assistant", "Yes \n"), ("user", "Hi"), ("assistant", "Yes"))
+    renderer = renderer_of("chatml", template + "{{ 'assistant:' if add_generation_prompt }}")
+    assert supervised_texts(renderer, renderer.render(row)) == ["Yes \n", "Yes<|im_end|>"]
+
+
 def test_generation_block_after_a_space_keeps_the_first_word() -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
@@ -257,7 +267,7 @@ def test_pieces_of_one_character_and_empty_tokens() -> None:
 @pytest.mark.parametrize(
     ("family", "template", "row", "reason"),
     [
-        ("gemma", t.GEMMA, conversation(("system", "s"), *CHAT.messages), "System role not supported"),
+        ("gemma", t.GEMMA, conversation(("system", "s"), *CHAT.messages), "Gemma has no system role"),
         ("mistral", t.MISTRAL, conversation(*CHAT.messages[:1], *CHAT.messages), "roles must alternate"),
         ("r1", t.R1, conversation(("system", "Be brief"), *CHAT.messages), "drops the text of message 1 (role system)"),
         ("r1", t.R1, REASONED, "drops a part of assistant turn 2: 'later'"),
@@ -277,13 +287,6 @@ def test_pieces_of_one_character_and_empty_tokens() -> None:
             CHAT,
             "follows the last answer and is no end-of-turn token",
         ),
-        (
-            "chatml",  # another end of turn in mid-conversation than at the end
-            "{% for m in messages %}{{ m.role + ':' + m.content }}"
-            "{{ '<|im_end|>' if loop.last else '<|endoftext|>' }}{% endfor %}",
-            CHAT,
-            "ends assistant turn 1 in another way",
-        ),
     ],
 )
 def test_what_cannot_be_located_is_refused(family: str, template: str, row: Conversation, reason: str) -> None:
@@ -294,16 +297,10 @@ def test_what_cannot_be_located_is_refused(family: str, template: str, row: Conv
     assert "data.chat_template" in raised.value.fix
 
 
-def test_no_template_bad_template_and_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no chat template") as raised:
-        ChatRenderer(t.build_tokenizer("chatml", None))
-    assert raised.value.exit_code == 4
-    assert "data.chat_template" in raised.value.fix
+def test_bad_template_and_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "bad.jinja").write_text("\n{% for %}", encoding="utf-8")
     with pytest.raises(DataError, match="line 2 is not valid Jinja"):
         ChatRenderer(t.build_tokenizer("chatml", None), str(tmp_path / "bad.jinja"))
-    with pytest.raises(DataError, match=r"none.jinja: No such file"):
-        ChatRenderer(t.build_tokenizer("chatml", None), str(tmp_path / "none.jinja"))
     with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
         load_renderer(str(tmp_path), None, None)
 

@@ -54,9 +54,22 @@ def test_a_revision_of_a_folder_has_no_effect(tmp_path: Path) -> None:
         preflight(there.model_copy(update={"model": model}))
 
 
-def test_a_template_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.chat_template: the file chatml does not exist"):
-        preflight(config(tmp_path, chat_template="chatml"))
+def test_the_three_forms_of_a_template_pass(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    for template in ("chatml", "{% for m in messages %}{{ m.content }}{% endfor %}", str(tmp_path / "chat.jinja")):
+        preflight(config(tmp_path, chat_template=template))
+
+
+def test_a_template_that_is_not_there_or_no_template(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.chat_template: chatm is neither a file nor a built-in template") as e:
+        preflight(config(tmp_path, chat_template="chatm"))
+    assert e.value.fix == "did you mean chatml?"
+    with pytest.raises(
+        ConfigError, match=r"chat\.jinja is neither a file that exists, nor Jinja, nor a built-in template"
+    ):
+        preflight(config(tmp_path, chat_template="chat.jinja"))
+    with pytest.raises(DataError, match=r"the template in data\.chat_template: line 1 is not valid Jinja"):
+        preflight(config(tmp_path, chat_template="{% for %}"))
 
 
 def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:

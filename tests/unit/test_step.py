@@ -131,8 +131,8 @@ def test_each_source_is_evaluated_by_itself(name: str, tiny_base: Path) -> None:
     run, strategy = started(tiny_base, name)
     data = synthetic_data(rows=9, packing=False)
     data.rows["store"][[1, 4, 5]] = 2
-    named = replace(data, sources=("a", "none of it", "c"))
-    outcome, plain = evaluate(strategy, named, run.batch, rank=0, device=CPU), Plain(tiny_base)
+    data = replace(data, stores=data.stores * 3, sources=("a", "none of it", "c"))
+    outcome, plain = evaluate(strategy, data, run.batch, rank=0, device=CPU), Plain(tiny_base)
     parts = {"a": [0, 2, 3, 6, 7, 8], "c": [1, 4, 5]}
     with torch.no_grad():
         expected = {source: float(plain.loss(data, rows)) for source, rows in parts.items()}
