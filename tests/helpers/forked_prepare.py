@@ -3,7 +3,8 @@
 Usage: python -m tests.helpers.forked_prepare {kill|together|orphan} FOLDER BASE
 
 FOLDER has rows.jsonl; the cache is made in FOLDER/cache.
-kill: ten times a process that is killed at a random moment, then one that is not; prints the exit codes as JSON.
+kill: ten times a process that is killed at a random moment of its own time, by a signal that nobody handles, so that
+it ends as by ``kill -9``; then one that is not. Prints the exit codes and how many chunks there were before the last.
 together: two processes at once; prints their exit codes.
 orphan: one with two workers, which is killed when they are there; prints the processes below it.
 """
@@ -26,11 +27,12 @@ from sft_dist.data.chat_template import load_renderer
 ALIVE = 4  # a tracker of resources, the fork server and two workers
 
 
-def begin(folder: Path, base: str, workers: int) -> int:
-    """The pid of a child that prepares the data and then ends."""
+def begin(folder: Path, base: str, workers: int, killed_after_s: float = 0.0) -> int:
+    """The pid of a child that prepares the data and then ends, or is killed after so much time of the processor."""
     pid = os.fork()
     if pid:
         return pid
+    signal.setitimer(signal.ITIMER_PROF, killed_after_s)
     load = partial(load_renderer, base, None, None)
     data = DataConfig.model_validate({"train": [{"path": str(folder / "rows.jsonl")}], "max_seq_len": 256})
     prepare.prepare_sets(data, prepare.Cache(folder / "cache", load(), load, num_workers=workers))
@@ -65,10 +67,7 @@ def main(what: str, folder: Path, base: str) -> object:
         return below
     draw, codes = random.Random(5), []
     for _ in range(10):
-        pid = begin(folder, base, 0)
-        time.sleep(draw.uniform(0.0, 0.2))
-        os.kill(pid, signal.SIGKILL)
-        codes.append(end(pid))
+        codes.append(end(begin(folder, base, 0, killed_after_s=draw.uniform(0.01, 0.12))))
     chunks = [path.read_bytes().count(b"\n") for path in (folder / "cache").rglob("chunks.jsonl")]
     return [*codes, end(begin(folder, base, 0)), *chunks]
 
