@@ -176,6 +176,10 @@ class SourceConfig(Section):
         default_factory=dict,
         description="What the file calls the keys of the layout, e.g. {instruction: question, output: answer}.",
     )
+    templates: list[str] = Field(
+        default_factory=list,
+        description="Texts with {prompt} for the first question of a row; for each row one is drawn by train.seed.",
+    )
     name: str | None = Field(None, min_length=1, description="What reports and metrics call it; null: its path.")
     weight: float = Field(
         1.0,
@@ -219,9 +223,19 @@ class DataConfig(Section):
         "the tokenizer's; where it has none, chatml if it knows its tokens, else plain.",
     )
     max_seq_len: int = Field(2048, ge=8, description="Tokens; the size of a pack and the most a row may have.")
-    over_length: Literal["error", "drop", "truncate"] = Field(
-        "error", description="What happens to a row longer than max_seq_len; dropped and cut rows are counted."
+    over_length: Literal["error", "drop", "truncate", "split"] = Field(
+        "error",
+        description="What happens to a row longer than max_seq_len, counted in any case. truncate: its end is cut off; "
+        "split: it becomes several rows, each of whole exchanges under the system prompt; one that does not fit by "
+        "itself is cut.",
     )
+    train_on: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant",
+        description="Train the assistant's answers, only the last one of a conversation, or all of its text. Answers "
+        "with weight 0 are context in any case.",
+    )
+    train_reasoning: bool = Field(True, description="Train the reasoning before an answer too.")
+    train_tool_calls: bool = Field(True, description="Train the answers that call tools too.")
     packing: Literal["best_fit", "none"] = Field(
         "best_fit", description="Pack rows into sequences of at most max_seq_len tokens, or train one row a sequence."
     )

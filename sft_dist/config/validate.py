@@ -260,6 +260,21 @@ def _mixing(config: Config) -> Iterator[Finding]:
         yield "data.eval_split and data.eval both say what is held out", "remove one of them"
 
 
+def _supervision(config: Config) -> Iterator[Finding]:
+    data = config.data
+    if data.train_on == "all" and not data.train_reasoning:
+        yield "data.train_reasoning is false, but data.train_on all trains all text", "remove one of them"
+    sources = {"train": data.train, "eval": data.eval}
+    for place, template in (
+        (f"data.{kind}.{i}.templates", template)
+        for kind, listed in sources.items()
+        for i, source in enumerate(listed)
+        for template in source.templates
+    ):
+        if template.count("{prompt}") != 1:
+            yield f"{place}: {template!r} has {{prompt}} {template.count('{prompt}')} times", "write it once"
+
+
 def _evaluation(config: Config) -> Iterator[Finding]:
     if config.eval.every_steps is not None and not config.data.eval and config.data.eval_split is None:
         yield (
@@ -292,5 +307,6 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _adapter,
     _virtual_tokens,
     _mixing,
+    _supervision,
     _evaluation,
 )

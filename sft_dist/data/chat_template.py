@@ -20,6 +20,7 @@ from sft_dist.data.messages import Conversation
 from sft_dist.data.named_templates import template_for
 from sft_dist.data.presentation import ChatMessage, Presentation, Tools, find_presentation
 from sft_dist.data.row_tokenizer import RowTokenizer, Tokens
+from sft_dist.data.supervision import DEFAULT, Supervision, after_reasoning, complement
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import DataError
 
@@ -96,7 +97,7 @@ class ChatRenderer:
         marked = (id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         return sorted(self._special_ids.union(marked))
 
-    def render(self, conversation: Conversation) -> TokenizedRow:
+    def render(self, conversation: Conversation, supervision: Supervision = DEFAULT) -> TokenizedRow:
         """Tokenise one conversation.
 
         Messages after the last trained answer are left out: nothing is learned from them. If the template does not end
@@ -107,7 +108,7 @@ class ChatRenderer:
             DataError: naming the row, when the template refuses it, loses a part of it, or hides where an answer is.
         """
         try:
-            return self._render(conversation)
+            return self._render(supervision.choose(conversation), supervision)
         except TemplateFailure as failure:
             raise DataError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
 
@@ -133,7 +134,7 @@ class ChatRenderer:
             changes_with_time=template.jinja.uses_clock,
         )
 
-    def _render(self, conversation: Conversation) -> TokenizedRow:
+    def _render(self, conversation: Conversation, supervision: Supervision) -> TokenizedRow:
         template = self._template_for(conversation.tools)
         trained = [message.trained for message in conversation.messages if message.role == "assistant"]
         messages, tools = template.presentation.present(conversation.messages, conversation.tools)
@@ -142,9 +143,17 @@ class ChatRenderer:
         turns = [index for index, is_trained in zip(answers, trained, strict=True) if is_trained]
         if not turns:
             raise TemplateFailure("the conversation has no answer to train on")
-        messages = messages[: turns[-1] + 1]
+        if supervision.train_on != "all":
+            messages = messages[: turns[-1] + 1]
         text = template.jinja.render(messages, tools)
         spans = template.finder.find(messages, tools, text, turns)
+        if not supervision.reasoning:
+            said = [message for message in conversation.messages if message.role == "assistant" and message.trained]
+            spans = [after_reasoning(span, text, message) for span, message in zip(spans, said, strict=True)]
+        if supervision.train_on == "all":
+            context = [index for index in answers if index not in turns]
+            hidden = template.finder.find(messages, tools, text, context) if context else []
+            spans = complement(hidden, len(text.rstrip()))
         if not self._is_compared:
             self._compare_with_transformers(template.jinja, messages, tools, text)
         if template.finder.end_of_turn == "" and not text[spans[-1][1] :].strip():

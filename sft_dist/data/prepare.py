@@ -15,7 +15,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,8 +28,9 @@ from sft_dist.data.mixing import Side
 from sft_dist.data.prepared import META
 from sft_dist.data.selection import NamedStore, select
 from sft_dist.data.sources import parser_of
+from sft_dist.data.supervision import Supervision
 from sft_dist.data.token_store import TokenStore, is_complete
-from sft_dist.data.tokenising import WHOLE, Shard, Work, alone, tokenise
+from sft_dist.data.tokenising import WHOLE, RowSettings, Shard, Work, alone, tokenise
 
 if TYPE_CHECKING:
     from sft_dist.data.chat_template import ChatRenderer
@@ -99,7 +100,7 @@ def prepare_set(
     """
     display = display or Silent()
     names = source_names(sources)
-    works = [_work(source, data, cache) for source in sources]
+    works = [_work(source, data, cache, seed) for source in sources]
     are_complete = [_tokenise(work, name, cache, shard, display) for work, name in zip(works, names, strict=True)]
     if not all(are_complete):
         return None
@@ -173,8 +174,14 @@ def source_names(sources: Sequence[SourceConfig]) -> list[str]:
     return names
 
 
-def _work(source: SourceConfig, data: DataConfig, cache: Cache) -> Work:
+def _work(source: SourceConfig, data: DataConfig, cache: Cache, seed: int) -> Work:
     files = find_files(source.path)
+    rows = RowSettings(
+        supervision=Supervision(data.train_on, data.train_reasoning, data.train_tool_calls),
+        split_at=data.max_seq_len if data.over_length == "split" else None,
+        templates=tuple(source.templates),
+        seed=seed if source.templates else 0,
+    )
     content = Fingerprints(cache.folder / "files.json").of(files)
     settings = {
         "format": FORMAT,
@@ -182,10 +189,12 @@ def _work(source: SourceConfig, data: DataConfig, cache: Cache) -> Work:
         "layout": source.format,
         "columns": source.columns,
         "renderer": cache.renderer.fingerprint,
+        "rows": asdict(rows),
     }
     return Work(
         files=files,
         parser=parser_of(source, files),
+        settings=rows,
         load=cache.load,
         folder=cache.folder / "tokens" / _digest(settings),
         about={},

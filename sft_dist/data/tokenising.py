@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +30,8 @@ from filelock import FileLock, Timeout
 
 from sft_dist.data.messages import Conversation, Origin
 from sft_dist.data.sources import Raw, RowParser, read_raw
+from sft_dist.data.splitting import Part, split_conversation
+from sft_dist.data.supervision import DEFAULT, Supervision, vary_prompt
 from sft_dist.data.token_store import ROW, StoreWriter, TokenizedChunk, complete, is_complete, merge
 from sft_dist.errors import DataError
 
@@ -66,10 +68,26 @@ WHOLE = Shard()
 
 
 @dataclass(frozen=True)
+class RowSettings:
+    """How a row becomes tokens, beside the tokenizer and its template.
+
+    Args:
+        split_at: rows with more tokens become several; None: they stay as they are.
+        templates: for the first question, one of which is drawn by ``seed``; empty: it stays as it is.
+    """
+
+    supervision: Supervision = DEFAULT
+    split_at: int | None = None
+    templates: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Work:
     """One source to be tokenised.
 
     Args:
+        settings: for its rows.
         files: of the source, as ``find_files`` gives them.
         load: makes a renderer in a worker process.
         folder: where the complete store will be.
@@ -78,6 +96,7 @@ class Work:
 
     files: Sequence[str]
     parser: RowParser
+    settings: RowSettings
     load: Callable[[], ChatRenderer]
     folder: Path
     about: Mapping[str, Any]
@@ -200,12 +219,13 @@ def _tokenised(
     """The chunks, tokenised, in order."""
     if num_workers == 0:
         for rows in chunks:
-            yield rows.number, _tokenise_chunk(rows, work.parser, renderer)
+            yield rows.number, _tokenise_chunk(rows, work.parser, renderer, work.settings)
         return
     # A server that is forked before anything else runs in it: its children are cheap, and inherit no lock or thread.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sft_dist.data.tokenising", "sft_dist.data.chat_template", "transformers"])
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(work.load, work.parser))
+    begin = (work.load, work.parser, work.settings)
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=begin)
     waiting: deque[tuple[int, Future[TokenizedChunk]]] = deque()
     try:
         for rows in chunks:
@@ -224,17 +244,17 @@ def _tokenised(
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[ChatRenderer, RowParser]
+_worker: tuple[ChatRenderer, RowParser, RowSettings]
 
 
-def _start_worker(load: Callable[[], ChatRenderer], parser: RowParser) -> None:
+def _start_worker(load: Callable[[], ChatRenderer], parser: RowParser, settings: RowSettings) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = load(), parser
+    _worker = load(), parser, settings
 
 
 def _end_with(sentinel: int) -> None:
@@ -244,30 +264,58 @@ def _end_with(sentinel: int) -> None:
 
 
 def _work(rows: _Rows) -> TokenizedChunk:
-    renderer, parser = _worker
-    return _tokenise_chunk(rows, parser, renderer)
+    renderer, parser, settings = _worker
+    return _tokenise_chunk(rows, parser, renderer, settings)
 
 
-def _tokenise_chunk(rows: _Rows, parser: RowParser, renderer: ChatRenderer) -> TokenizedChunk:
+def _tokenise_chunk(rows: _Rows, parser: RowParser, renderer: ChatRenderer, settings: RowSettings) -> TokenizedChunk:
     chunk = TokenizedChunk(rows.file, rows.by_line)
     ids, masks = array("i"), bytearray()
-    records = np.zeros(len(rows.rows), ROW)
+    records: list[tuple[int, int, int, int, int]] = []
     rewritten = renderer.rewritten_rows
-    for index, (raw, place) in enumerate(zip(rows.rows, rows.places, strict=True)):
+    for raw, place in zip(rows.rows, rows.places, strict=True):
         conversation = parser.parse(raw, Origin(rows.path, place, rows.by_line))
-        row = renderer.render(conversation)
-        if True not in row.supervised[1:]:
-            raise DataError(
-                f"{conversation.origin}: no token of the row would be trained on, every label is masked",
-                fix="give the row an answer, or check that the chat template renders the assistant's turns",
-            )
-        mask = bytes(row.supervised)
-        ids.extend(row.input_ids)
-        masks += mask
-        records[index] = (len(mask), mask.count(1, 1), rows.file, place, _prompt(conversation))
+        prompt = _prompt(conversation)
+        for part in _parts(conversation, renderer, settings, chunk.counts):
+            mask = bytes(part.supervised)
+            ids.extend(part.input_ids)
+            masks += mask
+            records.append((len(mask), mask.count(1, 1), rows.file, place, prompt))
     chunk.counts["rewritten_rows"] = renderer.rewritten_rows - rewritten
-    chunk.input_ids, chunk.supervised, chunk.rows = ids.tobytes(), bytes(masks), records.tobytes()
+    chunk.input_ids, chunk.supervised = ids.tobytes(), bytes(masks)
+    chunk.rows = np.array(records, ROW).tobytes()
     return chunk
+
+
+def _parts(
+    conversation: Conversation, renderer: ChatRenderer, settings: RowSettings, counts: Counter[str]
+) -> list[Part]:
+    """What is trained of a row: one part, or several of one that is too long.
+
+    Counts: split_rows, cut_parts (that begin or end inside a turn), untrained_parts (left out).
+    """
+    if settings.templates:
+        conversation = vary_prompt(conversation, settings.templates, settings.seed)
+    conversation = settings.supervision.choose(conversation)
+
+    def render(conversation: Conversation) -> tuple[list[int], list[bool]]:
+        row = renderer.render(conversation, settings.supervision)
+        return row.input_ids, row.supervised
+
+    whole = Part(*render(conversation), is_cut=False)
+    if not whole.is_trained:
+        raise DataError(
+            f"{conversation.origin}: no token of the row would be trained on, every label is masked",
+            fix="give the row an answer, or check that the chat template renders the assistant's turns",
+        )
+    if settings.split_at is None or len(whole.input_ids) <= settings.split_at:
+        return [whole]
+    parts = list(split_conversation(conversation, settings.split_at, render))
+    trained = [part for part in parts if part.is_trained]
+    counts["split_rows"] += 1
+    counts["cut_parts"] += sum(part.is_cut for part in trained)
+    counts["untrained_parts"] += len(parts) - len(trained)
+    return trained
 
 
 def _prompt(conversation: Conversation) -> int:

@@ -147,6 +147,13 @@ def notices(counts: Mapping[str, int], max_seq_len: int) -> list[str]:
         lines.append(
             f"{_count(counts['truncated_rows'], 'row')} truncated, {counts['truncated_tokens']:,} tokens cut off"
         )
+    if counts["split_rows"]:
+        cut = f"; {_count(counts['cut_parts'], 'part')} cut inside a turn" if counts["cut_parts"] else ""
+        lost = f"; {_count(counts['untrained_parts'], 'part')} without an answer left out"
+        lines.append(
+            f"{_count(counts['split_rows'], 'row')} longer than {max_seq_len} tokens split{cut}"
+            + (lost if counts["untrained_parts"] else "")
+        )
     if counts["rewritten_rows"]:
         lines.append(
             f"{_count(counts['rewritten_rows'], 'row')} with tools, calls or results that the chat template does not "
