@@ -9,11 +9,10 @@ import numpy as np
 
 from sft_dist.data.audit.columns import Columns, Hashes
 from sft_dist.data.audit.held_out import HeldOut, Passing
-from sft_dist.data.audit.language import language
 from sft_dist.data.audit.minhash import MinHasher
 from sft_dist.data.audit.neighbours import Signatures
 from sft_dist.data.audit.row_checks import TextChecks, features, token_defects
-from sft_dist.data.audit.rows import AuditedRow, RowText, normalised, row_text, shown
+from sft_dist.data.audit.rows import AuditedRow, RowText, row_text, shown
 from sft_dist.data.audit.samples import AnswerSample, FrequentPrefixes, Tally
 from sft_dist.data.audit.settings import AuditSettings
 
@@ -102,20 +101,21 @@ class Collector:
         if self._held_out is not None:
             self._hashes.append((hashes.key, hashes.whole))
         if self._hasher is not None:
-            self._contents.append(normalised(text.content))
+            self._contents.append(text.plain_content)
             if self._signs_keys:
                 self._keys.append(text.key)
-            self._characters += len(text.content)
+            self._characters += len(text.plain_content)
         if len(to.columns) % BATCH_ROWS == 0 or self._characters > BATCH_CHARACTERS:
             self._flush()
 
     def _describe(self, text: RowText, row: AuditedRow) -> None:
         to = self.collected
-        to.prompt_prefixes.add(text.plain_question[:400])
-        to.answer_prefixes.add(normalised(text.answer[:400]))
+        to.prompt_prefixes.add(text.plain_question)
+        to.answer_prefixes.add(text.plain_answer)
+        (asked, _), (answered, _) = text.languages
         if text.question:
-            to.languages.add("question", language(text.last_question)[0], "", "")
-        to.languages.add("answer", language(text.answer)[0], "", "")
+            to.languages.add("question", asked, "", "")
+        to.languages.add("answer", answered, "", "")
         place = to.sample.place()
         if place is not None:
             if row.tokens is None:

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from sft_dist.data.audit.findings import Example
-from sft_dist.data.audit.rows import RowText, normalised, shown
+from sft_dist.data.audit.rows import RowText, shown
 from sft_dist.data.audit.text_checks import verdict
 from sft_dist.data.messages import Origin
 
@@ -49,7 +49,7 @@ class Hashes:
 
     @staticmethod
     def of(text: RowText, tokens: TokenizedRow | None) -> Hashes:
-        if not text.content and tokens is not None:
+        if not text.has_text and tokens is not None:
             whole = xxhash.xxh3_64_intdigest(np.asarray(tokens.input_ids, np.int32).tobytes())
             return Hashes(whole=whole, key=whole, prompt=0, context=0, answer=whole)
         key = text.key
@@ -58,7 +58,7 @@ class Hashes:
             key=_hash(key) if len(key) >= MIN_KEY_CHARACTERS else 0,
             prompt=_hash(text.plain_question) if text.question else 0,
             context=_hash(text.context) if text.question else 0,
-            answer=_hash(normalised(text.answer)),
+            answer=_hash(text.plain_answer),
         )
 
 
@@ -94,7 +94,7 @@ class Columns:
         # The first token of a row is never predicted.
         self._supervised.append(sum(tokens.supervised[1:]) if tokens else 0)
         self._verdict.append(verdict(text.answer))
-        self._has_text.append(bool(text.content.strip()))
+        self._has_text.append(text.has_text)
         preview = shown(text.last_question or text.answer, characters=PREVIEW_BYTES)
         self._previews += preview.encode("utf-8", "replace")[:PREVIEW_BYTES].ljust(PREVIEW_BYTES, b"\x00")
 

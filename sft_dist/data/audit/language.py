@@ -22,7 +22,7 @@ _LANGUAGES_NAMED = re.compile(
 _LETTERS_A_CHARACTER = 3
 
 # Of a text, enough to tell its language.
-_READ_CHARACTERS = 2000
+_READ_CHARACTERS = 600
 
 # Fewer letters than these prove no language: names and formulas are written alike in all.
 MIN_LETTERS = 10

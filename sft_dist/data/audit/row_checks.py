@@ -9,12 +9,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sft_dist.data.audit import text_checks
-from sft_dist.data.audit.language import MIN_LETTERS, differ, language, names_a_language
+from sft_dist.data.audit.language import MIN_LETTERS, differ, names_a_language
 from sft_dist.data.audit.rows import RowText, normalised, shown
 from sft_dist.data.audit.settings import AuditSettings
 
 if TYPE_CHECKING:
     from sft_dist.data.chat_template import TokenizedRow
+
+# By as many characters two texts may differ that are the same after normalising, for the comparison to be tried.
+_MOST_WHITE_SPACE = 64
 
 Defect = tuple[str, str]
 """(name of the check, a short text that shows the defect)."""
@@ -64,11 +67,10 @@ def _of_answers(text: RowText) -> Iterator[Defect]:
     if any(not answer.strip() for answer in text.answers):
         yield "empty_answer", shown(text.last_question)
     question = text.last_question.strip()
-    if len(question) == 0:
+    if not question or abs(len(text.answer) - len(text.last_question)) > _MOST_WHITE_SPACE:
         return
-    answer = text.answer.strip()
-    if answer == question or (abs(len(answer) - len(question)) < 9 and normalised(answer) == normalised(question)):
-        yield "answer_is_question", shown(answer)
+    if normalised(question) == text.plain_answer:
+        yield "answer_is_question", shown(text.answer)
 
 
 def _of_roles(text: RowText) -> Iterator[Defect]:
@@ -117,8 +119,7 @@ def features(text: RowText) -> Iterator[tuple[str, str]]:
     yield f"form/{text_checks.form(text.answer)}", shown(text.answer)
     if text_checks.is_one_word(text.answer):
         yield "one_word", shown(f"{text.last_question} → {text.answer}")
-    asked, asked_letters = language(text.last_question)
-    answered, answered_letters = language(text.answer)
+    (asked, asked_letters), (answered, answered_letters) = text.languages
     if min(asked_letters, answered_letters) >= MIN_LETTERS:
         is_other = differ(asked, answered) and not names_a_language(text.context)
         yield (

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from sft_dist.data.audit.language import language
 from sft_dist.data.messages import Conversation, Message, Origin
 
 if TYPE_CHECKING:
@@ -66,19 +67,33 @@ class RowText:
         """The row in one text, for comparisons with other rows."""
         return "\x00".join((self.context, *self.answers, self.answer))
 
-    @cached_property
-    def content(self) -> str:
-        """What users, tools and the assistant say, without what rows share."""
-        return "\n".join((self.question, *self.answers)) if self.question else self.answer
+    @property
+    def has_text(self) -> bool:
+        return any(part.strip() for part in (self.question, *self.answers))
 
     @cached_property
     def plain_question(self) -> str:
         return normalised(self.question)
 
     @cached_property
+    def plain_answer(self) -> str:
+        return normalised(self.answer)
+
+    @cached_property
+    def plain_content(self) -> str:
+        """What users, tools and the assistant say, normalised, without what rows share."""
+        earlier = [normalised(answer) for answer in self.answers[:-1]]
+        return " ".join(part for part in (self.plain_question, *earlier, self.plain_answer) if part)
+
+    @cached_property
+    def languages(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """``language`` of the last question and of the last answer."""
+        return language(self.last_question), language(self.answer)
+
+    @cached_property
     def key(self) -> str:
         """What a held-out row is recognised by, normalised: its prompt, or its text where it has none."""
-        return self.plain_question or normalised(self.answer)
+        return self.plain_question or self.plain_answer
 
 
 def normalised(text: str) -> str:

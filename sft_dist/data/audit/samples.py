@@ -76,6 +76,14 @@ def prefix_of(text: str) -> str:
     return " ".join(words)[: 2 * _PREFIX_CHARACTERS]
 
 
+def _grams(units: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """Runs of n units as one number each: token ids and code points have 21 bits at most."""
+    total = np.zeros(len(units) - n + 1, np.int64)
+    for place in range(n):
+        total = total << 21 | units[place : len(units) - n + 1 + place]
+    return total
+
+
 class AnswerSample:
     """Answers drawn from a stream, each with the same chance (reservoir sampling, Vitter 1985, algorithm R)."""
 
@@ -105,7 +113,7 @@ class AnswerSample:
         """For n = 1, 2, 3 different n-grams over all n-grams; 0 where no answer is long enough."""
         found = {}
         for n in (1, 2, 3):
-            grams = [np.lib.stride_tricks.sliding_window_view(answer, n) for answer in self._kept if len(answer) >= n]
-            every = np.concatenate(grams) if grams else np.zeros((0, n), np.int64)
-            found[str(n)] = len(np.unique(every, axis=0)) / len(every) if len(every) else 0.0
+            grams = [_grams(answer, n) for answer in self._kept if len(answer) >= n]
+            every = np.concatenate([*grams, np.zeros(0, np.int64)])
+            found[str(n)] = len(np.unique(every)) / len(every) if len(every) else 0.0
         return found

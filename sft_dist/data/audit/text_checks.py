@@ -32,9 +32,13 @@ _EUC = re.compile("(?:[､･][｡-ﾟ]){3}")
 _SJIS = re.compile(f"(?:[\u201a\u0192][\x21-\x7e\xa1-\xff{_CP1252}]){{3}}")
 
 
+# One of these is in every text that any of the patterns finds; Japanese without half-width forms has none.
+_SUSPECT = re.compile("[\ufffd\x80-\x9f\xc2-\xef縺繧繝､･\u201a\u0192]")
+
+
 def mojibake(text: str) -> int | None:
     """U+FFFD, or text in UTF-8, Shift-JIS or EUC-JP that was read as something else."""
-    if text.isascii():
+    if text.isascii() or not _SUSPECT.search(text):
         return None
     found = text.find("\ufffd")
     if found >= 0:
@@ -70,16 +74,23 @@ def foreign_token(text: str, known: re.Pattern[str]) -> int | None:
 
 
 _ROLE_MARKER = re.compile(
-    r"^[ \t]*(?:#{2,3} ?(?:instruction|response|input|output|user|assistant|human|system|question|answer"
+    r"[ \t]*(?:#{2,3} ?(?:instruction|response|input|output|user|assistant|human|system|question|answer"
     r"|指示|応答|入力|出力|回答|質問)\s*[:：]"
     r"|(?:user|human|assistant|bot|ユーザー?|アシスタント)\s*[:：])",
-    re.IGNORECASE | re.MULTILINE,
+    re.IGNORECASE,
 )
 
 
 def role_marker(answer: str) -> int | None:
     """A line that begins with the name of a role: another template's turn inside the answer."""
-    return _first(without_code(answer), _ROLE_MARKER) if ":" in answer or "：" in answer else None
+    if ":" not in answer and "：" not in answer:
+        return None
+    start = 0
+    for line in without_code(answer).split("\n"):
+        if _ROLE_MARKER.match(line):
+            return start
+        start += len(line) + 1
+    return None
 
 
 # --- what was not filled in, what was left over ---------------------------------------------------------------------
@@ -93,9 +104,13 @@ _PLACEHOLDER = re.compile(
     r"|(?i:lorem ipsum)|(?:ここ|此処)に[^。\n]{0,12}(?:入力|記入|挿入)(?:して|する)|[〇○●]{2}(?:株式会社|様)"
 )
 
+_PLACEHOLDER_MARKS = ("{", "[", "<", "TODO", "FIXME", "TBD", "orem ", "OREM ", "ここ", "此処", "〇〇", "○○", "●●")
+
 
 def placeholder(text: str) -> int | None:
     """``{input}``, ``{{name}}``, ``[Your Name]``, TODO, filler text; not in code."""
+    if not any(mark in text for mark in _PLACEHOLDER_MARKS):
+        return None
     return _first(without_code(text), _PLACEHOLDER)
 
 
@@ -123,21 +138,31 @@ _BOILERPLATE = re.compile(
     re.IGNORECASE,
 )
 
+_BOILERPLATE_MARKS = (
+    "as an ai", "language model", "m an ai", "am an ai", "m just an ai", "am just an ai", "sorry", "i can't", "i can’t",
+    "i cannot", "knowledge cut", "not able to", "aiと", "aiで", "aiな", "aiア", "aiの", "言語モデル", "申し訳",
+)  # fmt: skip
+
 
 def boilerplate(answer: str) -> int | None:
     """A refusal, or an answer that speaks as an AI language model."""
-    return _first(answer, _BOILERPLATE)
+    plain = answer.lower()
+    return _first(answer, _BOILERPLATE) if any(mark in plain for mark in _BOILERPLATE_MARKS) else None
 
 
 # --- the form of an answer ------------------------------------------------------------------------------------------
 
 _WORD_EDGE = " \t\r\n.,!?;:'\"()。、！？「」『』・…"
-_MARKDOWN = re.compile(r"^(?:#{1,6} \S|[-*+] \S|\d+\. \S|```|\|.+\|)|\*\*[^*\n]+\*\*", re.MULTILINE)
+_MARKDOWN_LINE = re.compile(r"#{1,6} \S|[-*+] \S|\d+\. \S|```|\|.+\|")
+_MARKDOWN_BOLD = re.compile(r"\*\*[^*\n]+\*\*")
+_LONGEST_WORD = 40
 SHORT_CJK_CHARACTERS = 3
 
 
 def is_one_word(answer: str) -> bool:
     """One word between spaces, or at most three characters where words have none between them."""
+    if len(answer) > _LONGEST_WORD:
+        return False
     word = answer.strip(_WORD_EDGE)
     if not word or any(character.isspace() for character in word):
         return False
@@ -154,7 +179,9 @@ def form(answer: str) -> str:
             pass  # it only looks like JSON
         else:
             return "json"
-    return "markdown" if _MARKDOWN.search(stripped) else "text"
+    if "**" in stripped and _MARKDOWN_BOLD.search(stripped):
+        return "markdown"
+    return "markdown" if any(map(_MARKDOWN_LINE.match, stripped.split("\n"))) else "text"
 
 
 _YES = re.compile(r"(?:yes|true|correct|right|はい|ええ|正しい|正解|真|可能です)(?![a-z])", re.IGNORECASE)
