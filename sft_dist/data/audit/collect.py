@@ -88,13 +88,16 @@ class Collector:
     def _add(self, row: AuditedRow) -> None:
         text, to = row_text(row.row), self.collected
         origin, source, tokens = row.row.origin, row.source, row.tokens
+        is_garbled = False
         for check, shows in self._check_text(text):
             to.defects.add(source, check, origin, shows)
+            is_garbled |= check == "mojibake"
         if tokens is not None:
             for check, shows in token_defects(tokens, self._settings, is_chat=bool(text.roles)):
                 to.defects.add(source, check, origin, f"{shows}: {shown(text.last_question or text.answer)}")
-        for feature, shows in features(text):
-            to.features.add(source, feature, origin, shows)
+        if not is_garbled:  # in no language, and in no form
+            for feature, shows in features(text):
+                to.features.add(source, feature, origin, shows)
         hashes = Hashes.of(text, tokens)
         to.columns.append(source, origin, text, tokens, hashes)
         self._describe(text, row)

@@ -1,4 +1,4 @@
-"""What is kept of every row of a set: numbers in arrays, some 130 bytes a row, and no text but its first bytes.
+"""What is kept of every row of a set: numbers in arrays, some 160 bytes a row, and no text but its first bytes.
 
 With a signature of 64 places (256 bytes) a million rows take some 400 MB.
 """
@@ -22,8 +22,9 @@ from sft_dist.data.messages import Origin
 if TYPE_CHECKING:
     from sft_dist.data.chat_template import TokenizedRow
 
-# UTF-8 bytes: 64 Latin letters, or 21 Japanese characters.
-PREVIEW_BYTES = 64
+# UTF-8 bytes of the question and of the answer: 48 Latin letters, or 16 Japanese characters.
+PART_BYTES = 48
+PREVIEW_BYTES = 2 * PART_BYTES
 
 # Fewer characters than these are a greeting or a yes: that the same ones are in both sets is no leak.
 MIN_KEY_CHARACTERS = 10
@@ -95,8 +96,9 @@ class Columns:
         self._supervised.append(sum(tokens.supervised[1:]) if tokens else 0)
         self._verdict.append(verdict(text.answer))
         self._has_text.append(text.has_text)
-        preview = shown(text.last_question or text.answer, characters=PREVIEW_BYTES)
-        self._previews += preview.encode("utf-8", "replace")[:PREVIEW_BYTES].ljust(PREVIEW_BYTES, b"\x00")
+        for part in (text.last_question, text.answer):
+            piece = shown(part, characters=PART_BYTES).encode("utf-8", "replace")
+            self._previews += piece[:PART_BYTES].ljust(PART_BYTES, b"\x00")
 
     # Views of what is complete: an array that is looked at cannot grow any more.
 
@@ -134,10 +136,17 @@ class Columns:
         return str(Origin(path, self._row[row], is_line))
 
     def preview(self, row: int) -> str:
-        raw = bytes(self._previews[row * PREVIEW_BYTES : (row + 1) * PREVIEW_BYTES]).rstrip(b"\x00")
-        text = raw.decode("utf-8", "ignore")
-        return text + "…" if len(raw) > PREVIEW_BYTES - 3 and not text.endswith("…") else text
+        """The beginnings of the last question and of the last answer."""
+        start = row * PREVIEW_BYTES
+        parts = [_cut(self._previews[at : at + PART_BYTES]) for at in (start, start + PART_BYTES)]
+        return " → ".join(part for part in parts if part)
 
     def example(self, row: int, *, like: str = "") -> Example:
         """A row by its number; ``like`` says which other row it is compared with."""
         return Example(self.origin(row), self.preview(row) + (f"  (like {like})" if like else ""))
+
+
+def _cut(stored: bytearray) -> str:
+    raw = bytes(stored).rstrip(b"\x00")
+    text = raw.decode("utf-8", "ignore")
+    return text + "…" if len(raw) > PART_BYTES - 3 and not text.endswith("…") else text

@@ -47,8 +47,8 @@ class HeldOut:
 
     def __init__(self, columns: Columns, keys: Signatures | None, contents: Signatures | None) -> None:
         self.leaks: dict[int, Leak] = {}
-        self._has_key = columns.hashes("key") != 0
         self._has_text = columns.has_text
+        self._has_key = (columns.hashes("key") != 0) & self._has_text
         self._by_key = _numbers(columns.hashes("key"))
         self._by_key.pop(0, None)
         self._by_whole = _numbers(columns.hashes("whole"))
@@ -63,7 +63,9 @@ class HeldOut:
                 for row in (*self._by_key.pop(key, ()), *self._by_whole.pop(whole, ())):
                     self._note(row, Leak(first_row + place, 1.0, is_exact=True))
         if self._keys is not None and passing.signed_keys is not None:
-            self._near(self._keys, passing.signed_keys, passing.keys != 0, self._has_key, first_row)
+            self._near(
+                self._keys, passing.signed_keys, (passing.keys != 0) & passing.has_text, self._has_key, first_row
+            )
         if self._contents is not None and passing.signed_contents is not None:
             self._near(self._contents, passing.signed_contents, passing.has_text, self._has_text, first_row)
 

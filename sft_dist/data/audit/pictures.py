@@ -8,8 +8,9 @@ from html import escape
 from sft_dist.data.audit.catalogue import percent
 from sft_dist.data.audit.findings import Histogram, SourceFigures
 
-WIDTH = 720
-_LABEL_WIDTH = 190
+WIDTH = 1000
+HISTOGRAM_WIDTH = 500
+_LABEL_WIDTH = 220
 _BAR_HEIGHT = 26
 _PLOT_HEIGHT = 110
 _MARGIN = 44
@@ -21,7 +22,7 @@ _CHARACTER = 6.6
 def source_bars(sources: Sequence[SourceFigures]) -> str:
     """A bar a source: its tokens, the trained ones of them darker."""
     most = max((source.tokens for source in sources), default=0) or 1
-    room = WIDTH - _LABEL_WIDTH - 170
+    room = WIDTH - _LABEL_WIDTH - 220
     parts = []
     for number, source in enumerate(sources):
         y = number * _BAR_HEIGHT
@@ -36,7 +37,9 @@ def source_bars(sources: Sequence[SourceFigures]) -> str:
             f'<text class="value" x="{_LABEL_WIDTH + whole + 8:.1f}" y="{y + 17}">{source.tokens:,}'
             f" · {share} trained</text>"
         )
-    return _svg("".join(parts), len(sources) * _BAR_HEIGHT + 4, "Tokens of each source, and how many are trained")
+    return _svg(
+        "".join(parts), WIDTH, len(sources) * _BAR_HEIGHT + 4, "Tokens of each source, and how many are trained"
+    )
 
 
 def length_histogram(source: SourceFigures, max_seq_len: int) -> str:
@@ -47,33 +50,37 @@ def length_histogram(source: SourceFigures, max_seq_len: int) -> str:
     is_overflow = len(edges) > 2 and edges[-1] - edges[-2] > 2 * regular
     drawn = edges[:-1] if is_overflow else edges
     span = (drawn[-1] - drawn[0]) or 1
-    room = WIDTH - 2 * _MARGIN - (30 if is_overflow else 0)
+    room = HISTOGRAM_WIDTH - 2 * _MARGIN - (30 if is_overflow else 0)
 
     def x(tokens: float) -> float:
         return _MARGIN + room * (tokens - drawn[0]) / span
 
     parts = [_bars(source.lengths.counts[: len(drawn) - 1], [x(edge) for edge in drawn])]
     if is_overflow:
-        overflow = (
-            f'<text class="value" x="{WIDTH - _MARGIN - 18}" y="{_PLOT_HEIGHT - 6}">+{source.lengths.counts[-1]:,}'
+        parts.append(
+            f'<text class="value" x="{HISTOGRAM_WIDTH - _MARGIN - 24}" y="{_PLOT_HEIGHT - 6}">'
+            f"+{source.lengths.counts[-1]:,}<title>rows of more than {drawn[-1]:,} tokens</title></text>"
         )
-        parts.append(f"{overflow}<title>rows of more than {drawn[-1]:,} tokens</title></text>")
     parts += [_axis_label(x(edge), f"{edge:,}") for edge in _ticks(drawn)]
     if max_seq_len <= drawn[-1]:
         place = x(max_seq_len)
+        is_left = place < HISTOGRAM_WIDTH / 2
+        label = f'x="{place + (5 if is_left else -5):.1f}" text-anchor="{"start" if is_left else "end"}"'
         parts.append(
-            f'<line class="limit" x1="{place:.1f}" x2="{place:.1f}" y1="6" y2="{_PLOT_HEIGHT}"/>'
-            f'<text class="limit-label" x="{place - 5:.1f}" y="14" text-anchor="end">max_seq_len {max_seq_len:,}</text>'
+            f'<line class="limit" x1="{place:.1f}" x2="{place:.1f}" y1="2" y2="{_PLOT_HEIGHT}"/>'
+            f'<text class="limit-label" {label} y="11">max_seq_len {max_seq_len:,}</text>'
         )
-    return _svg("".join(parts), _PLOT_HEIGHT + 20, f"Rows of {source.source} by length in tokens")
+    return _svg("".join(parts), HISTOGRAM_WIDTH, _PLOT_HEIGHT + 20, f"Rows of {source.source} by length in tokens")
 
 
 def fill_histogram(histogram: Histogram) -> str:
     """Sequences by how full they are, in percent."""
-    room = WIDTH - 2 * _MARGIN
+    room = HISTOGRAM_WIDTH - 2 * _MARGIN
     places = [_MARGIN + room * edge / 100 for edge in histogram.edges]
     labels = "".join(_axis_label(_MARGIN + room * at / 100, f"{at} %") for at in (0, 25, 50, 75, 100))
-    return _svg(_bars(histogram.counts, places) + labels, _PLOT_HEIGHT + 20, "Packs by how full they are")
+    return _svg(
+        _bars(histogram.counts, places) + labels, HISTOGRAM_WIDTH, _PLOT_HEIGHT + 20, "Packs by how full they are"
+    )
 
 
 def _bars(counts: Sequence[int], places: Sequence[float]) -> str:
@@ -85,19 +92,17 @@ def _bars(counts: Sequence[int], places: Sequence[float]) -> str:
         for count, left, right in zip(counts, places, places[1:], strict=False)
         if (height := max(90 * count / most, 1.0 if count else 0.0))
     ]
-    axis = f'<line class="axis" x1="{_MARGIN}" x2="{WIDTH - _MARGIN}" y1="{_PLOT_HEIGHT}" y2="{_PLOT_HEIGHT}"/>'
+    axis = (
+        f'<line class="axis" x1="{_MARGIN}" x2="{HISTOGRAM_WIDTH - _MARGIN}" y1="{_PLOT_HEIGHT}" y2="{_PLOT_HEIGHT}"/>'
+    )
     top = f'<text class="tick" x="{_MARGIN - 6}" y="{_PLOT_HEIGHT - 82}" text-anchor="end">{_short(most)}</text>'
-    zero = f'<text class="tick" x="{_MARGIN - 6}" y="{_PLOT_HEIGHT}" text-anchor="end">0</text>'
-    return "".join(bars) + axis + top + zero
+    return "".join(bars) + axis + top
 
 
 def _ticks(edges: Sequence[int]) -> list[int]:
     """Some five round numbers within the edges."""
     span = max(edges[-1] - edges[0], 1)
-    step = 1
-    while span / step > 6:
-        step = step * 5 if str(step)[0] == "2" else step * 2
-        step = int(float(f"{step:.0e}"))
+    step = next(size * 10**power for power in range(20) for size in (1, 2, 5) if span <= 6 * size * 10**power)
     return list(range(-(-edges[0] // step) * step, edges[-1] + 1, step))
 
 
@@ -123,8 +128,8 @@ def shortened(text: str, width: float) -> str:
     return kept
 
 
-def _svg(content: str, height: int, title: str) -> str:
+def _svg(content: str, width: int, height: int, title: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title, quote=True)}">'
         f"<title>{escape(title)}</title>{content}</svg>"
     )

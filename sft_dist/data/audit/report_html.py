@@ -42,6 +42,7 @@ def render(audit: Audit, *, title: str = "Data audit") -> str:
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = percent
+    environment.filters["visible"] = lambda text: text.replace("\n", "⏎\n")
     environment.filters["number"] = lambda value: f"{value:,}"
     return environment.from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
 

@@ -70,7 +70,7 @@ def _show_set(figures: SetFigures, audit: Audit, console: Console) -> None:
     console.print()
     console.print(table)
     for line in figure_lines(figures, audit):
-        console.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
+        console.print(Padding(Text(printable(line)), (0, 0, 0, 2), expand=False))
 
 
 def figure_lines(figures: SetFigures, audit: Audit) -> list[str]:
@@ -150,4 +150,4 @@ def visible(text: str) -> str:
 
 def _indented(text: str, console: Console, *, style: str = "", by: int = INDENT) -> None:
     # fold: Japanese has no spaces at which Rich would break a line.
-    console.print(Padding(Text(printable(text), style=style, overflow="fold"), (0, 0, 0, by)))
+    console.print(Padding(Text(printable(text), style=style, overflow="fold"), (0, 0, 0, by), expand=False))

@@ -41,7 +41,10 @@ def near_duplicates(
     for place in np.argsort(-sizes, kind="stable")[:MAX_CLUSTERS]:
         members = [int(heads[place]), *again[first[again] == heads[place]][: MAX_EXAMPLES - 1].tolist()]
         shown.append(Cluster(int(sizes[place]) + 1, tuple(columns.example(row) for row in members)))
-    detail = f"{len(heads):,} groups in {collected.name}, the largest of {int(sizes.max()) + 1:,}" if len(heads) else ""
+    detail = ""
+    if len(heads):
+        groups = "1 group" if len(heads) == 1 else f"{len(heads):,} groups"
+        detail = f"{groups} in {collected.name}, the largest of {int(sizes.max()) + 1:,}"
     found = _by_source(collected, "near_duplicate", again, first, settings, detail=detail)
     return list(found), len(heads), tuple(shown)
 
@@ -62,9 +65,9 @@ def contradictions(collected: Collected, settings: AuditSettings) -> Iterator[Fi
     # The rows of a prompt beside each other, so that examples show what differs.
     concerned = concerned[np.argsort(contexts[concerned], kind="stable")]
     opposed = _opposed(contexts[concerned], columns.verdict[concerned])
-    detail = f"{len(several):,} prompts in {collected.name}"
+    detail = f"{'1 prompt' if len(several) == 1 else f'{len(several):,} prompts'} in {collected.name}"
     if opposed:
-        detail += f"; of {opposed:,} of them one answer says yes and another no"
+        detail += f", {opposed:,} of which are answered both with yes and with no"
     for source, chosen in _each_source(columns, concerned):
         yield finding(
             "contradiction", set=collected.name, source=source, count=len(chosen),

@@ -99,7 +99,7 @@ _PLACEHOLDER = re.compile(
     r"\{\{\s*[A-Za-z_][\w. ]*\}\}"
     r"|(?<![\w$\\{])\{(?:input|output|instruction|question|answer|context|text|name|prompt|response|query|document"
     r"|content|topic|company|date|title|入力|質問|回答|名前)\}"
-    r"|\[(?:insert|your|enter) [^\]\n]{1,40}\]|<(?:insert|your|enter) [^>\n]{1,40}>"
+    r"|\[(?i:insert|your|enter) [^\]\n]{1,40}\]|<(?i:insert|your|enter) [^>\n]{1,40}>"
     r"|\b(?:TODO|FIXME|TBD)\b(?!\s*(?:list|lists|item|items|app|リスト|アプリ))"
     r"|(?i:lorem ipsum)|(?:ここ|此処)に[^。\n]{0,12}(?:入力|記入|挿入)(?:して|する)|[〇○●]{2}(?:株式会社|様)"
 )
