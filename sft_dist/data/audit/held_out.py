@@ -47,8 +47,6 @@ class HeldOut:
 
     def __init__(self, columns: Columns, keys: Signatures | None, contents: Signatures | None) -> None:
         self.leaks: dict[int, Leak] = {}
-        self._has_text = columns.has_text
-        self._has_key = (columns.hashes("key") != 0) & self._has_text
         self._by_key = _numbers(columns.hashes("key"))
         self._by_key.pop(0, None)
         self._by_whole = _numbers(columns.hashes("whole"))
@@ -62,23 +60,16 @@ class HeldOut:
             if key in self._by_key or whole in self._by_whole:
                 for row in (*self._by_key.pop(key, ()), *self._by_whole.pop(whole, ())):
                     self._note(row, Leak(first_row + place, 1.0, is_exact=True))
+        # Rows without text have one signature, and short prompts are alike by chance.
         if self._keys is not None and passing.signed_keys is not None:
-            self._near(
-                self._keys, passing.signed_keys, (passing.keys != 0) & passing.has_text, self._has_key, first_row
-            )
+            self._near(self._keys, passing.signed_keys, (passing.keys != 0) & passing.has_text, first_row)
         if self._contents is not None and passing.signed_contents is not None:
-            self._near(self._contents, passing.signed_contents, passing.has_text, self._has_text, first_row)
+            self._near(self._contents, passing.signed_contents, passing.has_text, first_row)
 
-    def _near(
-        self,
-        lookup: Lookup,
-        signed: NDArray[np.uint32],
-        counts: NDArray[np.bool_],
-        counts_here: NDArray[np.bool_],
-        first_row: int,
-    ) -> None:
+    def _near(self, lookup: Lookup, signed: NDArray[np.uint32], counts: NDArray[np.bool_], first_row: int) -> None:
+        """Notes what ``lookup`` finds for the rows that ``counts`` [n]."""
         for place, row, found in zip(*(part.tolist() for part in lookup.similar(signed)), strict=True):
-            if counts[place] and counts_here[row]:
+            if counts[place]:
                 self._note(row, Leak(first_row + place, found, is_exact=False))
 
     def _note(self, row: int, leak: Leak) -> None:
