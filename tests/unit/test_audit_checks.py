@@ -305,14 +305,47 @@ def test_rows_without_messages_are_judged_by_their_text() -> None:
     }  # fmt: skip
 
 
+def test_rows_in_pieces_are_asked_what_is_not_trained() -> None:
+    @dataclass(frozen=True)
+    class Piece:
+        text: str
+        trained: bool
+
+    @dataclass(frozen=True)
+    class Pieces:
+        origin: Origin
+        segments: list[Piece]
+
+    def rows(*pairs: tuple[str, str]) -> list[AuditedRow]:
+        made = [[Piece(question, False), Piece(answer, True)] for question, answer in pairs]
+        return [AuditedRow("pieces", Pieces(Origin("pieces", n), pieces), None) for n, pieces in enumerate(made, 1)]
+
+    question, answer = JAPANESE[0]
+    assert question_and_answer(rows((question, answer))[0].row) == (question, answer)
+    planted = [*ENGLISH, (ENGLISH[0][0], "Do not keep bread at all."), (question, "熱湯ですぐに淹れます。")]
+    result = audit(rows(*planted), rows((question, answer)), settings=settings_of(renderer()))
+    assert {f.check: f.count for f in result.findings} == {"contradiction": 2, "leak_exact": 1}
+    assert not audit(rows(*ENGLISH, *JAPANESE), None, settings=settings_of(renderer())).findings
+
+
+def test_a_kind_of_row_that_is_not_known_is_our_mistake() -> None:
+    @dataclass(frozen=True)
+    class Other:
+        origin: Origin
+
+    with pytest.raises(TypeError, match="Other is no kind of row"):
+        question_and_answer(Other(Origin("other", 1)))
+
+
 def test_token_ids_without_any_text() -> None:
     @dataclass(frozen=True)
     class Ids:
         origin: Origin
+        input_ids: list[int]
 
     def rows(*ids: list[int]) -> list[AuditedRow]:
         return [
-            AuditedRow("ids", Ids(Origin("ids", n)), TokenizedRow(i, [False, *[True] * (len(i) - 1)]))
+            AuditedRow("ids", Ids(Origin("ids", n), i), TokenizedRow(i, [False, *[True] * (len(i) - 1)]))
             for n, i in enumerate(ids, 1)
         ]
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from sft_dist.data.audit.language import language
 from sft_dist.data.messages import Conversation, Message, Origin
@@ -20,10 +21,41 @@ if TYPE_CHECKING:
 
 
 class Row(Protocol):
-    """Any kind of row: it knows where it stands. A conversation has ``messages``, other kinds have ``text`` at most."""
+    """Any kind of row: it knows where it stands."""
 
     @property
     def origin(self) -> Origin: ...
+
+
+@runtime_checkable
+class TextRow(Protocol):
+    """Text that is trained as it is."""
+
+    @property
+    def text(self) -> str: ...
+
+
+class Segment(Protocol):
+    @property
+    def text(self) -> str: ...
+    @property
+    def trained(self) -> bool: ...
+
+
+@runtime_checkable
+class SegmentRow(Protocol):
+    """Text in pieces, trained and not trained."""
+
+    @property
+    def segments(self) -> Sequence[Segment]: ...
+
+
+@runtime_checkable
+class TokenRow(Protocol):
+    """Token ids alone, which have no text."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +134,31 @@ def normalised(text: str) -> str:
 
 
 def question_and_answer(row: Row) -> tuple[str, str]:
-    """What is asked and what is answered; ("", text) for a row without messages."""
+    """What is asked and what is answered; ("", text) for text that is trained whole."""
     text = row_text(row)
     return text.question, text.answer
 
 
 def row_text(row: Row) -> RowText:
     """The texts of a row of any kind."""
-    if isinstance(row, Conversation):
-        return _conversation_text(row)
-    # Raw text, or token ids alone, which have no text at all.
-    text = str(getattr(row, "text", "") or "")
-    return RowText("", "", "", text, (text,) if text else (), (), ())
+    match row:
+        case Conversation():
+            return _conversation_text(row)
+        case SegmentRow():
+            return _segments_text(row.segments)
+        case TextRow():
+            return RowText("", "", "", row.text, (row.text,), (), ())
+        case TokenRow():
+            return RowText("", "", "", "", (), (), ())
+    raise TypeError(f"{type(row).__name__} is no kind of row")
+
+
+def _segments_text(segments: Sequence[Segment]) -> RowText:
+    """What comes before the first trained piece is the question, the rest the answer."""
+    first = next((number for number, segment in enumerate(segments) if segment.trained), len(segments))
+    question = "".join(segment.text for segment in segments[:first])
+    answer = "".join(segment.text for segment in segments[first:])
+    return RowText(question, question, question, answer, (answer,), (question,) if question else (), ())
 
 
 def _conversation_text(conversation: Conversation) -> RowText:
