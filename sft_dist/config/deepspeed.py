@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from sft_dist.config.describe import TypeHere, allowed, shown
-from sft_dist.config.schema import Section
+from sft_dist.config.section import Section
 from sft_dist.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "shipped" / "deepspeed"

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
+
+from sft_dist.config.audit_schema import AuditConfig
+from sft_dist.config.section import Section
 
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "input_output"]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -250,6 +247,7 @@ class DataConfig(Section):
         description="Processes that tokenise a large source; 0: none but the run's own; null: one for each "
         "CPU that the run may use.",
     )
+    audit: AuditConfig = Field(AuditConfig(), description="What `sft-dist data audit` looks for and accepts.")
 
 
 class _Sharding(Section):
