@@ -202,6 +202,28 @@ def prepare(
     prepare_data(checked, shard=Shard(number, of))
 
 
+@data_app.command("audit")
+def audit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON too.")
+    ] = None,
+) -> None:
+    """Say what is wrong with the data of a run: labels, duplicates, leaks, answers, encodings.
+
+    Ends with 4 where more is wrong than data.audit allows. Training does the part that takes seconds by itself.
+    """
+    checked = _load(config, overrides)
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    from sft_dist.train.audit import audit_data
+
+    audit_data(checked, html=html, json=json_file)
+
+
 @model_app.command("fetch")
 def fetch(
     config: ConfigPath,

@@ -92,6 +92,13 @@ class ChatRenderer:
         return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
     @property
+    def end_tokens(self) -> list[str]:
+        """What ends a turn, as the template writes it: an added token, or nothing."""
+        template = self._template_for(None)
+        end = template.finder.end_of_turn
+        return [end] if end and end in self.tokenizer.added_tokens_encoder else []
+
+    @property
     def special_ids(self) -> list[int]:
         """Ids of every special token, those that a base model reserves too."""
         marked = (id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special)

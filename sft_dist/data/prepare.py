@@ -75,8 +75,55 @@ class Cache:
     num_workers: int | None = None
 
 
+@dataclass(frozen=True)
+class Tokenised:
+    """A source in a token store.
+
+    Args:
+        index: among the sources of its set.
+    """
+
+    index: int
+    named: NamedStore
+    work: Work
+
+
+def sources_of(data: DataConfig, side: Side) -> Sequence[SourceConfig]:
+    """What the rows of a set are from."""
+    return data.train if side == "train" or data.eval_split is not None else data.eval
+
+
+def tokenise_sources(
+    data: DataConfig,
+    cache: Cache,
+    *,
+    side: Side = "train",
+    seed: int = 0,
+    shard: Shard = WHOLE,
+    display: Display | None = None,
+) -> list[Tokenised] | None:
+    """Tokenises the sources of one set, or finds them tokenised.
+
+    Returns:
+        None where shards of other machines are missing.
+
+    Raises:
+        DataError: a source cannot be read, or a row cannot be trained on.
+    """
+    sources = sources_of(data, side)
+    names, works = source_names(sources), [_work(source, data, cache, seed) for source in sources]
+    are_complete = [
+        _tokenise(work, name, cache, shard, display or Silent()) for work, name in zip(works, names, strict=True)
+    ]
+    if not all(are_complete):
+        return None
+    return [
+        Tokenised(index, NamedStore(name, TokenStore.open(work.folder)), work)
+        for index, (work, name) in enumerate(zip(works, names, strict=True))
+    ]
+
+
 def prepare_set(
-    sources: Sequence[SourceConfig],
     data: DataConfig,
     cache: Cache,
     *,
@@ -98,16 +145,14 @@ def prepare_set(
     Raises:
         DataError: a source cannot be read, a row cannot be trained on, or nothing is left.
     """
-    display = display or Silent()
-    names = source_names(sources)
-    works = [_work(source, data, cache, seed) for source in sources]
-    are_complete = [_tokenise(work, name, cache, shard, display) for work, name in zip(works, names, strict=True)]
-    if not all(are_complete):
+    display, sources = display or Silent(), sources_of(data, side)
+    tokenised = tokenise_sources(data, cache, side=side, seed=seed, shard=shard, display=display)
+    if tokenised is None:
         return None
     settings = {
         "format": FORMAT,
-        "stores": [work.folder.name for work in works],
-        "names": names,
+        "stores": [each.work.folder.name for each in tokenised],
+        "names": [each.named.name for each in tokenised],
         "side": side,
         **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing")},
         **_drawing(sources, data, side, seed),
@@ -115,7 +160,7 @@ def prepare_set(
     folder = cache.folder / "sets" / _digest(settings)
     with alone(folder, "select", display.say):
         if not (folder / META).exists():
-            stores = [NamedStore(name, TokenStore.open(work.folder)) for work, name in zip(works, names, strict=True)]
+            stores = [each.named for each in tokenised]
             select(stores, sources, data, folder, key=f"data.{side}", side=side, seed=seed)
     return folder
 
@@ -132,12 +177,10 @@ def prepare_sets(
     data: DataConfig, cache: Cache, *, seed: int = 0, shard: Shard = WHOLE, display: Display | None = None
 ) -> PreparedSets:
     """Prepares training and evaluation data. Raises ``DataError``, as ``prepare_set``."""
-    train = prepare_set(data.train, data, cache, seed=seed, shard=shard, display=display)
-    held_out = data.eval if data.eval_split is None else data.train
-    if not held_out:
+    train = prepare_set(data, cache, seed=seed, shard=shard, display=display)
+    if not sources_of(data, "eval"):
         return PreparedSets(train, None)
-    held_out_set = prepare_set(held_out, data, cache, side="eval", seed=seed, shard=shard, display=display)
-    return PreparedSets(train, held_out_set)
+    return PreparedSets(train, prepare_set(data, cache, side="eval", seed=seed, shard=shard, display=display))
 
 
 def _drawing(sources: Sequence[SourceConfig], data: DataConfig, side: Side, seed: int) -> dict[str, Any]:

@@ -59,10 +59,7 @@ def select(
         _refuse_long_rows(stores, data, key)
     chosen, counts = [], {}
     for index, named in enumerate(stores):
-        of_side = None
-        if data.eval_split is not None:
-            held_out = is_held_out(named.store.rows["prompt"], data.eval_split, seed=seed, source=index)
-            of_side = held_out if side == "eval" else ~held_out
+        of_side = rows_of_side(index, named.store, data, side=side, seed=seed)
         rows, counts[named.name] = fit(index, named.store, data, of_side)
         chosen.append(rows)
     if side == "train":
@@ -81,6 +78,14 @@ def select(
         )
     packs = _pack(rows, data) if side == "train" else _pack_apart(chosen, data)
     _write(folder, stores, rows, packs, counts)
+
+
+def rows_of_side(index: int, store: TokenStore, data: DataConfig, *, side: Side, seed: int) -> NDArray[np.bool_] | None:
+    """[rows] which rows of a store are on ``side``; None: all."""
+    if data.eval_split is None:
+        return None
+    held_out = is_held_out(store.rows["prompt"], data.eval_split, seed=seed, source=index)
+    return held_out if side == "eval" else ~held_out
 
 
 def _mix(

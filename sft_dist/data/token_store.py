@@ -37,7 +37,9 @@ ROW = np.dtype(
         ("supervised", "<i4"),  # tokens that are trained; the first of a row is never predicted and never counts
         ("file", "<i4"),  # index among the source's files
         ("number", "<i8"),  # line of the file, or row
+        ("last", "<i4"),  # id of the last token that is trained
         ("prompt", "<u8"),  # XXH3-64 of what comes before the first trained answer
+        ("content", "<u8"),  # XXH3-64 of tokens and mask
     ]
 )
 RowRecords = np.ndarray[Any, np.dtype[np.void]]

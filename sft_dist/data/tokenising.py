@@ -271,16 +271,17 @@ def _work(rows: _Rows) -> TokenizedChunk:
 def _tokenise_chunk(rows: _Rows, parser: RowParser, renderer: ChatRenderer, settings: RowSettings) -> TokenizedChunk:
     chunk = TokenizedChunk(rows.file, rows.by_line)
     ids, masks = array("i"), bytearray()
-    records: list[tuple[int, int, int, int, int]] = []
+    records: list[tuple[int, ...]] = []
     rewritten = renderer.rewritten_rows
     for raw, place in zip(rows.rows, rows.places, strict=True):
         conversation = parser.parse(raw, Origin(rows.path, place, rows.by_line))
         prompt = _prompt(conversation)
         for part in _parts(conversation, renderer, settings, chunk.counts):
-            mask = bytes(part.supervised)
-            ids.extend(part.input_ids)
+            mask, tokens = bytes(part.supervised), array("i", part.input_ids)
+            ids += tokens
             masks += mask
-            records.append((len(mask), mask.count(1, 1), rows.file, place, prompt))
+            last, content = tokens[mask.rindex(1)], xxhash.xxh3_64_intdigest(tokens.tobytes() + mask)
+            records.append((len(mask), mask.count(1, 1), rows.file, place, last, prompt, content))
     chunk.counts["rewritten_rows"] = renderer.rewritten_rows - rewritten
     chunk.input_ids, chunk.supervised = ids.tobytes(), bytes(masks)
     chunk.rows = np.array(records, ROW).tobytes()

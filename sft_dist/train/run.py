@@ -46,11 +46,15 @@ from sft_dist.sharding import registry
 from sft_dist.sharding.optim import unsupported_on
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
+from sft_dist.train.audit import audit_prepared
 from sft_dist.train.data import renderer_of, showing
 from sft_dist.train.loop import Training
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
 from sft_dist.train.summary import long_rows_notice, notices, summary, untrained_notice
+
+# In the run directory: what was found in the data.
+AUDIT = "audit.json"
 
 
 def run_training(config: Config, *, resume: str = NEVER) -> None:
@@ -70,7 +74,7 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
     load = renderer_of(config.model, config.data)
     renderer = load()
     # Before there is a process group: nothing of it can time out while rank 0 tokenises for hours.
-    told = run_on_main_first(world, process.store, "prepare", lambda: prepare_run(run, renderer, load, resume))
+    told = run_on_main_first(world, process.store, "prepare", lambda: prepare_run(run, config, renderer, load, resume))
     found = Found(**json.loads(told or ""))
     inputs = open_inputs(run, renderer, found, is_main=world.is_main)
     with process_group(world, process.device, store):
@@ -247,7 +251,7 @@ def _logger(run: Run, world: World, config: Config, num_steps: int, completed: i
         yield logger
 
 
-def prepare_run(run: Run, renderer: ChatRenderer, load: Callable[[], ChatRenderer], resume: str) -> str:
+def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable[[], ChatRenderer], resume: str) -> str:
     """Everything that can be found wrong without a GPU, and the data; on rank 0.
 
     Args:
@@ -266,6 +270,8 @@ def prepare_run(run: Run, renderer: ChatRenderer, load: Callable[[], ChatRendere
     cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
     with showing() as display:
         sets = prepare_sets(run.data, cache, seed=run.seed, display=display)
+    found_in_data = audit_prepared(config, cache, sets)
+    (Path(run.output_dir) / AUDIT).write_text(found_in_data.to_json(), encoding="utf-8")
     for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
         if folder is not None:
             for line in notices(sum(counts_of(folder).values(), Counter()), run.data.max_seq_len):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sft_dist.config.load import load_config
-from sft_dist.config.schema import Config, DataConfig, LoraMethod, SourceConfig, Zero3Sharding
+from sft_dist.config.schema import Config, DataConfig, LoraMethod, Zero3Sharding
 from sft_dist.config.shape import OTHER_NAMES
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.prepare import Cache, counts_of, prepare_set
@@ -126,10 +126,9 @@ def test_names_of_other_trainers_lead_to_keys_that_exist(name: str, ours: str, t
 
 def prepared(tmp_path: Path, base: Path, rows: list[object], **data: object) -> Counter[str]:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    settings = DataConfig.model_validate({"train": [{"path": "unused"}], **data})
+    settings = DataConfig.model_validate({"train": [{"path": str(tmp_path / "rows.jsonl")}], **data})
     load = partial(load_renderer, str(base), None, None)
-    source = SourceConfig(path=str(tmp_path / "rows.jsonl"))
-    folder = prepare_set([source], settings, Cache(tmp_path / "cache", load(), load))
+    folder = prepare_set(settings, Cache(tmp_path / "cache", load(), load))
     assert folder is not None
     (counts,) = counts_of(folder).values()
     assert open_prepared(folder).num_rows == counts["rows"]

@@ -76,7 +76,7 @@ def audit(
     if held_out is not None:
         findings += leaks(sets[1], sets[0], held_out, settings)
     return Audit(
-        findings=tuple(sorted(findings, key=_rank)),
+        findings=sorted_findings(findings),
         figures=tuple(figures),
         render_diffs=compared,
         max_seq_len=settings.max_seq_len,
@@ -107,6 +107,11 @@ def enforce(audit: Audit, limits: AuditLimits) -> None:
 
 def _is_over(found: Finding, limit: float | None) -> bool:
     return limit is not None and found.share > limit
+
+
+def sorted_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The worst first, then in the order of the checks."""
+    return tuple(sorted(findings, key=_rank))
 
 
 def _rank(found: Finding) -> tuple[int, int, str, float]:

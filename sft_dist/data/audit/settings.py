@@ -43,7 +43,7 @@ class AuditSettings:
 
     config: AuditConfig = field(default_factory=AuditConfig)
     max_seq_len: int = 2048
-    over_length: Literal["error", "drop", "truncate"] = "error"
+    over_length: Literal["error", "drop", "truncate", "split"] = "error"
     special_tokens: Mapping[str, int] = field(default_factory=dict)
     bos_token: str | None = None
     end_tokens: Sequence[str] = ()

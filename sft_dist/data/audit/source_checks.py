@@ -62,7 +62,12 @@ def _detail(
         excess = collected.columns.tokens[mask] - settings.max_seq_len
         excess = excess[excess > 0]
         share = percent(int(excess.sum()) / max(1, int(collected.columns.tokens[mask].sum())))
-        fate = {"error": "training refuses them", "drop": "they are dropped", "truncate": "they are cut"}
+        fate = {
+            "error": "training refuses them",
+            "drop": "they are dropped",
+            "truncate": "they are cut",
+            "split": "they are split",
+        }
         return (
             f"over {settings.max_seq_len:,} by {int(np.median(excess)):,} tokens in the median, "
             f"{int(excess.max()):,} at most, {int(excess.sum()):,} ({share} of the source) in all; "

@@ -1,0 +1,150 @@
+"""The audit of prepared data: with its texts, and by its token stores alone."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_dist.cli import main
+from sft_dist.config.schema import DataConfig
+from sft_dist.data.audit.audit import enforce
+from sft_dist.data.audit.findings import Audit
+from sft_dist.data.audit.stored import StoredSource, audit_stores, audited_rows
+from sft_dist.data.chat_template import ChatRenderer, load_renderer
+from sft_dist.data.prepare import Cache, tokenise_sources
+from sft_dist.data.sources import read_source
+from sft_dist.errors import DataError
+from sft_dist.train.audit import settings_of
+
+# The end of a turn is left to the EOS, which is not the token that ends a turn here; and BOS comes twice.
+BAD_TEMPLATE = (
+    "{{ '<|endoftext|><|endoftext|>' }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.role != 'assistant' %}<|im_end|>\n{% else %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> dict[str, str]:
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    return {"path": str(path), "name": path.stem}
+
+
+def stored(folder: Path, base: Path, data: DataConfig, template: str | None = None) -> Any:
+    load = partial(load_renderer, str(base), None, template)
+    cache = Cache(folder / "cache", load(), load)
+
+    def side(name: Any) -> list[StoredSource]:
+        tokenised = tokenise_sources(data, cache, side=name)
+        assert tokenised is not None
+        return [StoredSource(each.named, each.work.files, each.work.parser, None) for each in tokenised]
+
+    return cache.renderer, side("train"), side("eval")
+
+
+def audited(folder: Path, base: Path, template: str | None = None, **data: Any) -> Audit:
+    config = DataConfig.model_validate(data)
+    renderer, train, held_out = stored(folder, base, config, template)
+    renderer.tokenizer.bos_token = "<|endoftext|>"
+    return audit_stores(
+        train, held_out, settings=settings_of(config, renderer), packs={}, decode=renderer.tokenizer.decode
+    )
+
+
+def test_what_the_stores_alone_tell(tmp_path: Path, tiny_base: Path) -> None:
+    rows = [(f"question {i}", f"answer {i}") for i in range(20)]
+    train = write(tmp_path / "train.jsonl", [*rows, rows[3], ("long", "x" * 200)])
+    held_out = write(tmp_path / "held.jsonl", [("another", "one"), ("question 7", "other words")])
+    found = audited(tmp_path, tiny_base, train=[train], eval=[held_out], max_seq_len=128)
+    assert [(f.check, f.set, f.count, f.total, f.severity) for f in found.findings] == [
+        ("leak_exact", "eval", 1, 2, "error"),
+        ("over_length", "train", 1, 22, "warning"),
+        ("exact_duplicate", "train", 1, 22, "warning"),
+    ]
+    places = [finding.examples[0].origin for finding in found.findings]
+    assert places == [f"{held_out['path']}:2", f"{train['path']}:22", f"{train['path']}:21"]
+    assert "question 7" in found.findings[0].examples[0].text
+    assert [figures.rows for figures in found.figures] == [22, 2]
+    assert sum(found.figures[0].sources[0].lengths.counts) == 22
+    assert Audit.from_json(found.to_json()) == found
+    with pytest.raises(DataError, match=r"eval held: leak_exact: 1 of 2 rows \(50.0 %\), limit 0 %"):
+        enforce(found, DataConfig.model_validate({"train": [train]}).audit.max_share)
+
+
+def test_tokens_that_no_row_should_begin_or_end_with(tmp_path: Path, tiny_base: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [("a", "b"), ("c", "d")])
+    found = audited(tmp_path, tiny_base, BAD_TEMPLATE, train=[train])
+    assert [(f.check, f.count) for f in found.findings] == [("double_bos", 2)]
+    tokens = tmp_path / "tokens.jsonl"
+    tokens.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    clean = audited(tmp_path, tiny_base, train=[{"path": str(tokens)}])
+    assert clean.findings == ()
+
+
+def test_rows_are_read_again_with_their_tokens(tmp_path: Path, tiny_base: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [(f"q{i} " * i, f"a{i} " * (40 if i == 3 else 1)) for i in range(6)])
+    data = DataConfig.model_validate({"train": [train], "max_seq_len": 64, "over_length": "split"})
+    renderer, (source,), _ = stored(tmp_path, tiny_base, data)
+    assert isinstance(renderer, ChatRenderer)
+    whole = {str(row.origin): row for row in read_source(data.train[0])}
+    seen = list(audited_rows(source))
+    assert [str(each.row.origin) for each in seen] == list(whole)
+    for each in seen:
+        assert each.row == whole[str(each.row.origin)]
+        expected = renderer.render(whole[str(each.row.origin)])
+        assert each.tokens is not None
+        assert each.tokens.input_ids == expected.input_ids, "of all parts of a row that was split"
+        assert each.tokens.supervised == expected.supervised
+    half = StoredSource(source.named, source.files, source.parser, source.store.rows["number"] % 2 == 0)
+    assert [each.row.origin.row for each in audited_rows(half)] == [2, 4, 6]
+
+
+def config_file(folder: Path, base: Path, **data: Any) -> str:
+    config = {
+        "model": {"path": str(base)}, "data": data, "train": {"global_batch_size": 2, "max_steps": 1},
+        "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(json.dumps(config))
+    return str(folder / "run.yaml")
+
+
+def test_the_command_writes_its_report_and_fails_over_a_limit(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write(tmp_path / "train.jsonl", [(f"question {i}", f"answer {i}") for i in range(20)])
+    held_out = write(tmp_path / "held.jsonl", [("question 7", "other words"), ("x" * 300, "y")])
+    config = config_file(tmp_path, tiny_base, train=[train], eval=[held_out], max_seq_len=256)
+    html, as_json = tmp_path / "out" / "a.html", tmp_path / "out" / "a.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "audit", config, "--html", str(html), "--json", str(as_json)])
+    assert ended.value.code == 4
+    told = capsys.readouterr()
+    assert "leak_exact" in told.out
+    assert told.err.startswith(
+        "error: the data audit found too much: eval held: leak_exact: 1 of 2 rows (50.0 %), limit 0 %"
+    )
+    audit = Audit.read(as_json)
+    assert {finding.check for finding in audit.findings} >= {"leak_exact", "over_length"}
+    assert audit.render_diffs
+    assert not audit.is_cheap
+    assert "leak_exact" in html.read_text()
+    accepted = "data.audit={max_share: {leak_exact: null}}"
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "audit", config, accepted])
+    assert ended.value.code == 0
+
+
+def test_held_out_rows_of_the_training_sources_are_audited_as_such(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write(tmp_path / "train.jsonl", [(f"question {i}", f"answer {i}") for i in range(100)])
+    config = config_file(tmp_path, tiny_base, train=[train], eval_split={"share": 0.2})
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "audit", config, "--json", str(tmp_path / "a.json")])
+    assert ended.value.code == 0, capsys.readouterr().err
+    audit = Audit.read(tmp_path / "a.json")
+    assert sum(figures.rows for figures in audit.figures) == 100
+    assert min(figures.rows for figures in audit.figures) >= 8
