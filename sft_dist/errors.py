@@ -65,6 +65,10 @@ class DataError(SftError):
     on_all_ranks = True
 
 
+class RowError(DataError):
+    """One row cannot be read or trained on; the rows around it can. ``data.on_bad_row: skip`` goes on without it."""
+
+
 class CheckpointError(SftError):
     """A model or checkpoint on disk cannot be read or written."""
 

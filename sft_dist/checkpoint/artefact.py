@@ -69,14 +69,14 @@ def take_probes(strategy: Strategy, data: PreparedData, device: torch.device) ->
 
 
 def prove_artefact(
-    folder: Path, spec: ModelSpec, weights: Mapping[str, str], probes: list[Probe], sample: TemplateSample
+    folder: Path, spec: ModelSpec, weights: Mapping[str, str], probes: list[Probe], sample: TemplateSample | None
 ) -> None:
     """Loads ``folder`` in a fresh process on the CPU and compares it with what is expected of it.
 
     Args:
         weights: digests of the trained weights by the names that transformers and peft give them.
         probes: of the model in memory.
-        sample: a row through the chat template that was trained with.
+        sample: a row through the chat template that was trained with; None: trained without one.
 
     Raises:
         CheckpointError: it does not load, or is not the trained model; ``folder`` stays as it is.
@@ -100,7 +100,7 @@ def prove_artefact(
 
 
 def write_expected(
-    folder: Path, spec: ModelSpec, weights: Mapping[str, str], probes: list[Probe], sample: TemplateSample
+    folder: Path, spec: ModelSpec, weights: Mapping[str, str], probes: list[Probe], sample: TemplateSample | None
 ) -> None:
     """What the fresh process compares with, in files that it reads without this project."""
     save_file({str(n): probe.logits.contiguous() for n, probe in enumerate(probes)}, folder / fresh_process.LOGITS)
@@ -111,7 +111,7 @@ def write_expected(
         "vocabulary": spec.vocab_size if spec.tokens.new_rows else None,
         "weights": dict(weights),
         "probes": [{"input_ids": probe.input_ids, "positions": probe.positions} for probe in probes],
-        "template": asdict(sample),
+        "template": None if sample is None else asdict(sample),
         "tolerance": TOLERANCE[spec.compute],
     }
     (folder / fresh_process.EXPECTED).write_text(json.dumps(description), encoding="utf-8")

@@ -24,6 +24,7 @@ class AuditLimits(Section):
         0.01, description="Rows whose last answer does not end in a trained end-of-turn token; raw text does not count."
     )
     double_bos: MaxShare = Field(0.0, description="Rows that begin with two BOS tokens.")
+    rejected_row: MaxShare = Field(None, description="Rows that were left out (data.on_bad_row: skip).")
     over_length: MaxShare = Field(None, description="Rows longer than max_seq_len.")
     answer_cut: MaxShare = Field(None, description="Rows whose last answer is cut, or lost, at max_seq_len.")
     exact_duplicate: MaxShare = Field(None, description="Rows that are the same as an earlier one.")

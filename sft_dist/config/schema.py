@@ -14,7 +14,9 @@ from pydantic import Discriminator, Field, Tag
 from sft_dist.config.audit_schema import AuditConfig
 from sft_dist.config.section import Section
 
-DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "input_output"]
+DataFormat = Literal[
+    "auto", "alpaca", "sharegpt", "messages", "prompt_completion", "input_output", "segments", "text", "tokens"
+]
 
 
 class ModelConfig(Section):
@@ -164,11 +166,17 @@ MethodConfig = Annotated[
 class SourceConfig(Section):
     path: str = Field(
         description="JSON, JSONL, CSV, TSV, Parquet or Arrow, also with gzip or Zstandard: a file, a folder, a glob or "
-        "a URL (https, s3, gs)."
+        "a URL (https, s3, gs); with format text, also plain text files, each one document. Or a dataset of the "
+        "Hugging Face hub, OWNER/NAME, where no file or folder has that name."
     )
     format: DataFormat = Field(
         "auto", description="Layout of the rows; `auto` recognises it by the first row's content."
     )
+    split: str | None = Field(None, description="Split of a dataset of the hub; null: train.")
+    subset: str | None = Field(
+        None, description="Subset (configuration) of a dataset of the hub; null: its default, or the only one."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a dataset of the hub; null: main.")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="What the file calls the keys of the layout, e.g. {instruction: question, output: answer}.",
@@ -233,6 +241,11 @@ class DataConfig(Section):
     )
     train_reasoning: bool = Field(True, description="Train the reasoning before an answer too.")
     train_tool_calls: bool = Field(True, description="Train the answers that call tools too.")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error",
+        description="What happens at a row that cannot be read or trained on: end the run, or go on without it; "
+        "rows that are left out are counted and the first of them named.",
+    )
     packing: Literal["best_fit", "none"] = Field(
         "best_fit", description="Pack rows into sequences of at most max_seq_len tokens, or train one row a sequence."
     )

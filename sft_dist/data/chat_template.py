@@ -22,7 +22,7 @@ from sft_dist.data.presentation import ChatMessage, Presentation, Tools, find_pr
 from sft_dist.data.row_tokenizer import RowTokenizer, Tokens
 from sft_dist.data.supervision import DEFAULT, Supervision, after_reasoning, complement
 from sft_dist.data.tokenizer import load_tokenizer
-from sft_dist.errors import DataError
+from sft_dist.errors import DataError, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +49,7 @@ class ChatRenderer:
 
     Attributes:
         notice: one line about a template that was built because there was none, else None.
+        document_eos_id: of the tokenizer's own EOS, which ends a document; a built template may have another.
         rewritten_rows: rows so far with tools, calls or results that the template does not print and that were
             written into the messages instead.
 
@@ -62,6 +63,7 @@ class ChatRenderer:
                 f"{tokenizer.name_or_path}: the tokenizer is a slow one, which gives no character positions of tokens",
                 fix="convert it to a fast tokenizer (a tokenizer.json beside the model)",
             )
+        self.document_eos_id: int | None = tokenizer.eos_token_id
         own = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         replacement = template_for(template, tokenizer)
         if replacement is not None:
@@ -80,6 +82,11 @@ class ChatRenderer:
         self._is_compared = False
         self.rewritten_rows = 0
         self._template_for(None)  # a template that is not Jinja is refused here, before any row
+
+    @property
+    def row_tokenizer(self) -> RowTokenizer:
+        """Tokenises texts that no template writes."""
+        return self._tokenise
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,12 +119,12 @@ class ChatRenderer:
         that the template may put there; without it the model would never learn to stop.
 
         Raises:
-            DataError: naming the row, when the template refuses it, loses a part of it, or hides where an answer is.
+            RowError: naming the row, when the template refuses it, loses a part of it, or hides where an answer is.
         """
         try:
             return self._render(supervision.choose(conversation), supervision)
         except TemplateFailure as failure:
-            raise DataError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
+            raise RowError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
 
     def text(self, conversation: Conversation) -> str:
         """The conversation as the template writes it, complete, before anything is cut or appended."""
@@ -125,7 +132,7 @@ class ChatRenderer:
         try:
             return template.jinja.render(*template.presentation.present(conversation.messages, conversation.tools))
         except TemplateFailure as failure:
-            raise DataError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
+            raise RowError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
 
     def sample(self, conversation: Conversation) -> TemplateSample:
         """A conversation as it is put to the template, and what becomes of it."""
@@ -213,8 +220,7 @@ class ChatRenderer:
     def _compare_with_transformers(
         self, jinja: JinjaTemplate, messages: list[ChatMessage], tools: Tools, text: str
     ) -> None:
-        """The model will be asked through transformers: the first row must come out there as it does here."""
-        self._is_compared = True
+        """The model will be asked through transformers: a row must come out there as it does here."""
         if not jinja.uses_clock:
             theirs = self.tokenizer.apply_chat_template(
                 messages, tools=list(tools) if tools else None, chat_template=jinja.source, tokenize=False
@@ -223,6 +229,7 @@ class ChatRenderer:
                 raise TemplateFailure("transformers renders this row differently")
         if self.tokenizer(text, add_special_tokens=False)["input_ids"] != self._tokenise(text, []).input_ids:
             raise TemplateFailure("transformers tokenises this row differently")
+        self._is_compared = True
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from sft_dist.data.messages import Origin, ToolCall
-from sft_dist.errors import DataError
+from sft_dist.data.strict_json import JsonFault, parse
+from sft_dist.errors import RowError
 
 _Name = TypeVar("_Name", bound=str)
 
 _KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
+# Characters and names of the user's own that a message shows at most.
+LONGEST_SHOWN, MOST_SHOWN = 60, 12
+
+# Levels of a tool or of a call's arguments; what follows walks them by recursion.
+MAX_DEPTH = 100
+
 
 def kind(value: object) -> str:
     """What JSON calls ``value``, with its article."""
     return "null" if value is None else _KINDS.get(type(value), f"of type {type(value).__name__}")
+
+
+def shown(value: object, *, longest: int = LONGEST_SHOWN) -> str:
+    """A user's text, number or boolean as a message shows it: one line, printable, of bounded length."""
+    if value is None or isinstance(value, list | dict):
+        return kind(value)
+    text = str(value)
+    cut = text[:longest] + ("..." if len(text) > longest else "")
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in cut)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names of keys, the first of them where they are many."""
+    every = list(names)
+    more = ["..."] if len(every) > MOST_SHOWN else []
+    return ", ".join([shown(name) for name in every[:MOST_SHOWN]] + more) or "none"
+
+
+def said(error: BaseException) -> str:
+    """The first line of what another library says."""
+    return shown(str(error).strip().partition("\n")[0], longest=200)
 
 
 @dataclass(frozen=True)
@@ -32,13 +60,13 @@ class Fields:
     def path(self, key: str) -> str:
         return f"{self.where}.{key}" if self.where else key
 
-    def error(self, what: str, *, fix: str) -> DataError:
-        return DataError(f"{self.origin}: {what}", fix=fix)
+    def error(self, what: str, *, fix: str) -> RowError:
+        return RowError(f"{self.origin}: {what}", fix=fix)
 
     def text(self, key: str) -> str:
         """The string under ``key``, which must be there."""
         if key not in self.values:
-            seen = ", ".join(self.values) or "none"
+            seen = listed(self.values)
             fix = f"add the key {key}, or set `format` of the source"
             raise self.error(f"{self.path(key)} is missing (keys: {seen})", fix=fix)
         value = self.values[key]
@@ -82,14 +110,21 @@ class Fields:
             found.append(Fields(value, self.origin, where))
         return found
 
+    def optional_object(self, key: str) -> list[Fields]:
+        """The object under ``key``, alone in a list; an empty list where the key is missing or null."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(f"{self.path(key)} is {kind(value)}, not an object", fix=f"write {key} as an object")
+        return [] if value is None else [Fields(value, self.origin, self.path(key))]
+
     def choice(self, key: str, names: Mapping[str, _Name]) -> _Name:
         """What the name under ``key`` stands for in ``names``."""
         given = self.text(key)
         if given in names:
             return names[given]
-        near = get_close_matches(given.lower(), names, n=2)
+        near = get_close_matches(given[:LONGEST_SHOWN].lower(), names, n=2)
         raise self.error(
-            f"{self.path(key)}: unknown role {given!r}",
+            f"{self.path(key)}: unknown role '{shown(given)}'",
             fix=f"use {' or '.join(near)}" if near else f"use one of {', '.join(names)}",
         )
 
@@ -101,12 +136,49 @@ class Fields:
         if not value.strip():
             return None
         try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
+            return parse(value)
+        except JsonFault as fault:
             raise self.error(
-                f"{self.path(key)} is text, but not JSON: {error.msg} at line {error.lineno} column {error.colno}",
-                fix=f"write {key} as JSON, with double quotes",
+                f"{self.path(key)} is text, but not JSON that can be read: {fault.what}",
+                fix=fault.fix or f"write {key} as JSON, with double quotes",
+            ) from fault
+
+    def flag(self, key: str) -> bool | None:
+        """The boolean under ``key``; None where the key is missing or null."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(f"{self.path(key)} is {kind(value)}, not a boolean", fix="write true or false")
+        return value
+
+    def as_json(self, value: object, key: str) -> str:
+        """``value``, which came from ``key``, as the JSON text that a template can write into a row."""
+        try:
+            if not _is_within(value, MAX_DEPTH):
+                raise RecursionError
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except RecursionError as error:
+            raise self.error(
+                f"{self.path(key)} is nested more than {MAX_DEPTH} levels deep", fix="write it with less nesting"
             ) from error
+        except ValueError as error:
+            raise self.error(
+                f"{self.path(key)} holds NaN or Infinity, which JSON does not have", fix="write null or a string"
+            ) from error
+        except TypeError as error:
+            raise self.error(
+                f"{self.path(key)} holds a value that JSON does not have ({error})", fix="write it as a string"
+            ) from error
+        return self.whole(text, key)
+
+
+def _is_within(value: object, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth + 1):
+        containers = [outer for outer in level if isinstance(outer, dict | list)]
+        if not containers:
+            return True
+        level = [inner for outer in containers for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return False
 
 
 def tool_call(fields: Fields, *, id: str | None = None) -> ToolCall:
@@ -122,7 +194,7 @@ def tool_call(fields: Fields, *, id: str | None = None) -> ToolCall:
             f"{fields.path('arguments')} is {kind(arguments)}, not an object",
             fix='write the arguments as an object, such as {"city": "Kyoto"}',
         )
-    fields.whole(json.dumps(arguments, ensure_ascii=False), "arguments")
+    fields.as_json(arguments, "arguments")
     return ToolCall(name, arguments, id)
 
 
@@ -137,7 +209,7 @@ def tools(row: Fields) -> tuple[Mapping[str, Any], ...]:
 
 
 def _tool(entry: Fields) -> Mapping[str, Any]:
-    entry.whole(json.dumps(entry.values, ensure_ascii=False), "description")
+    entry.as_json(dict(entry.values), "description")
     function = entry.values.get("function")
     if isinstance(function, dict) and isinstance(function.get("name"), str):
         return {"type": "function", **entry.values}

@@ -7,15 +7,18 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import IO, Any
 
+from sft_dist.data.fields import said
 from sft_dist.errors import DataError
 
 # What a folder is searched for, compressed or not; a file that is named or matched by a glob may be called anything.
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+# Plain text, under the format text only: a README beside the data is none.
+DOCUMENTS = (".txt", ".md")
 COMPRESSED = (".gz", ".zst")
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -36,23 +39,27 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def find_files(path: str) -> list[str]:
+def find_files(path: str, *, documents: bool = False) -> list[str]:
     """The files that ``path`` stands for, sorted: a file, all data files below a folder, a glob, or a URL of these.
+
+    Args:
+        documents: plain text below a folder is data too.
 
     Raises:
         DataError: there is none.
     """
+    endings = ENDINGS + DOCUMENTS if documents else ENDINGS
     if is_url(path):
-        return _find_urls(path)
+        return _find_urls(path, endings)
     expanded = os.path.expanduser(path)
     if os.path.isfile(expanded):
         return [expanded]
     if os.path.isdir(expanded):
-        found = sorted(_below(expanded))
+        found = sorted(_below(expanded, endings))
         if found:
             return found
         raise DataError(
-            f"{path} is a folder without data files", fix=f"name its files by a glob; they end in {', '.join(ENDINGS)}"
+            f"{path} is a folder without data files", fix=f"name its files by a glob; they end in {', '.join(endings)}"
         )
     if glob.has_magic(expanded):
         found = sorted(name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
@@ -83,7 +90,7 @@ def open_file(path: str) -> Iterator[IO[bytes]]:
         DataError: it cannot be opened or read to its end.
     """
     with open_raw(path) as raw:
-        head, file = read_ahead(raw, lambda read: len(read) >= len(ZSTD))
+        head, file = read_ahead(raw, len(ZSTD))
         if head.startswith(GZIP):
             file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
         elif head.startswith(ZSTD):
@@ -94,7 +101,8 @@ def open_file(path: str) -> Iterator[IO[bytes]]:
             yield file
         except (EOFError, OSError, zlib.error) as e:
             raise DataError(
-                f"{path} cannot be read to its end ({e})", fix="fetch or compress the file again; it may be cut off"
+                f"{path} cannot be read to its end ({said(e)})",
+                fix="fetch or compress the file again; it may be cut off",
             ) from e
 
 
@@ -102,42 +110,44 @@ class _Rejoined(io.RawIOBase):
     """A stream whose first bytes were read before."""
 
     def __init__(self, head: bytes, rest: IO[bytes]) -> None:
-        self._head, self._rest = head, rest
+        self._head, self._rest = io.BytesIO(head), rest
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._head:
-            data, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
-        else:
-            data = self._rest.read(len(buffer))
+        data = self._head.read(len(buffer)) or self._rest.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
 
-def read_ahead(file: IO[bytes], is_enough: Callable[[bytes], object]) -> tuple[bytes, IO[bytes]]:
-    """The beginning of a stream, until ``is_enough(bytes)`` or its end, and the stream from its beginning."""
-    head = b""
-    while not is_enough(head):
+def read_ahead(file: IO[bytes], count: int, *, blank: bytes = b"") -> tuple[bytes, IO[bytes]]:
+    """The beginning of a stream, at least ``count`` bytes and one that is not in ``blank`` unless it ends before, and
+    the stream from its beginning."""
+    blocks: list[bytes] = []
+    length, has_content = 0, not blank
+    while length < count or not has_content:
         block = file.read(4096)
         if not block:
             break
-        head += block
+        blocks.append(block)
+        length += len(block)
+        has_content = has_content or bool(block.strip(blank))
+    head = b"".join(blocks)
     if file.seekable():
         file.seek(0)
         return head, file
     return head, io.BufferedReader(_Rejoined(head, file))
 
 
-def _below(folder: str) -> Iterator[str]:
+def _below(folder: str, endings: Sequence[str]) -> Iterator[str]:
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        yield from (os.path.join(where, name) for name in names if _is_data(name))
+        yield from (os.path.join(where, name) for name in names if _is_data(name, endings))
 
 
-def _is_data(name: str) -> bool:
-    return not name.startswith((".", "_")) and ending(name) in ENDINGS
+def _is_data(name: str, endings: Sequence[str]) -> bool:
+    return not name.startswith((".", "_")) and ending(name) in endings
 
 
 def open_raw(path: str) -> IO[bytes]:
@@ -169,20 +179,20 @@ def _open_local(path: str) -> IO[bytes]:
 def _open_url(path: str) -> IO[bytes]:
     system, inner = _file_system(path)
     try:
-        opened: IO[bytes] = system.open(inner, "rb")
+        opened = system.open(inner, "rb")
     except Exception as e:
         raise _unreachable(path, e) from e
-    return opened
+    return io.BufferedReader(opened)  # fsspec's own files read a line of any length
 
 
-def _find_urls(path: str) -> list[str]:
+def _find_urls(path: str, endings: Sequence[str]) -> list[str]:
     system, inner = _file_system(path)
     try:
         # A query may hold the signs of a glob; only what lies in a store can be listed.
         if glob.has_magic(path) and not path.startswith(("http://", "https://")):
             found = sorted(system.unstrip_protocol(name) for name in system.glob(inner) if system.isfile(name))
         elif not path.startswith(("http://", "https://")) and system.isdir(inner):
-            names = (name for name in system.find(inner) if _is_data(os.path.basename(name)))
+            names = (name for name in system.find(inner) if _is_data(os.path.basename(name), endings))
             found = sorted(system.unstrip_protocol(name) for name in names)
         else:
             found = [path] if system.exists(inner) else []
@@ -210,7 +220,7 @@ def _file_system(path: str) -> tuple[Any, str]:
 
 
 def _unreachable(path: str, error: Exception) -> DataError:
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
     return DataError(
-        f"{path} cannot be read ({type(error).__name__}: {said})", fix="check the URL, the network and your credentials"
+        f"{path} cannot be read ({type(error).__name__}: {said(error)})",
+        fix="check the URL, the network and your credentials",
     )

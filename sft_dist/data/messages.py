@@ -1,7 +1,8 @@
-"""One conversation in one shape, whatever file it came from.
+"""A row in one of three shapes, whatever file it came from.
 
-Every reader of ``formats`` ends in a ``Conversation``; everything after it (template, mask, packs, audit) knows no
-other form. ``check`` holds the rules that no layout may break, so that they are written once.
+A ``Conversation`` goes through the chat template; ``Segments`` and ``TokenIds`` are taken literally. Every reader of
+``formats`` ends in one of them; everything after it (template, mask, packs, audit) knows no other form. ``check`` holds
+the rules that no conversation may break, so that they are written once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft_dist.errors import DataError
+from sft_dist.errors import RowError
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -67,20 +68,59 @@ class Conversation:
     origin: Origin
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A piece of text, and whether the model is trained to produce it."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One row of text that no template touches.
+
+    Args:
+        segments: the pieces, in order; nothing stands between them.
+        is_document: raw text of its own, for continued pre-training: BOS and EOS go around it. Else nothing is added.
+    """
+
+    segments: tuple[Segment, ...]
+    origin: Origin
+    is_document: bool = False
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """One row that was tokenised before.
+
+    Args:
+        input_ids: ids of the model's tokenizer.
+        trained: for each whether the model is trained to produce it.
+    """
+
+    input_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    origin: Origin
+
+
+Row = Conversation | Segments | TokenIds
+
+
 def check(conversation: Conversation) -> Conversation:
-    """Return ``conversation`` unchanged, or raise the ``DataError`` that says why it cannot be trained on."""
+    """Return ``conversation`` unchanged, or raise the ``RowError`` that says why it cannot be trained on."""
     origin, messages = conversation.origin, conversation.messages
     for index, message in enumerate(messages):
         place = f"{origin}: turn {index + 1} of {len(messages)}"
         if message.role == "assistant":
             _check_answer(message, messages[index + 1 :], place)
         elif message.role == "tool" and not _follows_a_call(messages, index):
-            raise DataError(
+            raise RowError(
                 f"{place} is a tool result, but no tool call comes before it",
                 fix="put the assistant's call before its result, or remove the result",
             )
     if not any(message.role == "assistant" and message.trained for message in messages):
-        raise DataError(
+        raise RowError(
             f"{origin}: there is no answer to train on (roles: {', '.join(m.role for m in messages) or 'none'})",
             fix="give the row an assistant turn with text or a tool call, or remove the row",
         )
@@ -89,12 +129,12 @@ def check(conversation: Conversation) -> Conversation:
 
 def _check_answer(message: Message, following: tuple[Message, ...], place: str) -> None:
     if not message.tool_calls and not message.content.strip():
-        raise DataError(
+        raise RowError(
             f"{place}: the assistant's answer is empty",
             fix="give the turn some text or a tool call, or remove the row",
         )
     if message.tool_calls and following and following[0].role != "tool":
-        raise DataError(
+        raise RowError(
             f"{place} calls {message.tool_calls[-1].name}, but no result follows (role {following[0].role})",
             fix="put the tool's result after the call, or end the conversation with the call",
         )

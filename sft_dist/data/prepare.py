@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 
 from sft_dist.config.schema import DataConfig, SourceConfig
-from sft_dist.data.files import find_files, is_url
+from sft_dist.data.files import ending, is_url
 from sft_dist.data.fingerprint import Fingerprints
 from sft_dist.data.mixing import Side
 from sft_dist.data.prepared import META
+from sft_dist.data.rejected import refuse_rejected
 from sft_dist.data.selection import NamedStore, select
-from sft_dist.data.sources import parser_of
+from sft_dist.data.sources import parser_of, source_files
 from sft_dist.data.supervision import Supervision
 from sft_dist.data.token_store import TokenStore, is_complete
 from sft_dist.data.tokenising import WHOLE, RowSettings, Shard, Work, alone, tokenise
@@ -117,9 +118,13 @@ def tokenise_sources(
     ]
     if not all(are_complete):
         return None
+    stores = [TokenStore.open(work.folder) for work in works]
+    if data.on_bad_row == "error":
+        for store in stores:
+            refuse_rejected(store.meta["counts"].get("rejected_rows", 0), store.meta["rejected"])
     return [
-        Tokenised(index, NamedStore(name, TokenStore.open(work.folder)), work)
-        for index, (work, name) in enumerate(zip(works, names, strict=True))
+        Tokenised(index, NamedStore(name, store), work)
+        for index, (name, store, work) in enumerate(zip(names, stores, works, strict=True))
     ]
 
 
@@ -206,6 +211,13 @@ def counts_of(folder: Path) -> dict[str, Counter[str]]:
     return {name: Counter(count) for name, count in counts.items()}
 
 
+def rejected_of(folder: Path) -> list[str]:
+    """What is wrong with the first rows that were left out of the sources of a prepared set."""
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    stores = [TokenStore.open(folder / place) for place in meta["stores"]]
+    return [what for store in stores for what in store.meta["rejected"]]
+
+
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:
     """What each source is called in reports: its name or path, made unique."""
     seen: Counter[str] = Counter()
@@ -218,25 +230,28 @@ def source_names(sources: Sequence[SourceConfig]) -> list[str]:
 
 
 def _work(source: SourceConfig, data: DataConfig, cache: Cache, seed: int) -> Work:
-    files = find_files(source.path)
+    files = source_files(source)
     rows = RowSettings(
         supervision=Supervision(data.train_on, data.train_reasoning, data.train_tool_calls),
         split_at=data.max_seq_len if data.over_length == "split" else None,
         templates=tuple(source.templates),
         seed=seed if source.templates else 0,
+        skips_bad_rows=data.on_bad_row == "skip",
     )
     content = Fingerprints(cache.folder / "files.json").of(files)
     settings = {
         "format": FORMAT,
         "files": content,
+        "endings": [ending(name) for name in files],  # which say what tables and plain texts are
         "layout": source.format,
         "columns": source.columns,
         "renderer": cache.renderer.fingerprint,
-        "rows": asdict(rows),
+        # Whoever skips bad rows makes the same store where there is none, and whoever does not looks for them in it.
+        "rows": {name: value for name, value in asdict(rows).items() if name != "skips_bad_rows"},
     }
     return Work(
         files=files,
-        parser=parser_of(source, files),
+        parser=parser_of(source, files, skips_bad_rows=rows.skips_bad_rows),
         settings=rows,
         load=cache.load,
         folder=cache.folder / "tokens" / _digest(settings),

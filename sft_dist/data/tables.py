@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterator
 from typing import IO, Any
 
+from sft_dist.data.fields import listed, said
 from sft_dist.data.messages import Origin
-from sft_dist.errors import DataError
+from sft_dist.errors import DataError, RowError
 
 PARQUET, ARROW = b"PAR1", b"ARROW1"
 # How Arrow's stream format begins: a continuation marker. ``datasets`` writes such files.
@@ -21,11 +22,13 @@ BATCH_ROWS = 1024
 MAX_CELL_CHARACTERS = 1 << 30
 
 
-def read_csv(file: IO[bytes], path: str, *, separator: str) -> Iterator[tuple[dict[str, Any], Origin]]:
+def read_csv(file: IO[bytes], path: str, *, separator: str) -> Iterator[tuple[dict[str, Any] | RowError, Origin]]:
     """Rows of text by the names in the first line; an empty cell is "".
 
+    A row with more or fewer cells than the first line is given as its ``RowError``.
+
     Raises:
-        DataError: a row has more or fewer cells than the first line, or the text is not UTF-8.
+        DataError: the quotes are damaged, or the text is not UTF-8.
     """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -41,26 +44,28 @@ def read_csv(file: IO[bytes], path: str, *, separator: str) -> Iterator[tuple[di
                 continue
             number += 1
             if len(cells) != len(names):
-                raise DataError(
+                wrong = RowError(
                     f"{path} row {number} (line {rows.line_num}) has {len(cells)} cells, and the first line names "
                     f"{len(names)}",
                     fix="put text that holds separators or line breaks between double quotes",
                 )
-            yield dict(zip(names, cells, strict=True)), Origin(path, number, is_line=False)
+                yield wrong, Origin(path, number, is_line=False)
+            else:
+                yield dict(zip(names, cells, strict=True)), Origin(path, number, is_line=False)
     except UnicodeDecodeError as e:
         raise DataError(
             f"{path}: after row {number}, byte 0x{e.object[e.start]:02x} is not UTF-8",
             fix="save the file as UTF-8, for example: iconv -f CP932 -t UTF-8",
         ) from e
     except csv.Error as e:
-        raise DataError(f"{path}: after row {number}: {e}", fix="correct the quotes there") from e
+        raise DataError(f"{path}: after row {number}: {said(e)}", fix="correct the quotes there") from e
 
 
 def _names(cells: list[str], path: str) -> list[str]:
     names = [name.strip() for name in cells]
     if "" in names or len(set(names)) < len(names):
         raise DataError(
-            f"{path}: the first line names columns {', '.join(map(repr, names))}",
+            f"{path}: the first line names columns {listed(map(repr, names))}",
             fix="give every column a name of its own in the first line",
         )
     return names
@@ -82,16 +87,26 @@ def read_columns(file: IO[bytes], path: str, head: bytes) -> Iterator[tuple[dict
 
     number = 0
     try:
-        for batch in _batches(file, head):
-            for row in batch.to_pylist():
+        for rows in map(_to_rows, _batches(file, head)):
+            for row in rows:
                 number += 1
                 yield (
                     {key: _without_null(value) for key, value in row.items() if value is not None},
                     Origin(path, number, is_line=False),
                 )
-    except pyarrow.ArrowException as e:
-        said = str(e).strip().partition("\n")[0]
-        raise DataError(f"{path}: damaged after row {number} ({said})", fix="fetch or write the file again") from e
+    except (pyarrow.ArrowException, ValueError, OverflowError) as e:
+        raise DataError(f"{path}: damaged after row {number} ({said(e)})", fix="fetch or write the file again") from e
+
+
+def _to_rows(batch: Any) -> list[dict[str, Any]]:
+    """Raises ``ValueError`` for what would end the process, lose a column or make no text if it were converted."""
+    # Offsets are not checked where they are used, nor is text where it is read.
+    batch.validate(full=True)
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
 
 
 def _batches(file: IO[bytes], head: bytes) -> Iterator[Any]:

@@ -28,12 +28,23 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
-from sft_dist.data.messages import Conversation, Origin
+from sft_dist.data.literal_rows import prompt_of, tokenize_literal
+from sft_dist.data.messages import Conversation, Origin, Row
+from sft_dist.data.rejected import none_left
 from sft_dist.data.sources import Raw, RowParser, read_raw
-from sft_dist.data.splitting import Part, split_conversation
+from sft_dist.data.splitting import Part, split_conversation, split_tokens
 from sft_dist.data.supervision import DEFAULT, Supervision, vary_prompt
-from sft_dist.data.token_store import ROW, StoreWriter, TokenizedChunk, complete, is_complete, merge
-from sft_dist.errors import DataError
+from sft_dist.data.token_store import (
+    MAX_REJECTIONS,
+    ROW,
+    StoreWriter,
+    TokenizedChunk,
+    complete,
+    is_complete,
+    merge,
+    read_chunks,
+)
+from sft_dist.errors import DataError, RowError
 
 if TYPE_CHECKING:
     from sft_dist.data.chat_template import ChatRenderer
@@ -74,12 +85,14 @@ class RowSettings:
     Args:
         split_at: rows with more tokens become several; None: they stay as they are.
         templates: for the first question, one of which is drawn by ``seed``; empty: it stays as it is.
+        skips_bad_rows: rows that cannot be read or trained on are left out and counted.
     """
 
     supervision: Supervision = DEFAULT
     split_at: int | None = None
     templates: tuple[str, ...] = ()
     seed: int = 0
+    skips_bad_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ class Work:
 
     Args:
         settings: for its rows.
-        files: of the source, as ``find_files`` gives them.
+        files: of the source, as ``source_files`` gives them.
         load: makes a renderer in a worker process.
         folder: where the complete store will be.
         about: entries of the store's ``meta.json`` that describe it.
@@ -157,6 +170,11 @@ def tokenise(
         whole = parts[0] if shard.of == 1 else building / "merged"
         if shard.of > 1:
             merge(parts, whole)
+        try:
+            _check_some_left(whole, work)
+        except DataError:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         complete(whole, work.files, special_ids=renderer.special_ids, about=work.about)
         (whole / FINISHED).unlink(missing_ok=True)
         whole.rename(work.folder)
@@ -187,7 +205,11 @@ def _tokenise_shard(
     with closing(StoreWriter(folder)) as writer:
         done = {entry["chunk"] for entry in writer.done}
         on_progress(*(sum(entry[name] for entry in writer.done) for name in ("rows", "tokens")))
-        chunks = (rows for rows in _chunks(work.files) if rows.number % shard.of == shard.number)
+        chunks = (
+            rows
+            for rows in _chunks(work.files, documents=work.parser.documents)
+            if rows.number % shard.of == shard.number
+        )
         missing = (rows for rows in chunks if rows.number not in done)
         for number, chunk in _tokenised(missing, work, renderer, num_workers):
             writer.append(number, chunk)
@@ -195,13 +217,13 @@ def _tokenise_shard(
     (folder / FINISHED).touch()
 
 
-def _chunks(files: Sequence[str]) -> Iterator[_Rows]:
+def _chunks(files: Sequence[str], *, documents: bool) -> Iterator[_Rows]:
     number = 0
     for index, path in enumerate(files):
         places: list[int] = []
         rows: list[Raw] = []
         size = 0
-        for raw, origin in read_raw(path):
+        for raw, origin in read_raw(path, documents=documents):
             places.append(origin.row)
             rows.append(raw)
             size += len(raw) if isinstance(raw, bytes) else 0
@@ -274,9 +296,17 @@ def _tokenise_chunk(rows: _Rows, parser: RowParser, renderer: ChatRenderer, sett
     records: list[tuple[int, ...]] = []
     rewritten = renderer.rewritten_rows
     for raw, place in zip(rows.rows, rows.places, strict=True):
-        conversation = parser.parse(raw, Origin(rows.path, place, rows.by_line))
-        prompt = _prompt(conversation)
-        for part in _parts(conversation, renderer, settings, chunk.counts):
+        try:
+            row = parser.parse(raw, Origin(rows.path, place, rows.by_line))
+            parts = _parts(row, renderer, settings, chunk.counts)
+        except RowError as error:
+            if not settings.skips_bad_rows:
+                raise
+            chunk.counts["rejected_rows"] += 1
+            chunk.rejected += [error.what] * (len(chunk.rejected) < MAX_REJECTIONS)
+            continue
+        prompt = _digest_of_prompt(row)
+        for part in parts:
             mask, tokens = bytes(part.supervised), array("i", part.input_ids)
             ids += tokens
             masks += mask
@@ -288,13 +318,23 @@ def _tokenise_chunk(rows: _Rows, parser: RowParser, renderer: ChatRenderer, sett
     return chunk
 
 
-def _parts(
-    conversation: Conversation, renderer: ChatRenderer, settings: RowSettings, counts: Counter[str]
-) -> list[Part]:
+def _parts(row: Row, renderer: ChatRenderer, settings: RowSettings, counts: Counter[str]) -> list[Part]:
     """What is trained of a row: one part, or several of one that is too long.
 
     Counts: split_rows, cut_parts (that begin or end inside a turn), untrained_parts (left out).
     """
+    if not isinstance(row, Conversation):
+        if settings.templates:
+            raise DataError(
+                f"{row.origin}: the row has no question that templates of the source could vary",
+                fix="remove templates from the source",
+            )
+        tokens = tokenize_literal(renderer, row)
+        whole = _trained(Part(tokens.input_ids, tokens.supervised, is_cut=False), row)
+        if settings.split_at is None or len(whole.input_ids) <= settings.split_at:
+            return [whole]
+        return _counted(list(split_tokens((whole.input_ids, whole.supervised), settings.split_at)), counts)
+    conversation = row
     if settings.templates:
         conversation = vary_prompt(conversation, settings.templates, settings.seed)
     conversation = settings.supervision.choose(conversation)
@@ -303,15 +343,23 @@ def _parts(
         row = renderer.render(conversation, settings.supervision)
         return row.input_ids, row.supervised
 
-    whole = Part(*render(conversation), is_cut=False)
-    if not whole.is_trained:
-        raise DataError(
-            f"{conversation.origin}: no token of the row would be trained on, every label is masked",
-            fix="give the row an answer, or check that the chat template renders the assistant's turns",
-        )
+    whole = _trained(Part(*render(conversation), is_cut=False), row)
     if settings.split_at is None or len(whole.input_ids) <= settings.split_at:
         return [whole]
-    parts = list(split_conversation(conversation, settings.split_at, render))
+    return _counted(list(split_conversation(conversation, settings.split_at, render)), counts)
+
+
+def _trained(part: Part, row: Row) -> Part:
+    if not part.is_trained:
+        raise RowError(
+            f"{row.origin}: no token of the row would be trained on, every label is masked",
+            fix="give the row an answer, or check that the chat template renders the assistant's turns",
+        )
+    return part
+
+
+def _counted(parts: Sequence[Part], counts: Counter[str]) -> list[Part]:
+    """The parts that have something to train."""
     trained = [part for part in parts if part.is_trained]
     counts["split_rows"] += 1
     counts["cut_parts"] += sum(part.is_cut for part in trained)
@@ -319,11 +367,17 @@ def _parts(
     return trained
 
 
-def _prompt(conversation: Conversation) -> int:
+def _digest_of_prompt(row: Row) -> int:
     """XXH3-64 of what comes before the first trained answer."""
     digest = xxhash.xxh3_64()
-    for message in conversation.messages:
-        if message.role == "assistant" and message.trained:
-            break
-        digest.update(f"{message.role}\0{message.content}\0".encode())
+    for part in prompt_of(row):
+        digest.update(part)
     return digest.intdigest()
+
+
+def _check_some_left(folder: Path, work: Work) -> None:
+    """Raises ``DataError`` if every row of a source was rejected."""
+    chunks = read_chunks(folder)
+    if chunks and not any(entry["rows"] for entry in chunks):
+        count = sum(entry["counts"].get("rejected_rows", 0) for entry in chunks)
+        raise none_left(work.files, count, chunks[0]["rejected"][0])

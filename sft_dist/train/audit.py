@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft_dist.config.schema import Config, DataConfig
-from sft_dist.data.audit.audit import audit, enforce
+from sft_dist.data.audit.audit import audit, enforce, sorted_findings
 from sft_dist.data.audit.findings import Audit, RenderDiff
 from sft_dist.data.audit.render_diff import compare_prompts
 from sft_dist.data.audit.report_html import render
 from sft_dist.data.audit.report_terminal import show
 from sft_dist.data.audit.settings import AuditSettings, PackUse
-from sft_dist.data.audit.stored import StoredSource, audit_stores, audited_rows
+from sft_dist.data.audit.stored import StoredSource, audit_stores, audited_rows, rejected_rows
 from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.messages import Conversation
 from sft_dist.data.mixing import Side
@@ -41,14 +42,14 @@ def audit_data(config: Config, *, html: Path | None, json: Path | None) -> None:
     Raises:
         DataError: the data cannot be read, or more is wrong with it than ``data.audit`` allows.
     """
-    data, load = config.data, renderer_of(config.model, config.data)
+    load, seed = renderer_of(config.model, config.data), config.train.seed
+    # Bad rows are a finding among others; whether a run takes them is asked at the end.
+    data = config.data.model_copy(update={"on_bad_row": "skip"})
     cache = Cache(cache_folder(data, config.output_dir), load(), load, data.num_workers)
     with showing() as display:
-        sides = {
-            side: tokenise_sources(data, cache, side=side, seed=config.train.seed, display=display) for side in SIDES
-        }
+        sides = {side: tokenise_sources(data, cache, side=side, seed=seed, display=display) for side in SIDES}
         try:
-            packs = packs_of(prepare_sets(data, cache, seed=config.train.seed, display=display), data)
+            packs = packs_of(prepare_sets(data, cache, seed=seed), data)
         except DataError:
             packs = {}  # over-long rows or the like, of which the audit tells more
     train, held_out = ([_stored(each, data, side, config.train.seed) for each in sides[side] or ()] for side in SIDES)
@@ -63,12 +64,15 @@ def audit_data(config: Config, *, html: Path | None, json: Path | None) -> None:
             render_diffs=list(_compared(data, cache.renderer)),
             on_row=on_row,
         )
+    rejected = [*rejected_rows(train, "train", settings), *rejected_rows(held_out, "eval", settings)]
+    found = replace(found, findings=sorted_findings([*found.findings, *rejected]))
     show(found, Console(highlight=False))
     for path, text in ((html, lambda: render(found)), (json, found.to_json)):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text(), encoding="utf-8")
     enforce(found, data.audit.max_share)
+    prepare_sets(config.data, cache, seed=seed)  # what a run would refuse
 
 
 def audit_prepared(config: Config, cache: Cache, sets: PreparedSets) -> Audit:

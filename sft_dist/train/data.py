@@ -19,8 +19,9 @@ from rich.text import Text
 
 from sft_dist.config.schema import Config, DataConfig, ModelConfig
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
-from sft_dist.data.prepare import Cache, cache_folder, counts_of, prepare_sets
+from sft_dist.data.prepare import Cache, cache_folder, counts_of, prepare_sets, rejected_of
 from sft_dist.data.prepared import ChosenRows, open_prepared
+from sft_dist.data.rejected import rejections
 from sft_dist.data.tokenising import WHOLE, Shard
 from sft_dist.model.hub import model_folder
 from sft_dist.train.summary import notices
@@ -46,11 +47,17 @@ def prepare_data(config: Config, *, shard: Shard = WHOLE) -> None:
     for name, folder in (("train", sets.train), ("eval", sets.eval)):
         if folder is not None:
             console.print(_told_of(f"data.{name}", folder, config.data))
-            for line in notices(sum(counts_of(folder).values(), Counter()), config.data.max_seq_len):
+            for line in told_of_rows(folder, config.data):
                 console.print(f"[yellow]data.{name}: {escape(line)}", soft_wrap=True)
     if sets.train is None or (sets.eval is None and (config.data.eval or config.data.eval_split)):
         console.print(f"shard {shard.number + 1} of {shard.of} is done; the others are not yet, or on another machine")
     console.print(f"{cache.folder} in {time.perf_counter() - started:.1f} s", soft_wrap=True)
+
+
+def told_of_rows(folder: Path, data: DataConfig) -> list[str]:
+    """What became of the rows of a prepared set that are not trained as they are, a line each."""
+    counts = sum(counts_of(folder).values(), Counter())
+    return [*notices(counts, data.max_seq_len), *rejections(counts["rejected_rows"], rejected_of(folder))]
 
 
 def _told_of(name: str, folder: Path, data: DataConfig) -> Table:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sft_dist.config.deepspeed import load_knobs
 from sft_dist.config.schema import Config, LoraMethod, Zero1Sharding, Zero2Sharding, Zero3Sharding
-from sft_dist.data.files import find_files
 from sft_dist.data.jinja_template import JinjaTemplate
 from sft_dist.data.named_templates import read_template
+from sft_dist.data.sources import check_source
 from sft_dist.errors import ConfigError
 from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoint, holds_a_run
 
@@ -23,7 +23,7 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
     Raises:
         ConfigError: the run directory is used or cannot be written; the model's folder, the template, the adapter
             or the checkpoint to go on from is not there; the DeepSpeed file is wrong.
-        DataError: a source is not there; the template is not Jinja.
+        DataError: a source is not there, where the hub is not asked for a dataset; the template is not Jinja.
     """
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
     find_checkpoint(resume, config.output_dir)
@@ -48,7 +48,7 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
             fix="give the folder of an adapter in PEFT's format, e.g. the final/ of an earlier run",
         )
     for source in (*config.data.train, *config.data.eval):
-        find_files(source.path)
+        check_source(source)
 
 
 def check_run_directory(folder: Path, *, may_hold_a_run: bool) -> None:

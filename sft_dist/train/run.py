@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,10 +25,11 @@ from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
 from sft_dist.data.chat_template import ChatRenderer, TemplateSample
 from sft_dist.data.loader import TrainingOrder
-from sft_dist.data.prepare import Cache, cache_folder, counts_of, prepare_sets
+from sft_dist.data.messages import Conversation
+from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, RowError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.model.untrained import untrained_tokens
@@ -47,11 +47,11 @@ from sft_dist.sharding.optim import unsupported_on
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.audit import audit_prepared
-from sft_dist.train.data import renderer_of, showing
+from sft_dist.train.data import renderer_of, showing, told_of_rows
 from sft_dist.train.loop import Training
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
-from sft_dist.train.summary import long_rows_notice, notices, summary, untrained_notice
+from sft_dist.train.summary import long_rows_notice, summary, untrained_notice
 
 # In the run directory: what was found in the data.
 AUDIT = "audit.json"
@@ -231,7 +231,6 @@ def _write_artefact(final: Path, run: Run, process: Process, inputs: Inputs, str
 
     def prove_and_publish() -> None:
         if run.checkpoint.prove_final:
-            assert inputs.sample is not None
             prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, inputs.sample)
         publish(final)
 
@@ -274,7 +273,7 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
     (Path(run.output_dir) / AUDIT).write_text(found_in_data.to_json(), encoding="utf-8")
     for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
         if folder is not None:
-            for line in notices(sum(counts_of(folder).values(), Counter()), run.data.max_seq_len):
+            for line in told_of_rows(folder, run.data):
                 Console(highlight=False).print(f"[yellow]{name}: {escape(line)}", soft_wrap=True)
     assert sets.train is not None
     _warn_of_the_data(run, renderer, open_prepared(sets.train))
@@ -309,10 +308,27 @@ def open_inputs(run: Run, renderer: ChatRenderer, found: Found, *, is_main: bool
             train_data=open_prepared(Path(found.train_data)),
             eval_data=None if found.eval_data is None else open_prepared(Path(found.eval_data)),
             renderer=renderer,
-            sample=renderer.sample(next(read_source(run.data.train[0]))) if is_main else None,
+            sample=_sample(run, renderer) if is_main else None,
         )
     except FileNotFoundError as e:
         raise ConfigError(
             f"this node does not see the data that rank 0 prepared ({e.filename})",
             fix="set data.cache_dir to a folder that all nodes share",
         ) from e
+
+
+def _sample(run: Run, renderer: ChatRenderer) -> TemplateSample | None:
+    """The first conversation that can be rendered; None if no source has conversations.
+
+    All rows of a source are of one kind. Rows that cannot be read or rendered were told when the data was prepared.
+    """
+    for source in run.data.train:
+        for row in read_source(source, on_rejected=lambda _: None):
+            if not isinstance(row, Conversation):
+                break
+            try:
+                renderer.render(row)
+                return renderer.sample(row)
+            except RowError:
+                continue
+    return None

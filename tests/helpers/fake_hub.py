@@ -1,4 +1,4 @@
-"""A hub of one model on this machine: as much of the Hugging Face hub's HTTP interface as a fetch uses."""
+"""A hub of one model or dataset on this machine: as much of the Hugging Face hub's HTTP interface as a fetch uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 STORE = "/store/"
 COMMIT = "c0ffee" + 34 * "0"
@@ -18,11 +18,12 @@ COMMIT = "c0ffee" + 34 * "0"
 
 @dataclass
 class FakeHub:
-    """Serves the files of ``folder`` as model ``name``; what was asked and sent is in the attributes.
+    """Serves the files of ``folder`` as ``name``; what was asked and sent is in the attributes.
 
     As the hub does, it has one commit, which is the branch ``main`` and the tag ``v1``, and answers ``Range``.
 
     Args:
+        kind: models or datasets.
         status: every request is answered with it, where it is not 200.
         error_code: the hub's own name of a refusal, beside the status.
         break_after: a download of a weight file stops after so many bytes in all and the connection closes.
@@ -31,6 +32,7 @@ class FakeHub:
 
     folder: Path
     name: str = "org/tiny"
+    kind: str = "models"
     status: int = 200
     error_code: str | None = None
     break_after: int | None = None
@@ -55,6 +57,10 @@ class FakeHub:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}"
 
+    @property
+    def api(self) -> str:
+        return f"/api/{self.kind}/{self.name}"
+
     def files(self) -> dict[str, Path]:
         return {str(p.relative_to(self.folder)): p for p in sorted(self.folder.rglob("*")) if p.is_file()}
 
@@ -75,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         hub = self.hub
         hub.requests += 1
-        path = urlsplit(self.path).path
+        path = unquote(urlsplit(self.path).path)
         if path.startswith(STORE):
             hub.store_tokens.add(self.headers.get("Authorization"))
             name = path.removeprefix(STORE)
@@ -85,17 +91,17 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.status != 200:
             code = {"X-Error-Code": hub.error_code} if hub.error_code else {}
             return self._send(hub.status, b"{}", code, with_body=with_body)
-        if path.startswith(f"/api/models/{hub.name}/revision/") or path == f"/api/models/{hub.name}":
+        if path.startswith(f"{hub.api}/revision/") or path == hub.api:
             if path.rpartition("/")[2] not in ("main", "v1", COMMIT, hub.name.partition("/")[2]):
                 return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, with_body=with_body)
             siblings = [{"rfilename": name} for name in hub.files()]
             body = {"_id": "0", "id": hub.name, "modelId": hub.name, "sha": COMMIT, "siblings": siblings, "tags": []}
             return self._send(200, json.dumps(body).encode(), {}, with_body=with_body)
-        if path.startswith(f"/api/models/{hub.name}/tree/"):
+        if path.startswith(f"{hub.api}/tree/"):
             return self._send(
                 200, json.dumps([_entry(n, p) for n, p in hub.files().items()]).encode(), {}, with_body=with_body
             )
-        prefix = f"/{hub.name}/resolve/"
+        prefix = f"{'/datasets' if hub.kind == 'datasets' else ''}/{hub.name}/resolve/"
         if path.startswith(prefix):
             name = path.removeprefix(prefix).partition("/")[2]
             if name.endswith(".safetensors") and name in hub.files():

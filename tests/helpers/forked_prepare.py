@@ -67,7 +67,7 @@ def main(what: str, folder: Path, base: str) -> object:
         return below
     draw, codes = random.Random(5), []
     for _ in range(10):
-        codes.append(end(begin(folder, base, 0, killed_after_s=draw.uniform(0.01, 0.12))))
+        codes.append(end(begin(folder, base, 0, killed_after_s=draw.uniform(0.01, 0.1))))
     chunks = [path.read_bytes().count(b"\n") for path in (folder / "cache").rglob("chunks.jsonl")]
     return [*codes, end(begin(folder, base, 0)), *chunks]
 

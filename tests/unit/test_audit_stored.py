@@ -132,9 +132,10 @@ def test_the_command_writes_its_report_and_fails_over_a_limit(
     assert not audit.is_cheap
     assert "leak_exact" in html.read_text()
     accepted = "data.audit={max_share: {leak_exact: null}}"
-    with pytest.raises(SystemExit) as ended:
-        main(["data", "audit", config, accepted])
-    assert ended.value.code == 0
+    for more, code in (("data.over_length=error", 4), ("data.over_length=drop", 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "audit", config, accepted, more])
+        assert ended.value.code == code, "what training would refuse is refused here too"
 
 
 def test_held_out_rows_of_the_training_sources_are_audited_as_such(
@@ -148,3 +149,22 @@ def test_held_out_rows_of_the_training_sources_are_audited_as_such(
     audit = Audit.read(tmp_path / "a.json")
     assert sum(figures.rows for figures in audit.figures) == 100
     assert min(figures.rows for figures in audit.figures) >= 8
+
+
+def test_bad_rows_are_a_finding_and_what_training_refuses_fails_at_the_end(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write(tmp_path / "train.jsonl", [(f"question {i}", f"answer {i}") for i in range(20)])
+    with Path(train["path"]).open("a") as file:
+        file.write('{"prompt": "no answer"}\nnot JSON\n')
+    config = config_file(tmp_path, tiny_base, train=[train])
+    for override, code in (("data.on_bad_row=skip", 0), ("data.on_bad_row=error", 4)):
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "audit", config, override, "--json", str(tmp_path / "a.json")])
+        assert ended.value.code == code
+        (found,) = (f for f in Audit.read(tmp_path / "a.json").findings if f.check == "rejected_row")
+        assert (found.count, found.total) == (2, 22)
+        assert f"{train['path']}:21" in found.examples[0].text
+    assert f"error: {train['path']}:21: " in (said := capsys.readouterr().err)
+    assert "(and 1 more row that cannot be read or trained on)" in said
+    assert len(list((tmp_path / "data_cache" / "tokens").glob("*/meta.json"))) == 1, "one store for both"

@@ -268,12 +268,12 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
         (
             "data.train=[]",
             "data.train is []",
-            "set data.train to a list (not empty) of sections with the keys path (and optionally format, columns, templates, name, weight, share)",
+            "set data.train to a list (not empty) of sections with the keys path (and optionally format, split, subset, revision, columns, templates, name, weight, share)",
         ),
         (
             "data.train=[x]",
             'data.train.0 is "x"',
-            "make data.train.0 a section with the keys path (and optionally format, columns, templates, name, weight, share)",
+            "make data.train.0 a section with the keys path (and optionally format, split, subset, revision, columns, templates, name, weight, share)",
         ),
         (
             "method={type: lora, target_modules: 3}",

@@ -115,7 +115,7 @@ ASK: tuple[str, object] = ("human", "Hi")
 @pytest.mark.parametrize(
     ("row", "what", "fix"),
     [
-        ({"text": "x", "id": 1}, "keys: text, id", "alpaca, sharegpt, messages, prompt_completion, input_output"),
+        ({"sentence": "x", "id": 1}, "keys: sentence, id", "prompt_completion, input_output, segments, text, tokens"),
         ({"conversations": []}, "conversations (empty)", "rename the keys"),
         ({"instruction": "Hi", "output": 3}, "output is a number, not a string", "write output as a string"),
         ({"instruction": "Hi", "output": " \n"}, "turn 2 of 2: the assistant's answer is empty", "remove the row"),
@@ -158,3 +158,62 @@ def test_a_given_layout_is_held_to() -> None:
         parse({"prompt": "a", "completion": "b"}, ORIGIN, "alpaca")
     with pytest.raises(DataError, match="neither messages nor conversations"):
         parse({"prompt": "a", "completion": "b"}, ORIGIN, "sharegpt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_trained"),
+    [
+        ({}, True),
+        ({"weight": None, "train": None}, True),
+        ({"weight": 0}, False),
+        ({"weight": 1.0, "train": True}, True),
+        ({"train": False}, False),
+        ({"weight": 0, "train": False}, False),
+    ],
+)
+def test_a_turn_may_be_context_only(flags: dict[str, Any], is_trained: bool) -> None:
+    end = [("human", "c"), ("gpt", "d")]
+    sharegpt = turns(ASK, ("gpt", "b"), *end)
+    sharegpt["conversations"][1] |= flags
+    messages = {"messages": [{"role": "assistant" if t["from"] == "gpt" else "user", "content": t["value"]} | {
+        key: value for key, value in t.items() if key in flags} for t in sharegpt["conversations"]]}  # fmt: skip
+    for row in (sharegpt, messages):
+        assert [message.trained for message in read(row).messages if message.role == "assistant"] == [is_trained, True]
+
+
+@pytest.mark.parametrize(
+    ("index", "flags", "what"),
+    [
+        (1, {"weight": 0, "train": True}, "conversations[1] has weight 0 and train True"),
+        (1, {"train": "yes"}, "conversations[1].train is a string, not a boolean"),
+        (1, {"weight": [1]}, "conversations[1].weight is a list"),
+        (0, {"train": True}, "conversations[0].train is true in a turn of role user; only the assistant's"),
+        (2, {"train": False}, "conversations[2] and the entry before it are one turn of the assistant"),
+    ],
+)
+def test_flags_that_cannot_be(index: int, flags: dict[str, Any], what: str) -> None:
+    row = turns(ASK, ("gpt", "b"), ("function_call", '{"name": "f"}'))
+    row["conversations"][index] |= flags
+    with pytest.raises(DataError) as raised:
+        read(row)
+    assert what in raised.value.what
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        ("human user", "user"),
+        ("gpt assistant model chatgpt bard bing", "assistant"),
+        ("observation tool function function_response tool_response", "tool"),
+        ("function_call tool_call", "assistant"),
+        ("system", "system"),
+    ],
+)
+def test_every_usual_name_of_a_sharegpt_role(names: str, role: str) -> None:
+    for name in names.split():
+        call = '{"name": "f", "arguments": {}}'
+        before = [ASK, ("function_call", call)] if role == "tool" else [] if role in ("user", "system") else [ASK]
+        value = call if name.endswith("_call") else "x"
+        found = read(turns(*before, (name, value), ("human", "y"), ("gpt", "z"))) if not name.endswith("_call") else read(
+            turns(*before, (name, value)))  # fmt: skip
+        assert found.messages[len(before)].role == role

@@ -200,12 +200,12 @@ def forked(what: str, folder: Path, base: Path) -> list[int]:
 
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, tiny_base: Path, small_chunks: None) -> None:
     """Ten times ``kill -9``; then it ends, with the bytes of an undisturbed one."""
-    write_rows(tmp_path / "rows.jsonl", 8000)
+    write_rows(tmp_path / "rows.jsonl", 20_000)
     prepare_sets(settings(tmp_path), cache(tmp_path, tiny_base, "undisturbed"))
     *killed, ended, written = forked("kill", tmp_path, tiny_base)
     assert killed == [-signal.SIGPROF] * 10
     assert ended == 0
-    assert 0 < written < 1000, "some was done when they were killed, and not all"
+    assert 0 < written < 2500, "some was done when they were killed, and not all"
     assert content(tmp_path / "cache") == content(tmp_path / "undisturbed")
 
 

@@ -62,7 +62,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path: Path) -> None:
         (b"\n \n", "holds no row", "put rows into the file"),
         (b"[]", "holds no row", "put rows into the file"),
         (lines(ROW) + b'\n{"instruction": "a" "output"}', ":2: malformed JSON at line 2 column 21", "on each line"),
-        (b'[\n{"a": 1},\n{"a" 2}]', ": malformed JSON at line 3 column 6", "one JSON array"),
+        (b'[\n{"instruction": "a", "output": "b"},\n{"a" 2}]', ": malformed JSON at line 3 column 6", "one JSON array"),
         (json.dumps(ROW, indent=1).encode(), ":1: malformed JSON at line 1 column 2", "one whole JSON object"),
         (lines(ROW, [1]), ":2: the row is a list, not an object", "as a JSON object"),
         (b"[null]", " row 1: the row is null, not an object", "as a JSON object"),

@@ -46,6 +46,10 @@ CHECKS: dict[str, Check] = {
         "begin with two BOS tokens",
         "remove the BOS from the text: template or tokenizer writes it already",
     ),
+    "rejected_row": Check(
+        "cannot be read or trained on",
+        "correct them; data.on_bad_row: skip trains without them",
+    ),
     "over_length": Check(
         "are longer than data.max_seq_len",
         "raise data.max_seq_len, split the rows, or accept what data.over_length does with them",

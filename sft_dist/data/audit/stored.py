@@ -96,6 +96,19 @@ def _tokens(store: TokenStore, start: int, length: int) -> tuple[NDArray[np.int3
     return store.input_ids[start : start + length], store.supervised[start : start + length]
 
 
+def rejected_rows(sources: Sequence[StoredSource], set: str, settings: AuditSettings) -> Iterator[Finding]:
+    """Rows that are in no store."""
+    for source in sources:
+        meta = source.store.meta
+        count = meta["counts"].get("rejected_rows", 0)
+        if count:
+            yield finding(
+                "rejected_row", set=set, source=source.named.name, count=count, total=count + len(source.store.rows),
+                limits=settings.config.max_share,
+                examples=[Example("", message) for message in meta["rejected"][:MAX_EXAMPLES]],
+            )  # fmt: skip
+
+
 def audit_stores(
     train: Sequence[StoredSource],
     eval: Sequence[StoredSource],
@@ -116,6 +129,7 @@ def audit_stores(
         if sources:
             columns = [_Columns(source, settings, decode) for source in sources]
             findings += [found for each in columns for found in each.findings(name)]
+            findings += rejected_rows(sources, name, settings)
             figures.append(_figures(name, columns, settings, packs.get(name)))
             if name == EVAL:
                 trained = np.concatenate([source.store.rows["prompt"][source.numbers] for source in train])
