@@ -50,7 +50,7 @@ class AuditLimits(Section):
         None, description="Rows whose text holds special tokens of this model, which it reads as the template's own."
     )
     untrained_token: MaxShare = Field(
-        None, description="Rows that train the model to produce a token whose embedding was never trained."
+        0.0, description="Rows that train the model to produce a token whose embedding was never trained."
     )
     placeholder: MaxShare = Field(None, description="Rows with a placeholder that was not filled in.")
     markup_remains: MaxShare = Field(None, description="Rows with remains of HTML.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from sft_dist.data.prepare import Cache, PreparedSets, Tokenised, cache_folder, 
 from sft_dist.data.prepared import open_prepared
 from sft_dist.data.selection import rows_of_side
 from sft_dist.data.sources import read_source
-from sft_dist.errors import DataError
+from sft_dist.errors import DataError, RowError
 from sft_dist.train.data import renderer_of, showing
 
 # Of each training source, for the comparison of prompts in training and at inference.
@@ -75,8 +75,11 @@ def audit_data(config: Config, *, html: Path | None, json: Path | None) -> None:
     prepare_sets(config.data, cache, seed=seed)  # what a run would refuse
 
 
-def audit_prepared(config: Config, cache: Cache, sets: PreparedSets) -> Audit:
+def audit_prepared(config: Config, cache: Cache, sets: PreparedSets, *, untrained: Sequence[str] = ()) -> Audit:
     """What a training run is told about its data: the checks that need no text.
+
+    Args:
+        untrained: special tokens that the base never learned and the run does not train.
 
     Raises:
         DataError: more is wrong than ``data.audit`` allows.
@@ -89,7 +92,7 @@ def audit_prepared(config: Config, cache: Cache, sets: PreparedSets) -> Audit:
     found = audit_stores(
         train,
         held_out,
-        settings=settings_of(data, cache.renderer),
+        settings=settings_of(data, cache.renderer, untrained),
         packs=packs_of(sets, data),
         decode=cache.renderer.tokenizer.decode,
     )
@@ -100,7 +103,7 @@ def audit_prepared(config: Config, cache: Cache, sets: PreparedSets) -> Audit:
 SIDES: tuple[Side, Side] = ("train", "eval")
 
 
-def settings_of(data: DataConfig, renderer: ChatRenderer) -> AuditSettings:
+def settings_of(data: DataConfig, renderer: ChatRenderer, untrained: Sequence[str] = ()) -> AuditSettings:
     """What the audit has to know of a run's tokenizer and template."""
     tokenizer = renderer.tokenizer
     names = [str(name) for name in tokenizer.convert_ids_to_tokens(renderer.special_ids)]
@@ -112,6 +115,7 @@ def settings_of(data: DataConfig, renderer: ChatRenderer) -> AuditSettings:
         special_tokens=dict(zip(names, renderer.special_ids, strict=True)),
         bos_token=tokenizer.bos_token,
         end_tokens=sorted(ends),
+        untrained_tokens=untrained,
     )
 
 
@@ -133,9 +137,11 @@ def _stored(tokenised: Tokenised, data: DataConfig, side: Side, seed: int) -> St
 
 def _compared(data: DataConfig, renderer: ChatRenderer) -> Iterator[RenderDiff]:
     for source in data.train:
-        for row in islice(read_source(source), COMPARED_ROWS):
-            if isinstance(row, Conversation):
-                yield from compare_prompts(renderer, row)
+        for row in islice(read_source(source, on_rejected=lambda _: None), COMPARED_ROWS):
+            # A row that the template refuses is told as rejected.
+            with suppress(RowError):
+                if isinstance(row, Conversation):
+                    yield from compare_prompts(renderer, row)
 
 
 @contextmanager

@@ -269,14 +269,14 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
     cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
     with showing() as display:
         sets = prepare_sets(run.data, cache, seed=run.seed, display=display)
-    found_in_data = audit_prepared(config, cache, sets)
+    assert sets.train is not None
+    untrained = _warn_of_the_data(run, renderer, open_prepared(sets.train))
+    found_in_data = audit_prepared(config, cache, sets, untrained=untrained)
     (Path(run.output_dir) / AUDIT).write_text(found_in_data.to_json(), encoding="utf-8")
     for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
         if folder is not None:
             for line in told_of_rows(folder, run.data):
                 Console(highlight=False).print(f"[yellow]{name}: {escape(line)}", soft_wrap=True)
-    assert sets.train is not None
-    _warn_of_the_data(run, renderer, open_prepared(sets.train))
     found = Found(
         checkpoint=None if checkpoint is None else str(checkpoint),
         train_data=str(sets.train),
@@ -285,16 +285,18 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
     return json.dumps(asdict(found))
 
 
-def _warn_of_the_data(run: Run, renderer: ChatRenderer, data: PreparedData) -> None:
-    """Tokens that the model never learned, and rows longer than it was made for."""
+def _warn_of_the_data(run: Run, renderer: ChatRenderer, data: PreparedData) -> list[str]:
+    """Tells of tokens that the model never learned, which are returned, and of rows longer than it was made for."""
     special = renderer.special_ids
     untrained = untrained_tokens(run.model, data.occurring(special), special)
     lines = [renderer.notice, long_rows_notice(data.lengths, run.model)]
-    if untrained:
-        lines.append(untrained_notice(renderer.tokenizer.convert_ids_to_tokens(untrained), run.model))
+    names = [str(name) for name in renderer.tokenizer.convert_ids_to_tokens(untrained)]
+    if names:
+        lines.append(untrained_notice(names, run.model))
     for line in lines:
         if line is not None:
             Console(highlight=False).print(f"[yellow]model: {escape(line)}", soft_wrap=True)
+    return names
 
 
 def open_inputs(run: Run, renderer: ChatRenderer, found: Found, *, is_main: bool) -> Inputs:

@@ -45,12 +45,14 @@ def stored(folder: Path, base: Path, data: DataConfig, template: str | None = No
     return cache.renderer, side("train"), side("eval")
 
 
-def audited(folder: Path, base: Path, template: str | None = None, **data: Any) -> Audit:
+def audited(
+    folder: Path, base: Path, template: str | None = None, untrained: tuple[str, ...] = (), **data: Any
+) -> Audit:
     config = DataConfig.model_validate(data)
     renderer, train, held_out = stored(folder, base, config, template)
     renderer.tokenizer.bos_token = "<|endoftext|>"
     return audit_stores(
-        train, held_out, settings=settings_of(config, renderer), packs={}, decode=renderer.tokenizer.decode
+        train, held_out, settings=settings_of(config, renderer, untrained), packs={}, decode=renderer.tokenizer.decode
     )
 
 
@@ -82,6 +84,19 @@ def test_tokens_that_no_row_should_begin_or_end_with(tmp_path: Path, tiny_base: 
     tokens.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     clean = audited(tmp_path, tiny_base, train=[{"path": str(tokens)}])
     assert clean.findings == ()
+
+
+def test_a_token_that_was_never_trained_is_found_where_it_is_produced(tmp_path: Path, tiny_base: Path) -> None:
+    """<|im_start|> opens every turn and is produced by none; <|im_end|> ends every answer."""
+    rows = [{"segments": [{"text": "a", "train": True}]}, {"segments": [{"text": "b<|im_end|>", "train": True}]}]
+    literal = tmp_path / "literal.jsonl"
+    literal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = [write(tmp_path / "train.jsonl", [("a", "b"), ("c", "d")]), {"path": str(literal), "name": "literal"}]
+    found = audited(tmp_path, tiny_base, untrained=("<|im_start|>",), train=train, on_bad_row="skip")
+    assert "untrained_token" not in {finding.check for finding in found.findings}
+    found = audited(tmp_path, tiny_base, untrained=("<|im_end|>",), train=train, on_bad_row="skip")
+    told = [(f.source, f.count, f.severity) for f in found.findings if f.check == "untrained_token"]
+    assert told == [("train", 2, "error"), ("literal", 1, "error")]
 
 
 def test_rows_are_read_again_with_their_tokens(tmp_path: Path, tiny_base: Path) -> None:

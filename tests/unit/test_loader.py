@@ -8,6 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sft_dist.data.batch import BatchPlan, MicroBatch
 from sft_dist.data.loader import TrainingOrder, collate, empty_micro_batch, micro_batches
@@ -210,3 +212,45 @@ def test_rows_without_any_label_make_an_ordinary_batch() -> None:
 def test_a_batch_on_its_own_device_is_not_copied() -> None:
     batch = collate(synthetic_data(), [0])
     assert batch.to(torch.device("cpu")) is batch
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 60),
+    global_batch=st.integers(1, 17),
+    micro_batch=st.integers(1, 5),
+    epochs=st.integers(1, 3),
+    parts=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=4),
+    seed=st.integers(0, 3),
+)
+def test_however_a_run_is_stopped_and_on_whatever_world_it_goes_on_its_order_stays(
+    rows: int, global_batch: int, micro_batch: int, epochs: int, parts: list[tuple[int, int]], seed: int
+) -> None:
+    """Each step trains the same sequences; each rank's passes together hold each of them once, and every rank runs as
+    many; each epoch has every sequence once."""
+    data = hand_made([([n % 7 + 3, n, 1], [0, 1, 1]) for n in range(rows)])
+
+    def steps_of(world_size: int, first: int, stop: int) -> list[list[int]]:
+        chosen = BatchPlan(global_batch, min(micro_batch, global_batch), world_size, max_seq_len=48)
+        order = TrainingOrder(data, chosen, seed)  # anew, as a resumed run builds it
+        taken = []
+        for number in range(first, stop):
+            step = order.step(number)
+            passes = [list(micro_batches(data, chosen, step.sequences, rank)) for rank in range(world_size)]
+            assert len({len(each) for each in passes}) == 1
+            seen = [row for each in passes for batch, _ in each if batch.num_supervised for row in segments(batch)]
+            assert sorted(row[1] for row in seen) == sorted(step.sequences.tolist())
+            assert sum(batch.num_supervised for each in passes for batch, _ in each) == step.supervised_tokens
+            taken.append(step.sequences.tolist())
+        return taken
+
+    per_epoch = -(-rows // global_batch)
+    total = epochs * per_epoch
+    uninterrupted = steps_of(1, 0, total)
+    resumed: list[list[int]] = []
+    for world_size, steps in [*parts, (3, total)]:
+        resumed += steps_of(world_size, len(resumed), min(total, len(resumed) + steps))
+    assert resumed == uninterrupted
+    for epoch in range(epochs):
+        in_epoch = [n for step in uninterrupted[epoch * per_epoch : (epoch + 1) * per_epoch] for n in step]
+        assert sorted(in_epoch) == list(range(rows))

@@ -26,6 +26,9 @@ from sft_dist.data.selection import NamedStore
 from sft_dist.data.sources import RowParser, read_raw
 from sft_dist.data.token_store import RowRecords, TokenStore
 
+# Tokens.
+SEARCHED_AT_ONCE = 1 << 24
+
 # Of a row that is shown.
 SHOWN_TOKENS = 60
 
@@ -166,10 +169,24 @@ class _Columns:
             second = np.minimum(self.starts + 1, max(len(ids) - 1, 0))
             is_doubled = (ids[self.starts] == settings.bos_id) & (ids[second] == settings.bos_id) & long_enough
             yield from self._found("double_bos", set, is_doubled)
+        if settings.untrained:
+            yield from self._found("untrained_token", set, self._train_any_of(list(settings.untrained)))
         yield from self._found("over_length", set, self.lengths > settings.max_seq_len)
         is_later = np.ones(len(rows), bool)
         is_later[np.unique(rows["content"], return_index=True)[1]] = False
         yield from self._found("exact_duplicate", set, is_later)
+
+    def _train_any_of(self, ids: list[int]) -> NDArray[np.bool_]:
+        """[rows] whether a token of a row with one of ``ids`` is trained."""
+        store, does = self.source.store, np.zeros(len(self.rows), bool)
+        ends = self.starts + self.lengths
+        for first in range(0, len(store.input_ids), SEARCHED_AT_ONCE):
+            part = slice(first, first + SEARCHED_AT_ONCE)
+            found = np.flatnonzero(np.isin(store.input_ids[part], ids) & (store.supervised[part] == 1)) + first
+            rows = np.searchsorted(self.starts, found, side="right") - 1
+            is_inside = (rows >= 0) & (found < ends[rows]) & (found > self.starts[rows])  # a row's first is not trained
+            does[rows[is_inside]] = True
+        return does
 
     def leaks(self, trained: NDArray[np.uint64]) -> Iterator[Finding]:
         """Held-out rows whose prompt is among those trained."""
