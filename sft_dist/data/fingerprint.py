@@ -1,4 +1,8 @@
-"""What a file holds, as a short digest; a file that did not change is not read again for it."""
+"""What a file holds, as a short digest; a file that did not change is not read again for it.
+
+What lies behind a URL is remembered too, so that a run on a machine without network finds what was prepared on another
+one: with ``HF_HUB_OFFLINE`` set, what was found last counts where a URL does not answer. Without, that is an error.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from pathlib import Path
 
 import xxhash
 
-from sft_dist.data.files import file_state, open_raw
+from sft_dist.config.schema import SourceConfig
+from sft_dist.data.files import file_state, is_url, open_raw
+from sft_dist.data.sources import source_files
+from sft_dist.errors import DataError
 
 READ_AT_ONCE = 1 << 22
 
@@ -27,13 +34,34 @@ class Fingerprints:
         if path.exists():
             self._known = json.loads(path.read_text(encoding="utf-8"))
 
+    def files_of(self, source: SourceConfig) -> list[str]:
+        """The files of a source. Raises ``ConfigError`` and ``DataError`` as ``source_files``."""
+        if not is_url(source.path):
+            return source_files(source)
+        key = f"files of {source.path}"
+        try:
+            files = source_files(source)
+        except DataError:
+            if is_offline() and key in self._known:
+                return list(self._known[key])
+            raise
+        if self._known.get(key) != files:
+            self._known[key] = files
+            self._save()
+        return files
+
     def of(self, files: Sequence[str]) -> list[str]:
         """XXH3-128 of the content of each file. Raises ``DataError``."""
         digests, is_new = [], False
         for name in files:
-            key = name if "://" in name else os.path.abspath(name)
-            state = file_state(name)
+            key = name if is_url(name) else os.path.abspath(name)
             known = self._known.get(key)
+            try:
+                state = file_state(name)
+            except DataError:
+                if not (is_offline() and known):
+                    raise
+                state = known[0]
             if state is None or known is None or known[0] != state:
                 known = self._known[key] = [state or "", _digest(name)]
                 is_new = True
@@ -48,6 +76,13 @@ class Fingerprints:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(self._known, file, indent=0, sort_keys=True)
         os.replace(temporary, self._path)
+
+
+def is_offline() -> bool:
+    """Whether ``HF_HUB_OFFLINE`` is set, as the hub's own library reads it."""
+    from huggingface_hub import is_offline_mode
+
+    return bool(is_offline_mode())
 
 
 def _digest(name: str) -> str:

@@ -28,7 +28,6 @@ from sft_dist.data.mixing import Side
 from sft_dist.data.prepared import META
 from sft_dist.data.rejected import refuse_rejected
 from sft_dist.data.selection import NamedStore, select
-from sft_dist.data.sources import parser_of, source_files
 from sft_dist.data.supervision import Supervision
 from sft_dist.data.token_store import TokenStore, is_complete
 from sft_dist.data.tokenising import WHOLE, RowSettings, Shard, Work, alone, tokenise
@@ -230,7 +229,8 @@ def source_names(sources: Sequence[SourceConfig]) -> list[str]:
 
 
 def _work(source: SourceConfig, data: DataConfig, cache: Cache, seed: int) -> Work:
-    files = source_files(source)
+    fingerprints = Fingerprints(cache.folder / "files.json")
+    files = fingerprints.files_of(source)
     rows = RowSettings(
         supervision=Supervision(data.train_on, data.train_reasoning, data.train_tool_calls),
         split_at=data.max_seq_len if data.over_length == "split" else None,
@@ -238,10 +238,9 @@ def _work(source: SourceConfig, data: DataConfig, cache: Cache, seed: int) -> Wo
         seed=seed if source.templates else 0,
         skips_bad_rows=data.on_bad_row == "skip",
     )
-    content = Fingerprints(cache.folder / "files.json").of(files)
     settings = {
         "format": FORMAT,
-        "files": content,
+        "files": fingerprints.of(files),
         "endings": [ending(name) for name in files],  # which say what tables and plain texts are
         "layout": source.format,
         "columns": source.columns,
@@ -250,8 +249,8 @@ def _work(source: SourceConfig, data: DataConfig, cache: Cache, seed: int) -> Wo
         "rows": {name: value for name, value in asdict(rows).items() if name != "skips_bad_rows"},
     }
     return Work(
+        source=source,
         files=files,
-        parser=parser_of(source, files, skips_bad_rows=rows.skips_bad_rows),
         settings=rows,
         load=cache.load,
         folder=cache.folder / "tokens" / _digest(settings),

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,11 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
+from sft_dist.config.schema import SourceConfig
 from sft_dist.data.literal_rows import prompt_of, tokenize_literal
 from sft_dist.data.messages import Conversation, Origin, Row
 from sft_dist.data.rejected import none_left
-from sft_dist.data.sources import Raw, RowParser, read_raw
+from sft_dist.data.sources import Raw, RowParser, parser_of, read_raw
 from sft_dist.data.splitting import Part, split_conversation, split_tokens
 from sft_dist.data.supervision import DEFAULT, Supervision, vary_prompt
 from sft_dist.data.token_store import (
@@ -107,12 +109,17 @@ class Work:
         about: entries of the store's ``meta.json`` that describe it.
     """
 
+    source: SourceConfig
     files: Sequence[str]
-    parser: RowParser
     settings: RowSettings
     load: Callable[[], ChatRenderer]
     folder: Path
     about: Mapping[str, Any]
+
+    @cached_property
+    def parser(self) -> RowParser:
+        """Of the rows; reads the first of them."""
+        return parser_of(self.source, self.files, skips_bad_rows=self.settings.skips_bad_rows)
 
 
 @dataclass(frozen=True)

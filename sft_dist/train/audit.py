@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft_dist.config.schema import Config, DataConfig
 from sft_dist.data.audit.audit import audit, enforce, sorted_findings
-from sft_dist.data.audit.findings import Audit, RenderDiff
+from sft_dist.data.audit.findings import VERSION, Audit, RenderDiff
 from sft_dist.data.audit.render_diff import compare_prompts
 from sft_dist.data.audit.report_html import render
 from sft_dist.data.audit.report_terminal import show
@@ -85,6 +87,13 @@ def audit_prepared(config: Config, cache: Cache, sets: PreparedSets, *, untraine
         DataError: more is wrong than ``data.audit`` allows.
     """
     data, seed = config.data, config.train.seed
+    settings = settings_of(data, cache.renderer, untrained)
+    asked = repr((sets, settings, VERSION))
+    kept = cache.folder / "audits" / f"{xxhash.xxh3_128_hexdigest(asked.encode())}.json"
+    if kept.exists():
+        found = Audit.read(kept)
+        enforce(found, data.audit.max_share)
+        return found
     train, held_out = (
         [_stored(each, data, side, seed) for each in tokenise_sources(data, cache, side=side, seed=seed) or ()]
         for side in SIDES
@@ -92,10 +101,14 @@ def audit_prepared(config: Config, cache: Cache, sets: PreparedSets, *, untraine
     found = audit_stores(
         train,
         held_out,
-        settings=settings_of(data, cache.renderer, untrained),
+        settings=settings,
         packs=packs_of(sets, data),
         decode=cache.renderer.tokenizer.decode,
     )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
+    unfinished.write_text(found.to_json(), encoding="utf-8")
+    unfinished.replace(kept)
     enforce(found, data.audit.max_share)
     return found
 
@@ -130,9 +143,8 @@ def packs_of(sets: PreparedSets, data: DataConfig) -> dict[str, PackUse]:
 
 
 def _stored(tokenised: Tokenised, data: DataConfig, side: Side, seed: int) -> StoredSource:
-    named, work = tokenised.named, tokenised.work
-    is_in_set = rows_of_side(tokenised.index, named.store, data, side=side, seed=seed)
-    return StoredSource(named, work.files, work.parser, is_in_set)
+    is_in_set = rows_of_side(tokenised.index, tokenised.named.store, data, side=side, seed=seed)
+    return StoredSource(tokenised.named, tokenised.work, is_in_set)
 
 
 def _compared(data: DataConfig, renderer: ChatRenderer) -> Iterator[RenderDiff]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,14 +22,16 @@ from sft_dist.checkpoint.fresh_process import digest
 from sft_dist.checkpoint.identity import identity_of
 from sft_dist.checkpoint.store import sweep
 from sft_dist.config.load import dump_config
-from sft_dist.config.schema import Config
+from sft_dist.config.schema import Config, SourceConfig
 from sft_dist.data.chat_template import ChatRenderer, TemplateSample
+from sft_dist.data.files import is_url
+from sft_dist.data.fingerprint import is_offline
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.messages import Conversation
 from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
-from sft_dist.errors import ConfigError, RowError
+from sft_dist.errors import ConfigError, DataError, RowError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.model.untrained import untrained_tokens
@@ -325,12 +327,24 @@ def _sample(run: Run, renderer: ChatRenderer) -> TemplateSample | None:
     All rows of a source are of one kind. Rows that cannot be read or rendered were told when the data was prepared.
     """
     for source in run.data.train:
-        for row in read_source(source, on_rejected=lambda _: None):
-            if not isinstance(row, Conversation):
-                break
-            try:
-                renderer.render(row)
-                return renderer.sample(row)
-            except RowError:
-                continue
+        try:
+            row = _first_conversation(source, renderer)
+        except DataError as error:
+            if not (is_url(source.path) and is_offline()):
+                raise
+            line = f"{error.what}: the template in final/ will not be compared with its rows"
+            Console(highlight=False).print(f"[yellow]{escape(line)}", soft_wrap=True)
+            continue
+        if row is not None:
+            return renderer.sample(row)
+    return None
+
+
+def _first_conversation(source: SourceConfig, renderer: ChatRenderer) -> Conversation | None:
+    for row in read_source(source, on_rejected=lambda _: None):
+        if not isinstance(row, Conversation):
+            return None
+        with suppress(RowError):
+            renderer.render(row)
+            return row
     return None

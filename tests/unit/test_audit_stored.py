@@ -40,7 +40,7 @@ def stored(folder: Path, base: Path, data: DataConfig, template: str | None = No
     def side(name: Any) -> list[StoredSource]:
         tokenised = tokenise_sources(data, cache, side=name)
         assert tokenised is not None
-        return [StoredSource(each.named, each.work.files, each.work.parser, None) for each in tokenised]
+        return [StoredSource(each.named, each.work, None) for each in tokenised]
 
     return cache.renderer, side("train"), side("eval")
 
@@ -113,7 +113,7 @@ def test_rows_are_read_again_with_their_tokens(tmp_path: Path, tiny_base: Path) 
         assert each.tokens is not None
         assert each.tokens.input_ids == expected.input_ids, "of all parts of a row that was split"
         assert each.tokens.supervised == expected.supervised
-    half = StoredSource(source.named, source.files, source.parser, source.store.rows["number"] % 2 == 0)
+    half = StoredSource(source.named, source.work, source.store.rows["number"] % 2 == 0)
     assert [each.row.origin.row for each in audited_rows(half)] == [2, 4, 6]
 
 

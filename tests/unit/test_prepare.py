@@ -8,9 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +247,28 @@ def test_ten_million_rows_are_opened_at_once(tmp_path: Path, tiny_base: Path) ->
     assert time.perf_counter() - started < 1
     assert len(ids) == rows[1]["length"]
     assert prepared.num_sequences == many - 1
+
+
+def test_what_was_prepared_from_a_url_is_found_offline(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a compute node: nothing is asked, neither for the files nor for their first row."""
+    write_rows(tmp_path / "rows.jsonl", 5)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/rows.jsonl"
+    data, made = settings(tmp_path, train=[{"path": url}]), cache(tmp_path, tiny_base)
+    try:
+        online = prepare_sets(data, made)
+    finally:
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read"):
+        prepare_sets(data, made)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert prepare_sets(data, made) == online
+    with pytest.raises(DataError, match=r"rows\.jsonl\?other cannot be read"):
+        prepare_sets(settings(tmp_path, train=[{"path": url + "?other"}]), made)

@@ -23,8 +23,9 @@ from sft_dist.data.audit.samples import MAX_EXAMPLES
 from sft_dist.data.audit.settings import AuditSettings, PackUse
 from sft_dist.data.chat_template import TokenizedRow
 from sft_dist.data.selection import NamedStore
-from sft_dist.data.sources import RowParser, read_raw
+from sft_dist.data.sources import read_raw
 from sft_dist.data.token_store import RowRecords, TokenStore
+from sft_dist.data.tokenising import Work
 
 # Tokens.
 SEARCHED_AT_ONCE = 1 << 24
@@ -41,13 +42,12 @@ class StoredSource:
     """One source of a set.
 
     Args:
-        files: of the source, in the store's order.
+        work: that made the store.
         is_in_set: [rows of the store] which rows the set has; None: all.
     """
 
     named: NamedStore
-    files: Sequence[str]
-    parser: RowParser
+    work: Work
     is_in_set: NDArray[np.bool_] | None
 
     @property
@@ -68,14 +68,14 @@ def audited_rows(source: StoredSource) -> Iterator[AuditedRow]:
     store = source.store
     wanted = _by_row(source)
     place, numbers = next(wanted, (None, []))
-    for file, path in enumerate(source.files):
-        for raw, origin in read_raw(path):
+    for file, path in enumerate(source.work.files):
+        for raw, origin in read_raw(path, documents=source.work.parser.documents):
             if (file, origin.row) != place:
                 continue
             ids = np.concatenate([_tokens(store, start, length)[0] for start, length in numbers])
             masks = np.concatenate([_tokens(store, start, length)[1] for start, length in numbers])
             tokens = TokenizedRow(ids.tolist(), masks.astype(bool).tolist())
-            yield AuditedRow(source.named.name, source.parser.parse(raw, origin), tokens)
+            yield AuditedRow(source.named.name, source.work.parser.parse(raw, origin), tokens)
             place, numbers = next(wanted, (None, []))
 
 
