@@ -109,7 +109,7 @@ def prepare_set(
         "stores": [work.folder.name for work in works],
         "names": names,
         "side": side,
-        **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing")},
+        **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing", "packing_window")},
         **_drawing(sources, data, side, seed),
     }
     folder = cache.folder / "sets" / _digest(settings)
