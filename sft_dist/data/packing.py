@@ -79,8 +79,8 @@ class Packs(Sequence[NDArray[np.int64]]):
         return np.add.reduceat(values[self.rows], self.bounds[:-1])
 
 
-# One pack more than the least number in so many is as good as the least.
-NEAR_LEAST = 20_000
+# Tried after best-fit decreasing, where that needs more packs than the least by more than one in so many.
+FURTHER_WAYS = ((exact_fill, 20_000), (priced_fill, 2_000))
 # Of a window, the packs with more room than this part of the capacity are packed again with the next one, up to this
 # part of its rows.
 REPACKED_ROOM, REPACKED_ROWS = 1 / 32, 1 / 4
@@ -108,15 +108,11 @@ def pack_best_fit(lengths: ArrayLike, capacity: int) -> Packs:
         raise ValueError(f"rows must have 1 to {capacity} tokens, got {sizes.min()} to {sizes.max()}")
     counts = np.bincount(sizes, minlength=capacity + 1)
     least = least_packs(counts, capacity)
-    groups: list[Group] = []
-    fewest = len(sizes) + 1
-    for way in (best_fit, exact_fill, priced_fill):
-        found = way(counts.tolist(), capacity)
-        num_packs = sum(packs for packs, _ in found)
-        if num_packs < fewest:
-            groups, fewest = found, num_packs
-        if (fewest - least) * NEAR_LEAST <= least:
+    groups = best_fit(counts.tolist(), capacity)
+    for way, near_least in FURTHER_WAYS:
+        if (_num_packs(groups) - least) * near_least <= least:
             break
+        groups = min(groups, way(counts.tolist(), capacity), key=_num_packs)
     return _deal(sizes, groups)
 
 
@@ -150,6 +146,10 @@ def pack_in_windows(lengths: ArrayLike, capacity: int, *, window: int) -> Packs:
             packs = packs.where(~again)
         parts.append(packs)
     return Packs.joined(parts)
+
+
+def _num_packs(groups: list[Group]) -> int:
+    return sum(packs for packs, _ in groups)
 
 
 def _emptiest(
