@@ -4,8 +4,8 @@
                               [--lengths 10000000] [--peer-lengths 1000000] [--rows 20000]
                               [--memory-rows 100000 1000000]
 
-Times are CPU seconds of one core, which other processes on the machine do not add to. The first run installs TRL into
-.build/peers/trl. Progress goes to stderr.
+Times are CPU seconds of one core, which other processes on the machine do not add to, but for the last part's. The
+first run installs TRL into .build/peers/trl. Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def rows_table(measured: Iterable[rows.RowRate]) -> Table:
 def memory_table(measured: Iterable[memory.Footprint]) -> Table:
     measured = list(measured)
     table = Table(
-        title="Memory and time of preparing English rows, all processes together",
+        title="Memory and time of preparing English rows, with all processes that a run would start",
         caption="PSS and anonymous memory sampled every "
         f"{memory.SAMPLE_EVERY_S} s; imports are part of it. Ratios are to the line above.",
         title_justify="left",
@@ -157,7 +157,7 @@ def memory_table(measured: Iterable[memory.Footprint]) -> Table:
         cells = []
         for value, unit in (
             ("rows", ""),
-            ("seconds", " s"),
+            ("wall_seconds", " s"),
             ("peak_pss_gib", " GiB"),
             ("peak_anonymous_gib", " GiB"),
         ):

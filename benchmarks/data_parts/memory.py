@@ -19,14 +19,14 @@ class Footprint:
     """Of all processes that prepare ``rows`` rows, imports included.
 
     Args:
-        seconds: CPU time of the main process, without eight rows prepared first.
+        wall_seconds: without eight rows prepared first.
         peak_pss_gib: most of the sum of their proportional set sizes; mapped pages of files count.
         peak_anonymous_gib: of memory that no file backs.
         peak_rss_gib: of the main process, as the kernel recorded it.
     """
 
     rows: int
-    seconds: float
+    wall_seconds: float
     peak_pss_gib: float
     peak_anonymous_gib: float
     peak_rss_gib: float
@@ -50,7 +50,7 @@ def measure(counts: Sequence[int]) -> Iterator[Footprint]:
                 pss, anonymous = max(pss, now[0]), max(anonymous, now[1])
                 time.sleep(SAMPLE_EVERY_S)
             figures = row_rates.finish(process, result)
-            yield Footprint(count, figures["seconds"], pss / 2**20, anonymous / 2**20, figures["peak_rss_gib"])
+            yield Footprint(count, figures["wall_seconds"], pss / 2**20, anonymous / 2**20, figures["peak_rss_gib"])
 
 
 def _memory_kib(pid: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ machine do not add to. Run as a module this is such a process:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -17,12 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.data_parts.peers import ROOT, install_trl
-
-if TYPE_CHECKING:
-    from sft_dist.data.chat_template import ChatRenderer
 
 CAPACITY = 4096
 WARM_UP_ROWS = 8
@@ -47,6 +45,7 @@ class RowRate:
     supervised: int = 0
     packs: int = 0
     peak_rss_gib: float = float("nan")
+    wall_seconds: float = float("nan")
     error: str = ""
 
     @property
@@ -120,9 +119,7 @@ def sft_dist(tokenizer: Path) -> Prepare:
     from sft_dist.data.prepare import Cache, prepare_set
     from sft_dist.data.prepared import open_prepared
 
-    def load() -> ChatRenderer:
-        return load_renderer(str(tokenizer), None, None)
-
+    load = functools.partial(load_renderer, str(tokenizer), None, None)  # what a worker process can be told
     renderer = load()
 
     def run(file: Path) -> dict[str, int]:
@@ -204,12 +201,17 @@ def main(side: str, core: str, tokenizer: str, warm_up: str, file: str, result: 
     makers = {"sft_dist": sft_dist, "trl": trl, "trl_unmasked": lambda t: trl(t, masked=False), "encode": encode}
     try:
         prepare = makers[side](Path(tokenizer))
-        seconds = []
+        seconds, wall_seconds = [], []
         for each in (warm_up, warm_up, file):
-            started = time.process_time()
+            started, wall_started = time.process_time(), time.perf_counter()
             made = prepare(Path(each))
             seconds.append(time.process_time() - started)
-        made = {"seconds": seconds[2] - seconds[1], "peak_rss_gib": peak_rss_gib()} | made
+            wall_seconds.append(time.perf_counter() - wall_started)
+        made = {
+            "seconds": seconds[2] - seconds[1],
+            "wall_seconds": wall_seconds[2] - wall_seconds[1],
+            "peak_rss_gib": peak_rss_gib(),
+        } | made
     except ValueError as refusal:  # TRL's way to say that it cannot find the answers
         made = {"error": str(refusal).split(" (")[0]}
     Path(result).write_text(json.dumps(made), encoding="utf-8")

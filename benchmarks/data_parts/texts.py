@@ -203,7 +203,7 @@ def _english_sentence(words: list[str], generator: random.Random) -> str:
         words[generator.randrange(len(words))] = str(generator.randrange(10_000))
     if len(words) > 8:
         words[len(words) // 2] += ","
-    return " ".join(words).capitalize() + generator.choice(".....?!:")
+    return " ".join(words).capitalize() + generator.choice("........?!")
 
 
 def _japanese_sentence(words: list[str], generator: random.Random) -> str:
