@@ -239,6 +239,14 @@ def test_a_window_hands_its_emptiest_packs_to_the_next_one() -> None:
     assert [pack.tolist() for pack in packs] == [[0, 1], [3, 4], [5, 8], [7, 9], [2, 6], [10, 11]]
 
 
+def test_a_row_that_fits_nowhere_is_put_off_once() -> None:
+    packs = pack_in_windows([40] * 80, 64, window=8)
+    made_in = [window for window in range(10) for _ in range(8 + 2 * (window == 9) - 2 * (window == 0))]
+    assert len(packs) == len(made_in) == 80
+    late = [window - int(pack[0]) // 8 for window, pack in zip(made_in, packs, strict=True)]
+    assert set(late) == {0, 1}
+
+
 @pytest.mark.parametrize("kind", ["log-normal", "bimodal"])
 def test_windows_cost_few_packs(kind: str) -> None:
     lengths = drawn(kind, 20_000, 4096)
