@@ -82,7 +82,7 @@ def measure(*, rows: int, peer_rows: int) -> Iterator[Packed]:
         yield _timed(name, "TRL bfd, all at once", some, trl_pack)
         yield _timed(
             name,
-            f"TRL bfd, {TRL_ROWS_AT_ONCE:,} rows at once (its default)",
+            f"TRL bfd, {TRL_ROWS_AT_ONCE:,} at once (default)",
             some,
             lambda some: sum(
                 trl_pack(part) for part in np.split(some, range(TRL_ROWS_AT_ONCE, len(some), TRL_ROWS_AT_ONCE))
