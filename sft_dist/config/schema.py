@@ -249,6 +249,12 @@ class DataConfig(Section):
     packing: Literal["best_fit", "none"] = Field(
         "best_fit", description="Pack rows into sequences of at most max_seq_len tokens, or train one row a sequence."
     )
+    packing_window: int | None = Field(
+        None,
+        ge=1,
+        description="Rows that are packed by themselves, so that those of a pack lie near each other in the data; "
+        "null: all at once.",
+    )
     cache_dir: str | None = Field(
         None,
         description="Folder for the prepared data, which runs share that read the same files in the same way; null: "

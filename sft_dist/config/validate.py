@@ -275,6 +275,14 @@ def _supervision(config: Config) -> Iterator[Finding]:
             yield f"{place}: {template!r} has {{prompt}} {template.count('{prompt}')} times", "write it once"
 
 
+def _packing(config: Config) -> Iterator[Finding]:
+    if config.data.packing_window is not None and config.data.packing == "none":
+        yield (
+            f"data.packing_window is {config.data.packing_window}, which has no effect with data.packing none",
+            "remove data.packing_window, or set data.packing to best_fit",
+        )
+
+
 def _evaluation(config: Config) -> Iterator[Finding]:
     if config.eval.every_steps is not None and not config.data.eval and config.data.eval_split is None:
         yield (
@@ -308,5 +316,6 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _virtual_tokens,
     _mixing,
     _supervision,
+    _packing,
     _evaluation,
 )

@@ -1,13 +1,4 @@
-"""Packs rows into sequences of at most ``capacity`` tokens, as few as two heuristics find.
-
-Both work on the histogram of the lengths: rows of one length are alike, so a decision is made once for all packs that
-will be filled alike, and ten million rows take a second.
-
-- Best-fit decreasing: the longest row that is left goes into the fullest pack that has room for it. Never more than
-  11/9 of the fewest packs and a constant (Johnson et al. 1974, "Worst-case performance bounds for simple
-  one-dimensional packing algorithms").
-- Filling one pack after the other, exactly where that is possible, in the spirit of the minimum bin slack heuristic
-  (Gupta and Ho 1999, "A new heuristic algorithm for the one-dimensional bin-packing problem").
+"""Packs rows into sequences of at most ``capacity`` tokens, as few as three heuristics find (``pack_heuristics``).
 
 A pack of 8 tokens that holds rows of 3 and 5, and what a step makes of it:
 
@@ -22,12 +13,13 @@ A pack of 8 tokens that holds rows of 3 and 5, and what a step makes of it:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from sft_dist.data.pack_heuristics import Group, best_fit, exact_fill, least_packs, priced_fill
 
 
 class Packs(Sequence[NDArray[np.int64]]):
@@ -52,6 +44,19 @@ class Packs(Sequence[NDArray[np.int64]]):
         """A sequence a row."""
         return cls(np.arange(num_rows), np.arange(num_rows + 1))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Packs]) -> Packs:
+        """The sequences of one part after those of the other, which have other rows."""
+        sizes = [np.diff(part.bounds) for part in parts]
+        bounds = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
+        return cls(np.concatenate([np.zeros(0, np.int64), *(part.rows for part in parts)]), bounds)
+
+    def where(self, chosen: NDArray[np.bool_]) -> Packs:
+        """Those of which ``chosen`` [sequences] says so."""
+        sizes = np.diff(self.bounds)
+        bounds = np.concatenate([[0], np.cumsum(sizes[chosen])])
+        return Packs(self.rows[np.repeat(chosen, sizes)], bounds)
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
@@ -74,8 +79,11 @@ class Packs(Sequence[NDArray[np.int64]]):
         return np.add.reduceat(values[self.rows], self.bounds[:-1])
 
 
-# How many packs are filled alike, and how many rows of each length each of them has.
-_Group = tuple[int, Counter[int]]
+# Tried after best-fit decreasing, where that needs more packs than the least by more than one in so many.
+FURTHER_WAYS = ((exact_fill, 20_000), (priced_fill, 2_000))
+# Of a window, the packs with more room than this part of the capacity are packed again with the next one, up to this
+# part of its rows.
+REPACKED_ROOM, REPACKED_ROWS = 1 / 32, 1 / 4
 
 
 def pack_best_fit(lengths: ArrayLike, capacity: int) -> Packs:
@@ -98,114 +106,80 @@ def pack_best_fit(lengths: ArrayLike, capacity: int) -> Packs:
         return Packs.of([])
     if sizes.min() < 1 or sizes.max() > capacity:
         raise ValueError(f"rows must have 1 to {capacity} tokens, got {sizes.min()} to {sizes.max()}")
-    counts = np.bincount(sizes, minlength=capacity + 1).tolist()
-    ways = [_best_fit(counts, capacity), _exact_fill(counts, capacity)]
-    return _deal(sizes, min(ways, key=lambda groups: sum(count for count, _ in groups)))
+    counts = np.bincount(sizes, minlength=capacity + 1)
+    least = least_packs(counts, capacity)
+    groups = best_fit(counts.tolist(), capacity)
+    for way, near_least in FURTHER_WAYS:
+        if (_num_packs(groups) - least) * near_least <= least:
+            break
+        groups = min(groups, way(counts.tolist(), capacity), key=_num_packs)
+    return _deal(sizes, groups)
 
 
-def _best_fit(counts: list[int], capacity: int) -> list[_Group]:
-    """Best-fit decreasing, for all packs with equal room at a time.
+def pack_in_windows(lengths: ArrayLike, capacity: int, *, window: int) -> Packs:
+    """Packs each run of ``window`` rows by itself, so that a pack's rows lie near each other in the data.
 
-    Args:
-        counts: [capacity + 1] rows of each length.
-    """
-    by_room: list[list[_Group]] = [[] for _ in range(capacity + 1)]
-    occupied = 0  # bit r is set when some pack has exactly r tokens of room
-    for length in range(capacity, 0, -1):
-        left = counts[length]
-        while left:
-            fitting = occupied >> length
-            if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-                packs, contents = by_room[room].pop()
-                if not by_room[room]:
-                    occupied &= ~(1 << room)
-            else:
-                room, packs, contents = capacity, left, Counter()
-            # A pack that got one row has the least room that fits, so it gets the next ones too.
-            each = room // length
-            whole = min(packs, left // each)
-            rest = left - whole * each if whole < packs else 0
-            for number, times in ((whole, each), (int(rest > 0), rest)):
-                if number:
-                    after = room - times * length
-                    by_room[after].append((number, contents + Counter({length: times})))
-                    occupied |= int(after > 0) << after
-            untouched = packs - whole - int(rest > 0)
-            if untouched and contents:
-                by_room[room].append((untouched, contents))
-                occupied |= 1 << room
-            left -= whole * each + rest
-    return [group for groups in by_room for group in groups]
-
-
-def _exact_fill(counts: list[int], capacity: int) -> list[_Group]:
-    """Fills a pack at a time: the longest row that is left, then one or two that fill it, or the longest that fits.
-
-    Of the pairs that fill it, the one with the longest row. As many packs as there are rows for are filled alike.
+    The packs of a window precede those of the next one. A window's emptiest packs, those with more than 1/32 of the
+    capacity to spare and together at most a quarter as many rows as the window, are taken apart, and their rows packed
+    with the next window. No row is put off twice: a pack has rows of two neighbouring windows at most. When all rows
+    are in one window, the packs are those of ``pack_best_fit``.
 
     Args:
-        counts: [capacity + 1] rows of each length.
+        lengths: [rows] tokens of each row, each between 1 and ``capacity``.
+        window: rows.
+
+    Returns:
+        every row once, rows ascending within a pack.
     """
-    counts = list(counts)
-    # Bit n of ``there``, and bit capacity - n of ``mirrored``, is set when rows of length n are left.
-    there = sum(1 << length for length, count in enumerate(counts) if count)
-    mirrored = sum(1 << (capacity - length) for length, count in enumerate(counts) if count)
-    groups: list[_Group] = []
-    while there:
-        contents: Counter[int] = Counter()
-        room = capacity
-        free = there  # of which the pack has not taken the last row
-        free_mirrored = mirrored
-        while free & ((2 << room) - 2):
-            taken = _next_rows(free, free_mirrored, counts, contents, room, capacity)
-            for length in taken:
-                contents[length] += 1
-                room -= length
-                if contents[length] == counts[length]:
-                    free &= ~(1 << length)
-                    free_mirrored &= ~(1 << (capacity - length))
-        number = min(counts[length] // times for length, times in contents.items())
-        for length, times in contents.items():
-            counts[length] -= number * times
-            if not counts[length]:
-                there &= ~(1 << length)
-                mirrored &= ~(1 << (capacity - length))
-        groups.append((number, contents))
-    return groups
+    if window < 1:
+        raise ValueError(f"a window must have 1 row or more, got {window}")
+    sizes = np.asarray(lengths, np.int64)
+    put_off = np.zeros(0, np.int64)
+    parts: list[Packs] = []
+    for start in range(0, len(sizes), window):
+        rows = np.concatenate([put_off, np.arange(start, min(start + window, len(sizes)))])
+        local = pack_best_fit(sizes[rows], capacity)
+        packs = Packs(rows[local.rows], local.bounds)
+        if start + window < len(sizes):
+            again = _emptiest(packs, sizes, capacity, first_row=start, most_rows=int(window * REPACKED_ROWS))
+            put_off = np.sort(packs.where(again).rows)
+            packs = packs.where(~again)
+        parts.append(packs)
+    return Packs.joined(parts)
 
 
-def _next_rows(
-    free: int, mirrored: int, counts: list[int], contents: Counter[int], room: int, capacity: int
-) -> tuple[int, ...]:
-    """Lengths of the rows that a pack with ``room`` takes next, one of which fits at least."""
-    fitting = free & ((2 << room) - 1)
-    longest = fitting.bit_length() - 1
-    if longest == room or not contents:
-        return (longest,)
-    # Lengths n of which room - n is there too, from half of the room on.
-    half = (room + 1) // 2
-    pairs = (free & (mirrored >> (capacity - room))) >> half << half & ((1 << room) - 1)
-    if pairs:
-        longer = pairs.bit_length() - 1
-        if 2 * longer != room or counts[longer] - contents[longer] > 1:
-            return longer, room - longer
-    return (longest,)
+def _num_packs(groups: list[Group]) -> int:
+    return sum(packs for packs, _ in groups)
 
 
-def _deal(sizes: NDArray[np.int64], groups: list[_Group]) -> Packs:
+def _emptiest(
+    packs: Packs, sizes: NDArray[np.int64], capacity: int, *, first_row: int, most_rows: int
+) -> NDArray[np.bool_]:
+    """[packs] whether one is to be packed again: all of its rows from ``first_row`` on, the emptiest first."""
+    room = capacity - packs.sums(sizes)
+    num_rows = np.diff(packs.bounds)
+    candidates = (room > capacity * REPACKED_ROOM) & (packs.rows[packs.bounds[:-1]] >= first_row)
+    order = np.flatnonzero(candidates)
+    order = order[np.argsort(-room[order], kind="stable")]
+    chosen = np.zeros(len(packs), np.bool_)
+    chosen[order[np.cumsum(num_rows[order]) <= most_rows]] = True
+    return chosen
+
+
+def _deal(sizes: NDArray[np.int64], groups: list[Group]) -> Packs:
     """Gives the rows of each length to the packs, in their order."""
-    by_length = _stable_argsort(sizes)
-    next_of = np.concatenate([[0], np.cumsum(np.bincount(sizes))]).tolist()
+    num_alike = np.array([packs for packs, _ in groups], np.int64)
+    num_entries = np.array([len(contents) for _, contents in groups], np.int64)
+    length, times = np.array([entry for _, contents in groups for entry in contents], np.int64).T
+    first_pack = np.repeat(np.cumsum(num_alike) - num_alike, num_entries)
+    num_rows = times * np.repeat(num_alike, num_entries)
+    # Rows in the order of their lengths meet the entries in the order of theirs.
+    by_length = _stable_argsort(length)
+    first_pack, times, num_rows = first_pack[by_length], times[by_length], num_rows[by_length]
+    within = np.arange(len(sizes)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows)
     pack_of = np.empty(len(sizes), np.int64)
-    first = 0
-    for number, contents in groups:
-        for length, times in contents.items():
-            start = next_of[length]
-            next_of[length] = stop = start + number * times
-            pack_of[by_length[start:stop]] = np.repeat(np.arange(first, first + number), times)
-        first += number
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=first))])
+    pack_of[_stable_argsort(sizes)] = np.repeat(first_pack, num_rows) + within // np.repeat(times, num_rows)
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=int(num_alike.sum())))])
     return Packs(_stable_argsort(pack_of), bounds)
 
 

@@ -158,7 +158,7 @@ def prepare_set(
         "stores": [each.work.folder.name for each in tokenised],
         "names": [each.named.name for each in tokenised],
         "side": side,
-        **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing")},
+        **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing", "packing_window")},
         **_drawing(sources, data, side, seed),
     }
     folder = cache.folder / "sets" / _digest(settings)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sft_dist.config.schema import DataConfig, SourceConfig
 from sft_dist.data.mixing import Side, is_held_out, repeated, weights_of
-from sft_dist.data.packing import Packs, pack_best_fit
+from sft_dist.data.packing import Packs, pack_best_fit, pack_in_windows
 from sft_dist.data.prepared import CHOSEN, META, PACK_BOUNDS, PACK_ROWS, ROWS, ChosenRows, digest_of
 from sft_dist.data.token_store import TokenStore
 from sft_dist.errors import DataError
@@ -110,7 +110,10 @@ def _mix(
 def _pack(rows: ChosenRows, data: DataConfig) -> Packs:
     if data.packing == "none":
         return Packs.single(len(rows))
-    return pack_best_fit(rows["length"].astype(np.int64), data.max_seq_len)
+    lengths = rows["length"].astype(np.int64)
+    if data.packing_window is not None:
+        return pack_in_windows(lengths, data.max_seq_len, window=data.packing_window)
+    return pack_best_fit(lengths, data.max_seq_len)
 
 
 def _pack_apart(chosen: Sequence[ChosenRows], data: DataConfig) -> Packs:

@@ -116,6 +116,11 @@ WRONG = [
         "remove the empty name from method.target_modules",
     ),
     (
+        {"data": UNPACKED["data"] | {"packing_window": 10}},
+        "data.packing_window is 10, which has no effect with data.packing none",
+        "remove data.packing_window, or set data.packing to best_fit",
+    ),
+    (
         {"method": {"type": "prefix", "num_virtual_tokens": 8}},
         "data.packing is best_fit, but method.type prefix puts 8 virtual tokens in front of every row: a pack would "
         "exceed data.max_seq_len by as many for each row in it",

@@ -22,6 +22,7 @@ import pytest
 from sft_dist.config.schema import DataConfig
 from sft_dist.data import tokenising
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
+from sft_dist.data.packing import pack_in_windows
 from sft_dist.data.prepare import Cache, PreparedSets, counts_of, prepare_sets
 from sft_dist.data.prepared import open_prepared
 from sft_dist.data.tokenising import Shard
@@ -105,6 +106,20 @@ def test_a_source_is_tokenised_once_for_all_that_reads_the_same(tmp_path: Path, 
     write_rows(rows, 31)
     assert prepared(other) != sets
     assert other.there == [False]
+
+
+def test_a_packing_window_keeps_the_rows_of_a_pack_together(tmp_path: Path, tiny_base: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", 60)
+    made = {
+        window: open_prepared(
+            prepare_sets(settings(tmp_path, packing_window=window), cache(tmp_path, tiny_base)).train or tmp_path
+        )
+        for window in (10, None)
+    }
+    expected = pack_in_windows(made[10].lengths, 256, window=10)
+    assert [pack.tolist() for pack in made[10].packs] == [pack.tolist() for pack in expected]
+    spans = {window: max(int(pack[-1] - pack[0]) for pack in data.packs) for window, data in made.items()}
+    assert spans[10] < 20 < spans[None]
 
 
 def test_a_template_or_format_of_its_own_is_tokenised_anew(tmp_path: Path, tiny_base: Path) -> None:
