@@ -127,7 +127,7 @@ def sft_dist(tokenizer: Path) -> Prepare:
         data = DataConfig(train=[source], max_seq_len=CAPACITY, over_length="truncate")
         # A cache of its own each time: nothing is found prepared.
         cache = Cache(Path(tempfile.mkdtemp(dir=file.parent)), renderer, load)
-        folder = prepare_set([source], data, cache)
+        folder = prepare_set(data, cache)
         assert folder is not None
         made = open_prepared(folder)
         return {

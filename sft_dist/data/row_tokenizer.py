@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
-# What may stand before a cut: any ASCII character that can be seen.
+# What may stand before a cut at a space: any ASCII character that can be seen.
 VISIBLE = "".join(chr(code) for code in range(ord("!"), ord("~") + 1))
-CUT = re.compile(r"(?<=[!-~])(?= [A-Za-z])")
+PUNCTUATION = ".,;:!?"
+AT_SPACES = re.compile(r"(?<=[!-~])(?= [A-Za-z])")
+# Words come out alike whatever follows them, so more of them were met before.
+AT_WORDS = re.compile(rf"{AT_SPACES.pattern}|(?<=[A-Za-z])(?=[{PUNCTUATION}])")
 
-# What is remembered, and the most characters of it: 40 MB.
-MAX_PIECES = 1 << 17
+# What is remembered, and the most characters of it: 60 MB.
+MAX_PIECES = 1 << 18
 MAX_BORDERS = 1 << 14
 MAX_PIECE_CHARACTERS = 32
 
@@ -70,7 +73,8 @@ class RowTokenizer:
         self._byte_ids = byte_ids(self._backend)
         added = list(tokenizer.added_tokens_decoder.values())
         self._pieces = self._borders = None
-        if _cuts_at_words(self._backend, added):
+        self._cut = _cut_of(self._backend, added)
+        if self._cut is not None:
             self._pieces, self._borders = _Pieces(self._backend), _Borders(self._whole)
             alone = [mark for mark in sorted(marks) if _stands_alone(self._backend, mark, added)]
             self._marks = re.compile(f"({'|'.join(map(re.escape, alone))})") if alone else None
@@ -82,10 +86,10 @@ class RowTokenizer:
 
     def __call__(self, text: str, spans: Sequence[Span]) -> Tokens:
         """Tokenises ``text``; ``spans`` in order and without overlap."""
-        if self._borders is None:
+        if self._borders is None or self._cut is None:
             return self._whole(text, spans)
         parts = [text] if self._marks is None else self._marks.split(text)
-        pieces = list(chain.from_iterable(CUT.split(part) for part in parts if part))
+        pieces = list(chain.from_iterable(self._cut.split(part) for part in parts if part))
         ends = list(accumulate(map(len, pieces)))
         ids: list[int] = []
         supervised: list[bool] = []
@@ -180,23 +184,36 @@ class _Borders(dict[tuple[str, tuple[Span, ...]], Tokens]):
         return tokens
 
 
-def _cuts_at_words(backend: Any, added: Sequence[AddedToken]) -> bool:
-    """Whether a text can be cut at every ``CUT`` and tokenised piece by piece.
+def _cut_of(backend: Any, added: Sequence[AddedToken]) -> re.Pattern[str] | None:
+    """Where a text can be cut and tokenised piece by piece; None: nowhere.
 
-    It can where the tokenizer splits there before it looks at words (tried with every character before the space and
-    every letter behind it), nothing before that changes the text but Unicode's composition, which ends at a space, and
-    no added token has a cut inside or takes the space behind it.
+    It can where the tokenizer splits before it looks at words (tried with every character before a cut and every one
+    behind it), nothing before that changes the text but Unicode's composition, which ends at a space and at
+    punctuation, and no added token has a cut inside or takes the space behind it.
     """
     normalizer, splitter = backend.normalizer, backend.pre_tokenizer
     if splitter is None or (normalizer is not None and type(normalizer).__name__ not in ("NFC", "NFKC")):
-        return False
-    if any(token.rstrip or CUT.search(token.content) for token in added):
-        return False
-    for before in VISIBLE:
-        for letter in string.ascii_letters:
-            if all(start != 2 for _, (start, _) in splitter.pre_tokenize_str(f"a{before} {letter}b")):
-                return False
-    return _joins(backend, ["Probe", " of", " the", " a1", " X.", " end"])
+        return None
+
+    def splits(before: str, after: str) -> bool:
+        return any(start == 2 for _, (start, _) in splitter.pre_tokenize_str(f"a{before}{after}"))
+
+    letters = string.ascii_letters
+    spaces = ((before, f" {letter}b") for before in VISIBLE for letter in letters)
+    ends = (
+        (letter, mark + after) for letter in letters for mark in PUNCTUATION for after in ("", " ", "\n", "b", mark)
+    )
+    cut = None
+    for pattern, places, pieces in (
+        (AT_SPACES, spaces, ["Probe", " of", " the", " a1", " X.", " end"]),
+        (AT_WORDS, ends, ["Probe", ",", " of", ".\n", "The", "...", " a", ".b", " X", "?!", " end", ": "]),
+    ):
+        if any(token.rstrip or pattern.search(token.content) for token in added):
+            break
+        if not (all(splits(before, after) for before, after in places) and _joins(backend, pieces)):
+            break
+        cut = pattern
+    return cut
 
 
 def _stands_alone(backend: Any, mark: str, added: Sequence[AddedToken]) -> bool:
