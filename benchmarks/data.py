@@ -141,30 +141,23 @@ def memory_table(measured: Iterable[memory.Footprint]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for name in (
-        "rows",
-        "ratio",
-        "time",
-        "ratio",
-        "peak PSS",
-        "ratio",
-        "of it anonymous",
-        "ratio",
-        "peak RSS, main process",
-    ):
+    shown = {
+        "CPU time": ("cpu_seconds", "s"),
+        "wall time": ("wall_seconds", "s"),
+        "peak PSS": ("peak_pss_gib", "GiB"),
+        "anonymous": ("peak_anonymous_gib", "GiB"),
+        "peak RSS, main process": ("peak_rss_gib", "GiB"),
+    }
+    table.add_column("rows", justify="right")
+    for name in shown:
         table.add_column(name, justify="right")
+        table.add_column("ratio", justify="right")
     for before, each in zip([None, *measured], measured, strict=False):
-        cells = []
-        for value, unit in (
-            ("rows", ""),
-            ("wall_seconds", " s"),
-            ("peak_pss_gib", " GiB"),
-            ("peak_anonymous_gib", " GiB"),
-        ):
+        cells = [f"{each.rows:,}"]
+        for value, unit in shown.values():
             now = getattr(each, value)
-            cells.append(f"{now:,}" if unit == "" else f"{now:.2f}{unit}")
-            cells.append("" if before is None else f"{now / getattr(before, value):.2f}")
-        table.add_row(*cells, f"{each.peak_rss_gib:.2f} GiB")
+            cells += [f"{now:.2f} {unit}", "" if before is None else f"{now / getattr(before, value):.2f}"]
+        table.add_row(*cells)
     return table
 
 

@@ -123,8 +123,7 @@ def sft_dist(tokenizer: Path) -> Prepare:
     renderer = load()
 
     def run(file: Path) -> dict[str, int]:
-        source = SourceConfig(path=str(file))
-        data = DataConfig(train=[source], max_seq_len=CAPACITY, over_length="truncate")
+        data = DataConfig(train=[SourceConfig(path=str(file))], max_seq_len=CAPACITY, over_length="truncate")
         # A cache of its own each time: nothing is found prepared.
         cache = Cache(Path(tempfile.mkdtemp(dir=file.parent)), renderer, load)
         folder = prepare_set(data, cache)

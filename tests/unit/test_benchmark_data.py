@@ -1,4 +1,4 @@
-"""The data benchmark: its packing part runs, and its figures are those of the packing that runs use."""
+"""The data benchmark: its packing part runs with the packing that runs use, and it can prepare rows as a run does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.data_parts import packing
+from benchmarks.data_parts import packing, rows
 from sft_dist.data.packing import pack_best_fit
 
 
@@ -25,3 +25,11 @@ def test_the_packing_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert whole["packs"] == len(pack_best_fit(lengths, packing.CAPACITY))
         assert whole["bound"] >= np.ceil(lengths.sum() / packing.CAPACITY)
         assert f"{whole['packs'] / whole['bound']:.6f}" in shown
+
+
+def test_rows_are_prepared(tmp_path: Path, tiny_base: Path) -> None:
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 3)
+    figures = rows.sft_dist(tiny_base)(tmp_path / "rows.jsonl")
+    assert figures["packs"] == 1
+    assert figures["tokens"] > figures["supervised"] > 3
