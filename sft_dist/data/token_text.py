@@ -91,7 +91,7 @@ def visible(text: str) -> str:
 
 
 def alone(text: str) -> str:
-    """The text of one token on one line: as ``visible``, ``␣`` for spaces, and code points where nothing can be seen."""
+    """A token's text on one line: as ``visible``, with ``␣`` for spaces and code points where nothing can be seen."""
     if text and all(character in _JOINING or "\ufe00" <= character <= "\ufe0f" for character in text):
         return "".join(map(_code_point, text))
     return visible(text).replace("↵\n", "↵").replace(" ", "␣")
