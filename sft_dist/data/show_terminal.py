@@ -219,16 +219,29 @@ def _token_lines(row: ShownRow, page: _Page) -> Iterator[Text]:
 
 LABEL = "{:<14}"
 
+# Of the bar of a pack, at least on average and at most.
+COLUMNS_PER_ROW, MAX_BAR_LINES = 8, 8
+MIN_BAR_COLUMNS = 20
+
 
 def _print_pack(pack: ShownPack, page: _Page) -> None:
-    columns = min(page.picture_columns - len(LABEL.format("")), pack.capacity)
     head = f"━━ pack {pack.number:,} "
     page.print("")
     page.print(Text(head.ljust(page.picture_columns, "━"), "bold"))
     page.print(pack_line(pack))
-    page.print(LABEL.format("tokens"), fill_bar(pack, columns))
-    page.print(LABEL.format("rows"), Text(row_brackets(pack, columns), QUIET))
-    page.print(LABEL.format("position ids"), Text(positions(pack, columns), QUIET))
+    width = max(MIN_BAR_COLUMNS, page.picture_columns - cell_len(LABEL.format("")))
+    columns = min(bar_lines(len(pack.rows), width) * width, pack.capacity)
+    bar, rows, ids = fill_bar(pack, columns), row_brackets(pack, columns), positions(pack, columns)
+    for start in range(0, columns, width):
+        line = slice(start, start + width)
+        page.print(LABEL.format("tokens"), bar[line])
+        page.print(LABEL.format("rows"), Text(rows[line], QUIET))
+        page.print(LABEL.format("position ids"), Text(ids[line], QUIET))
+
+
+def bar_lines(rows: int, width: int) -> int:
+    """Lines of ``width`` columns that the bar of a pack gets, so that the numbers of its rows find room."""
+    return min(max(1, -(-rows * COLUMNS_PER_ROW // width)), MAX_BAR_LINES)
 
 
 def fill_bar(pack: ShownPack, columns: int) -> Text:

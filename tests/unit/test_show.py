@@ -25,7 +25,7 @@ from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.loader import collate
 from sft_dist.data.prepare import Cache, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared, open_stores
-from sft_dist.data.show import Place, Shown, ShownPack, ShownRow, look, to_json
+from sft_dist.data.show import Place, Shown, ShownPack, ShownRow, Totals, look, to_json
 from sft_dist.data.show_choice import Choice, Form
 from sft_dist.data.show_html import render
 from sft_dist.data.show_terminal import breaks, fill_bar, positions, print_shown, row_brackets
@@ -202,6 +202,13 @@ def test_the_picture_of_a_pack() -> None:
     assert positions(pack, 32) == "0    15 0            30 0 7"
     assert pack.position_ids == [*range(16), *range(31), *range(8), *range(2)]
     assert pack.starts == [0, 16, 47, 55]
+    dense = printed(Shown("train", Totals(12, 84, 0, 1, 90, True), (), (ShownPack(0, 90, of_lengths(*[(7, 2)] * 12)),)))
+    lines = dense.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("tokens"))
+    assert [line[:14].strip() for line in lines[start : start + 6]] == ["tokens", "rows", "position ids"] * 2
+    assert lines[start][14:] == "░░░░░██" * 12 + "··"
+    assert lines[start + 3][14:] == "····"
+    assert lines[start + 1].endswith("└17───┘└18───┘")
 
 
 def test_packs(tmp_path: Path, base: Path) -> None:

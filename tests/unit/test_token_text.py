@@ -99,7 +99,9 @@ def test_bytes_of_a_character_that_was_cut_are_shown(kind: str) -> None:
 
 def test_special_tokens_are_those_that_stand_for_themselves() -> None:
     tokenizer = MAKERS["byte_level"]()
-    tokenizer.backend_tokenizer.add_tokens([AddedToken("\n\n\n\n", normalized=False), AddedToken("<think>"), AddedToken("<é 東>")])
+    tokenizer.backend_tokenizer.add_tokens(
+        [AddedToken("\n\n\n\n", normalized=False), AddedToken("<think>"), AddedToken("<é 東>")]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     read = TokenText(tokenizer)
     ids = ids_of(tokenizer, "<|im_start|>Hello\n\n\n\n<think><é 東>")
