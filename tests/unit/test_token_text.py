@@ -100,17 +100,17 @@ def test_bytes_of_a_character_that_was_cut_are_shown(kind: str) -> None:
 def test_special_tokens_are_those_that_stand_for_themselves() -> None:
     tokenizer = MAKERS["byte_level"]()
     tokenizer.backend_tokenizer.add_tokens(
-        [AddedToken("\n\n\n\n", normalized=False), AddedToken("<think>"), AddedToken("<é 東>")]
+        [AddedToken("\n\n\n\n", normalized=False), AddedToken("<think>"), AddedToken("<é>")]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     read = TokenText(tokenizer)
-    ids = ids_of(tokenizer, "<|im_start|>Hello\n\n\n\n<think><é 東>")
+    ids = ids_of(tokenizer, "<|im_start|>Hello\n\n\n\n<think><é>")
     assert [(text, read.is_special(id)) for text, id in zip(read(ids), ids, strict=True)] == [
         ("<|im_start|>", True),
         ("Hello", False),
         ("\n\n\n\n", False),
         ("<think>", True),
-        ("<é 東>", True),
+        ("<é>", True),
     ]
 
 
