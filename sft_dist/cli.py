@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -222,6 +223,62 @@ def audit(
     from sft_dist.train.audit import audit_data
 
     audit_data(checked, html=html, json=json_file)
+
+
+class _Set(StrEnum):
+    train = "train"
+    eval = "eval"
+
+
+@data_app.command("show")
+def show_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    side: Annotated[_Set, typer.Option("--set", help="Which set.")] = _Set.train,
+    row: Annotated[
+        list[str] | None,
+        typer.Option("--row", metavar="N|N-M", help="This row, or these, from 0; may be given several times."),
+    ] = None,
+    random: Annotated[int | None, typer.Option(min=1, metavar="N", help="N rows drawn at random.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="For --random; 0 by default.")] = None,
+    longest: Annotated[int | None, typer.Option(min=1, metavar="N", help="The N longest rows.")] = None,
+    least_supervised: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The N rows with the fewest trained tokens.")
+    ] = None,
+    packs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The first N packs, with the borders of their rows.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(metavar="NAME", help="Only rows of this source.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="With the borders of the tokens and their ids.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write them to one HTML page that needs nothing else.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print ids, labels and origins as JSON.")] = False,
+) -> None:
+    """Look at rows of the data as a run trains them: what is trained, what is context, where each token ends.
+
+    Shows the first 3 rows of the training set unless told otherwise. Prepares the data first, as `data prepare` does.
+    """
+    from sft_dist.data.show_choice import Choice, Form
+
+    form = Form(tokens=tokens, html=html, as_json=as_json)
+    choice = Choice(
+        side="eval" if side is _Set.eval else "train",
+        rows=tuple(row or ()),
+        random=random,
+        seed=seed,
+        longest=longest,
+        least_supervised=least_supervised,
+        packs=packs,
+        source=source,
+    )
+    checked = _load(config, overrides)
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    from sft_dist.train.show_data import show_data
+
+    show_data(checked, choice, form)
 
 
 @model_app.command("fetch")

@@ -130,10 +130,16 @@ def digest_of(arrays: Iterable[NDArray[Any]], *, before: Iterable[str] = ()) -> 
     return digest.hexdigest()
 
 
+def open_stores(folder: Path) -> list[TokenStore]:
+    """Maps the stores that a folder's rows are in, in the order of ``PreparedData.stores``."""
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    return [TokenStore.open(folder / place) for place in meta["stores"]]
+
+
 def open_prepared(folder: Path) -> PreparedData:
     """Maps a folder that ``prepare`` made. Raises ``FileNotFoundError``."""
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    stores = [TokenStore.open(folder / place) for place in meta["stores"]]
+    stores = open_stores(folder)
     special: dict[int, int] = {}
     for store in stores:
         for id, count in store.meta["special"].items():

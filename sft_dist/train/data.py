@@ -112,9 +112,9 @@ class _Bars:
 
 
 @contextmanager
-def showing() -> Iterator[_Bars]:
-    """A display of what is prepared; on a terminal it moves."""
-    console = Console(highlight=False)
+def showing(console: Console | None = None) -> Iterator[_Bars]:
+    """A display of what is prepared, on stdout by default; on a terminal it moves."""
+    console = console or Console(highlight=False)
     columns = (
         SpinnerColumn(),
         TextColumn("tokenising {task.description}: {task.completed:,.0f} rows, {task.fields[tokens]:,} tokens"),
