@@ -1,9 +1,9 @@
 """From a text and the spans that are trained in it to token ids, fast.
 
-Most words of a data set have been met before. Where a tokenizer always splits between a character and a space with a
-letter behind it, as those of GPT-2, Llama 3, Qwen and most after them do, what it makes of the text up to there depends
-on nothing behind it: the text is cut there, and around the marks that a chat template writes, and each piece is looked
-up among those that were tokenised before. The ids are the tokenizer's own, one piece at a time, and English text comes
+Most words of a data set have been met before. Where a tokenizer always splits between a character and a space behind
+it, as those of GPT-2, Llama 3, Qwen and most after them do, what it makes of the text up to there depends on nothing
+behind it: the text is cut there, and around the marks that a chat template writes, and each piece is looked up among
+those that were tokenised before. The ids are the tokenizer's own, one piece at a time, and English text comes
 out several times faster. Whether a tokenizer is of that kind is tried out when it is loaded; one that is not gets whole
 texts.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import string
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
@@ -28,10 +28,17 @@ if TYPE_CHECKING:
 
 # What may stand before a cut at a space: any ASCII character that can be seen.
 VISIBLE = "".join(chr(code) for code in range(ord("!"), ord("~") + 1))
+AT_SPACES = re.compile(r"(?<=[!-~])(?= )")
+# A space where a text cannot be cut.
+NO_CUT = re.compile(r"[^!-~] ")
+# What may stand behind the space, for trying out a tokenizer.
+BEHIND = [*VISIBLE, "", " ", "  ", "\n", "\t", "\r\n", "あ", "漢", "、", "é", "\u0301", "\u3000", "🦊"]
+
+# A word comes out alike whatever punctuation follows it.
 PUNCTUATION = ".,;:!?"
-AT_SPACES = re.compile(r"(?<=[!-~])(?= [A-Za-z])")
-# Words come out alike whatever follows them, so more of them were met before.
-AT_WORDS = re.compile(rf"{AT_SPACES.pattern}|(?<=[A-Za-z])(?=[{PUNCTUATION}])")
+AFTER = ("", " ", "\n", "b", ".")
+PROBE = "Probe of the a1 X.\nThe... a.b, X?! end: (12 of 3.5); it's  two"
+AT_PUNCTUATION = re.compile(rf"(?<=[A-Za-z])(?=[{PUNCTUATION}])")
 
 # What is remembered, and the most characters of it: 60 MB.
 MAX_PIECES = 1 << 18
@@ -73,9 +80,12 @@ class RowTokenizer:
         self._byte_ids = byte_ids(self._backend)
         added = list(tokenizer.added_tokens_decoder.values())
         self._pieces = self._borders = None
-        self._cut = _cut_of(self._backend, added)
-        if self._cut is not None:
-            self._pieces, self._borders = _Pieces(self._backend), _Borders(self._whole)
+        if _cuts(self._backend, added, AT_SPACES, [(before, f" {after}") for before in VISIBLE for after in BEHIND]):
+            ends = (
+                (letter, mark + after) for letter in string.ascii_letters for mark in PUNCTUATION for after in AFTER
+            )
+            self._pieces = _Pieces(self._backend, cuts_words=_cuts(self._backend, added, AT_PUNCTUATION, ends))
+            self._borders = _Borders(self._whole)
             alone = [mark for mark in sorted(marks) if _stands_alone(self._backend, mark, added)]
             self._marks = re.compile(f"({'|'.join(map(re.escape, alone))})") if alone else None
 
@@ -86,10 +96,10 @@ class RowTokenizer:
 
     def __call__(self, text: str, spans: Sequence[Span]) -> Tokens:
         """Tokenises ``text``; ``spans`` in order and without overlap."""
-        if self._borders is None or self._cut is None:
+        if self._borders is None:
             return self._whole(text, spans)
         parts = [text] if self._marks is None else self._marks.split(text)
-        pieces = list(chain.from_iterable(self._cut.split(part) for part in parts if part))
+        pieces = list(chain.from_iterable(map(_cut, parts)))
         ends = list(accumulate(map(len, pieces)))
         ids: list[int] = []
         supervised: list[bool] = []
@@ -158,14 +168,30 @@ def _border_pieces(ends: list[int], spans: Sequence[Span]) -> list[tuple[int, li
     return borders
 
 
-class _Pieces(dict[str, tuple[int, ...]]):
-    """The ids of pieces of text; one that is not there yet is tokenised."""
+def _cut(text: str) -> list[str]:
+    """``text`` in pieces, cut ``AT_SPACES``."""
+    if "\0" in text or NO_CUT.search(text):
+        return AT_SPACES.split(text)
+    # The same, several times faster.
+    return text.replace(" ", "\0 ").split("\0")
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
+
+class _Pieces(dict[str, tuple[int, ...]]):
+    """The ids of pieces of text; one that is not there yet is tokenised.
+
+    Args:
+        cuts_words: pieces may be cut ``AT_PUNCTUATION``.
+    """
+
+    def __init__(self, backend: Any, *, cuts_words: bool) -> None:
+        self._backend, self._cuts_words = backend, cuts_words
 
     def __missing__(self, piece: str) -> tuple[int, ...]:
-        ids = tuple(self._backend.encode(piece, add_special_tokens=False).ids)
+        words = AT_PUNCTUATION.split(piece) if self._cuts_words else [piece]
+        if len(words) > 1:
+            ids = tuple(chain.from_iterable(self[word] for word in words))
+        else:
+            ids = tuple(self._backend.encode(piece, add_special_tokens=False).ids)
         if len(piece) <= MAX_PIECE_CHARACTERS and len(self) < MAX_PIECES:
             self[piece] = ids
         return ids
@@ -184,36 +210,24 @@ class _Borders(dict[tuple[str, tuple[Span, ...]], Tokens]):
         return tokens
 
 
-def _cut_of(backend: Any, added: Sequence[AddedToken]) -> re.Pattern[str] | None:
-    """Where a text can be cut and tokenised piece by piece; None: nowhere.
+def _cuts(
+    backend: Any, added: Sequence[AddedToken], pattern: re.Pattern[str], places: Iterable[tuple[str, str]]
+) -> bool:
+    """Whether a text can be cut at ``pattern`` and tokenised piece by piece.
 
-    It can where the tokenizer splits before it looks at words (tried with every character before a cut and every one
-    behind it), nothing before that changes the text but Unicode's composition, which ends at a space and at
-    punctuation, and no added token has a cut inside or takes the space behind it.
+    It can where the tokenizer splits there before it looks at words (tried at all ``places``, each what stands before
+    and behind), nothing before that changes the text but Unicode's composition, which ends at a space and at ASCII, and
+    no added token has a cut inside or takes the space behind it.
     """
     normalizer, splitter = backend.normalizer, backend.pre_tokenizer
     if splitter is None or (normalizer is not None and type(normalizer).__name__ not in ("NFC", "NFKC")):
-        return None
-
-    def splits(before: str, after: str) -> bool:
-        return any(start == 2 for _, (start, _) in splitter.pre_tokenize_str(f"a{before}{after}"))
-
-    letters = string.ascii_letters
-    spaces = ((before, f" {letter}b") for before in VISIBLE for letter in letters)
-    ends = (
-        (letter, mark + after) for letter in letters for mark in PUNCTUATION for after in ("", " ", "\n", "b", mark)
-    )
-    cut = None
-    for pattern, places, pieces in (
-        (AT_SPACES, spaces, ["Probe", " of", " the", " a1", " X.", " end"]),
-        (AT_WORDS, ends, ["Probe", ",", " of", ".\n", "The", "...", " a", ".b", " X", "?!", " end", ": "]),
-    ):
-        if any(token.rstrip or pattern.search(token.content) for token in added):
-            break
-        if not (all(splits(before, after) for before, after in places) and _joins(backend, pieces)):
-            break
-        cut = pattern
-    return cut
+        return False
+    if any(token.rstrip or pattern.search(token.content) for token in added):
+        return False
+    for before, after in places:
+        if all(start != 2 for _, (start, _) in splitter.pre_tokenize_str(f"a{before}{after}")):
+            return False
+    return _joins(backend, pattern.split(PROBE))
 
 
 def _stands_alone(backend: Any, mark: str, added: Sequence[AddedToken]) -> bool:
