@@ -163,9 +163,9 @@ def write_rows(file: Path, language: Language, count: int, *, seed: int) -> None
 def _words(language: Language, generator: random.Random) -> Iterator[str]:
     """Endless, from the lexicon, by the law of Zipf and Mandelbrot. The lexicon is the same for every seed.
 
-    Offset and exponent are such that as many different words come up, as a byte-level tokenizer sees them, as in English
-    instruction data. In 1,000 rows of the Alpaca set there are 11.9 thousand among the first 80 thousand and 16.7 among
-    135 thousand, here 11.9 and 17.3.
+    Offset and exponent are such that as many different words come up as in English instruction data, as a byte-level
+    tokenizer sees them: in 1,000 rows of the Alpaca set 11.9 thousand among the first 80 thousand and 16.7 among 135
+    thousand, here 11.9 and 17.3.
     """
     lexicon = _LEXICONS[language](random.Random(language))
     weights = 1.0 / (np.arange(len(lexicon)) + 5.0) ** 1.2
