@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.deepspeed import DeepSpeedKnobs
 from sft_dist.config.schema import (
     ActivationCheckpointingConfig,
     CheckpointConfig,
     ConcreteSharding,
-    DataConfig,
     EvalConfig,
     LoggingConfig,
     OptimConfig,

@@ -114,7 +114,7 @@ Prepare = Callable[[Path], dict[str, int]]
 
 
 def sft_dist(tokenizer: Path) -> Prepare:
-    from sft_dist.config.schema import DataConfig, SourceConfig
+    from sft_dist.config.data_schema import DataConfig, SourceConfig
     from sft_dist.data.chat_template import load_renderer
     from sft_dist.data.prepare import Cache, prepare_set
     from sft_dist.data.prepared import open_prepared

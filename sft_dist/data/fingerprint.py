@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data.files import file_state, is_url, open_raw
 from sft_dist.data.sources import source_files
 from sft_dist.errors import DataError

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data.files import COMPRESSED, DOCUMENTS, ENDINGS, ending
 from sft_dist.errors import DataError, SftError
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_dist.config.schema import EvalSplitConfig, SourceConfig
+from sft_dist.config.data_schema import EvalSplitConfig, SourceConfig
 
 Side = Literal["train", "eval"]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
-from sft_dist.config.schema import DataConfig, SourceConfig
+from sft_dist.config.data_schema import DataConfig, SourceConfig
 from sft_dist.data.files import ending, is_url
 from sft_dist.data.fingerprint import Fingerprints
 from sft_dist.data.mixing import Side

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_dist.config.schema import DataConfig, SourceConfig
+from sft_dist.config.data_schema import DataConfig, SourceConfig
 from sft_dist.data.mixing import Side, is_held_out, repeated, weights_of
 from sft_dist.data.packing import Packs, pack_best_fit, pack_in_windows
 from sft_dist.data.prepared import CHOSEN, META, PACK_BOUNDS, PACK_ROWS, ROWS, ChosenRows, digest_of

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data import formats
 from sft_dist.data.fields import Fields, kind, listed
 from sft_dist.data.files import DOCUMENTS, ending, find_files, open_file, read_ahead

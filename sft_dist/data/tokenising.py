@@ -29,7 +29,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data.literal_rows import prompt_of, tokenize_literal
 from sft_dist.data.messages import Conversation, Origin, Row
 from sft_dist.data.rejected import none_left

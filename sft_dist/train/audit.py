@@ -13,7 +13,8 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sft_dist.config.schema import Config, DataConfig
+from sft_dist.config.data_schema import DataConfig
+from sft_dist.config.schema import Config
 from sft_dist.data.audit.audit import audit, enforce, sorted_findings
 from sft_dist.data.audit.findings import VERSION, Audit, RenderDiff
 from sft_dist.data.audit.render_diff import compare_prompts

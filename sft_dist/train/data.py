@@ -17,7 +17,8 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextCol
 from rich.table import Table
 from rich.text import Text
 
-from sft_dist.config.schema import Config, DataConfig, ModelConfig
+from sft_dist.config.data_schema import DataConfig
+from sft_dist.config.schema import Config, ModelConfig
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
 from sft_dist.data.prepare import Cache, cache_folder, counts_of, prepare_sets, rejected_of
 from sft_dist.data.prepared import ChosenRows, open_prepared

@@ -21,8 +21,9 @@ from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.fresh_process import digest
 from sft_dist.checkpoint.identity import identity_of
 from sft_dist.checkpoint.store import sweep
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.load import dump_config
-from sft_dist.config.schema import Config, SourceConfig
+from sft_dist.config.schema import Config
 from sft_dist.data.chat_template import ChatRenderer, TemplateSample
 from sft_dist.data.files import is_url
 from sft_dist.data.fingerprint import is_offline

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sft_dist.checkpoint import fresh_process
 from sft_dist.checkpoint.artefact import Probe, _environment, prove_artefact, take_probes, write_expected
-from sft_dist.config.schema import QloraMethod, QuantizationConfig, SourceConfig
+from sft_dist.config.data_schema import SourceConfig
+from sft_dist.config.schema import QloraMethod, QuantizationConfig
 from sft_dist.data.batch import MicroBatch
 from sft_dist.data.chat_template import TemplateSample, load_renderer
 from sft_dist.data.messages import Conversation

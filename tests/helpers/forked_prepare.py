@@ -20,7 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from sft_dist.config.schema import DataConfig
+from sft_dist.config.data_schema import DataConfig
 from sft_dist.data import prepare, token_store, tokenising
 from sft_dist.data.chat_template import load_renderer
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sft_dist.cli import main
-from sft_dist.config.schema import DataConfig
+from sft_dist.config.data_schema import DataConfig
 from sft_dist.data.audit.audit import enforce
 from sft_dist.data.audit.findings import Audit
 from sft_dist.data.audit.stored import StoredSource, audit_stores, audited_rows

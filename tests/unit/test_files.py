@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data import tables
 from sft_dist.data.files import ending, find_files
 from sft_dist.data.messages import Conversation

@@ -13,7 +13,7 @@ from subprocess import PIPE
 
 import pytest
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data.hub_dataset import check_in_cache, data_files, dataset_files, is_dataset_id
 from sft_dist.data.sources import check_source, source_files
 from sft_dist.errors import ConfigError, DataError
@@ -157,7 +157,7 @@ Read = Callable[..., list[str]]
 # Reads sources in a process of its own: that of the tests has imported huggingface_hub with HF_HUB_OFFLINE.
 READ = """
 import json, sys
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data.sources import check_source, read_source
 from sft_dist.errors import SftError
 for line in sys.stdin:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.formats import parse, recognise
 from sft_dist.data.literal_rows import tokenize_row, tokenize_segments, tokenize_text

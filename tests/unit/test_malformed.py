@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data import text_rows
 from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.formats import LAYOUTS

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_dist.config.schema import Config, DataConfig, EvalSplitConfig, SourceConfig
+from sft_dist.config.data_schema import DataConfig, EvalSplitConfig, SourceConfig
+from sft_dist.config.schema import Config
 from sft_dist.config.validate import validate
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.mixing import is_held_out, repeated, weights_of

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.load import load_config
-from sft_dist.config.schema import Config, DataConfig, LoraMethod, Zero3Sharding
+from sft_dist.config.schema import Config, LoraMethod, Zero3Sharding
 from sft_dist.config.shape import OTHER_NAMES
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.prepare import Cache, counts_of, prepare_set

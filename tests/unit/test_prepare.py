@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft_dist.config.schema import DataConfig
+from sft_dist.config.data_schema import DataConfig
 from sft_dist.data import tokenising
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
 from sft_dist.data.packing import pack_in_windows

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.load import load_config
-from sft_dist.config.schema import SourceConfig
 from sft_dist.config.validate import validate
 from sft_dist.data.sources import read_source
 from sft_dist.launch.command import split_resume

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sft_dist.config.schema import DataConfig, SourceConfig
+from sft_dist.config.data_schema import DataConfig, SourceConfig
 from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.prepare import Cache, prepare_sets
 from sft_dist.data.prepared import open_prepared

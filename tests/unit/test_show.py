@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from sft_dist.cli import main
-from sft_dist.config.schema import DataConfig
+from sft_dist.config.data_schema import DataConfig
 from sft_dist.data.batch import IGNORE_INDEX
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.loader import collate

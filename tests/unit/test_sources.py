@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_dist.config.schema import SourceConfig
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data.messages import Conversation
 from sft_dist.data.sources import read_source
 from sft_dist.errors import DataError

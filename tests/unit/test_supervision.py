@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_dist.config.schema import DataConfig
+from sft_dist.config.data_schema import DataConfig
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
 from sft_dist.data.messages import Conversation, Message, Origin, ToolCall
 from sft_dist.data.prepare import Cache, counts_of, prepare_sets
