@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 
 from sft_dist.config.data_schema import DataConfig, SourceConfig
+from sft_dist.data.chunk import RowSettings
 from sft_dist.data.files import ending, is_url
 from sft_dist.data.fingerprint import Fingerprints
 from sft_dist.data.mixing import Side
@@ -30,7 +31,7 @@ from sft_dist.data.rejected import refuse_rejected
 from sft_dist.data.selection import NamedStore, select
 from sft_dist.data.supervision import Supervision
 from sft_dist.data.token_store import TokenStore, is_complete
-from sft_dist.data.tokenising import WHOLE, RowSettings, Shard, Work, alone, tokenise
+from sft_dist.data.tokenising import WHOLE, Shard, Work, alone, tokenise
 
 if TYPE_CHECKING:
     from sft_dist.data.chat_template import ChatRenderer
