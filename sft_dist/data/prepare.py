@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -264,10 +265,17 @@ def _tokenise(work: Work, name: str, cache: Cache, shard: Shard, display: Displa
     on_progress = display.source(name, is_there=is_there)
     if is_there:
         return True
-    workers = cache.num_workers if cache.num_workers is not None else len(os.sched_getaffinity(0))
+    workers = cache.num_workers if cache.num_workers is not None else _usable_cpus()
     if _bytes(work.files) < MIN_BYTES_FOR_WORKERS or workers == 1:
         workers = 0
     return tokenise(work, cache.renderer, num_workers=workers, shard=shard, on_progress=on_progress, say=display.say)
+
+
+def _usable_cpus() -> int:
+    """CPUs that this process may run on, as SLURM and containers give them, where the system tells."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _bytes(files: Sequence[str]) -> int:
