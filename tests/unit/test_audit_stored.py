@@ -7,18 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sft_dist.cli import main
 from sft_dist.config.data_schema import DataConfig
+from sft_dist.config.schema import Config
 from sft_dist.data.audit.audit import enforce
 from sft_dist.data.audit.findings import Audit
 from sft_dist.data.audit.stored import StoredSource, audit_stores, audited_rows
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
-from sft_dist.data.prepare import Cache, tokenise_sources
+from sft_dist.data.prepare import Cache, prepare_sets, tokenise_sources
 from sft_dist.data.sources import read_source
 from sft_dist.errors import DataError
-from sft_dist.train.audit import settings_of
+from sft_dist.train.audit import audit_prepared, settings_of
 
 # The end of a turn is left to the EOS, which is not the token that ends a turn here; and BOS comes twice.
 BAD_TEMPLATE = (
@@ -183,3 +185,98 @@ def test_bad_rows_are_a_finding_and_what_training_refuses_fails_at_the_end(
     assert f"error: {train['path']}:21: " in (said := capsys.readouterr().err)
     assert "(and 1 more row that cannot be read or trained on)" in said
     assert len(list((tmp_path / "data_cache" / "tokens").glob("*/meta.json"))) == 1, "one store for both"
+
+
+def of_a_run(folder: Path, base: Path, *, seed: int = 0, untrained: tuple[str, ...] = (), **data: Any) -> Audit:
+    """What a training run is told, in one cache for all of them."""
+    load = partial(load_renderer, str(base), None, None)
+    cache = Cache(folder / "cache", load(), load)
+    config = Config.model_validate(
+        {
+            "model": {"path": str(base)}, "data": data, "output_dir": str(folder / "run"),
+            "train": {"global_batch_size": 2, "max_steps": 1, "seed": seed},
+        }
+    )  # fmt: skip
+    return audit_prepared(config, cache, prepare_sets(config.data, cache, seed=seed), untrained=untrained)
+
+
+def told(audit: Audit) -> list[tuple[str, str, int, int]]:
+    return [(f.check, f.set, f.count, f.total) for f in audit.findings]
+
+
+def test_a_run_audits_each_side_of_a_split_by_its_own_rows(tmp_path: Path, tiny_base: Path) -> None:
+    """A prompt that is held out with all its answers is no leak; one of which an answer is trained is."""
+    rows = [(f"question {i}", f"answer {i}") for i in range(40)]
+    train = write(tmp_path / "train.jsonl", rows)
+    found = of_a_run(tmp_path, tiny_base, train=[train], eval_split={"share": 0.2})
+    assert told(found) == []
+    assert sum(figures.rows for figures in found.figures) == 40
+    packs = [figures.packs for figures in found.figures]
+    assert packs[0] is not None
+    assert packs[1] is not None
+    assert packs[0].fill > 2 * packs[1].fill > 0
+    twice = write(tmp_path / "twice.jsonl", rows + rows)
+    sides = {"train": [twice], "eval_split": {"share": 0.5, "by": "row"}}
+    with pytest.raises(DataError, match="leak_exact"):
+        of_a_run(tmp_path, tiny_base, **sides)
+    accepted = {"max_share": {"leak_exact": None}}
+    leaks = [
+        next(f for f in of_a_run(tmp_path, tiny_base, seed=seed, audit=accepted, **sides).findings
+             if f.check == "leak_exact")
+        for seed in range(3)
+    ]  # fmt: skip
+    assert all(0 < leak.count < leak.total == 40 for leak in leaks)
+    held_out = {number: tuple(example.origin for example in leak.examples) for number, leak in enumerate(leaks)}
+    assert len(set(held_out.values())) == 3, "the seed decides what is held out, and examples are of those rows"
+
+
+def test_an_audit_that_is_kept_is_of_the_same_settings_and_enforced_again(tmp_path: Path, tiny_base: Path) -> None:
+    rows = [("a", "b"), ("c", "d"), ("c", "d")]
+    train = write(tmp_path / "train.jsonl", rows)
+    assert told(of_a_run(tmp_path, tiny_base, train=[train])) == [("exact_duplicate", "train", 1, 3)]
+    strict = {"max_share": {"exact_duplicate": 0.1}}
+    for _ in range(2):  # the second time it is read
+        with pytest.raises(DataError, match="exact_duplicate: 1 of 3 rows"):
+            of_a_run(tmp_path, tiny_base, train=[train], audit=strict)
+    loose = {"max_share": {"untrained_token": None}}
+    found = of_a_run(tmp_path, tiny_base, train=[train], audit=loose, untrained=("<|im_end|>",))
+    assert ("untrained_token", "train", 3, 3) in told(found)
+    write(tmp_path / "train.jsonl", rows[:2])
+    assert told(of_a_run(tmp_path, tiny_base, train=[train])) == [], "of the data as they are now"
+
+
+def test_examples_are_of_the_rows_that_a_set_has(tmp_path: Path, tiny_base: Path) -> None:
+    """With rows of the store left out before them, and rows of a second file."""
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "a.jsonl", [("long", "x" * 200), ("b", "c"), ("d", "e")])
+    write(tmp_path / "rows" / "b.jsonl", [("f", "g"), ("unique", "y" * 200), ("d", "e")])
+    data = DataConfig.model_validate({"train": [{"path": str(tmp_path / "rows")}], "max_seq_len": 128})
+    renderer, (source,), _ = stored(tmp_path, tiny_base, data)
+    part = StoredSource(source.named, source.work, np.array([False, False, True, True, True, True]))
+    settings = settings_of(data, renderer, ("<|im_end|>",))
+    found = audit_stores([part], [], settings=settings, packs={}, decode=renderer.tokenizer.decode)
+    examples = {
+        f.check: [(e.origin.removeprefix(f"{tmp_path}/rows/"), e.text) for e in f.examples] for f in found.findings
+    }
+    assert {check: [origin for origin, _ in each] for check, each in examples.items()} == {
+        "over_length": ["b.jsonl:2"],
+        "exact_duplicate": ["b.jsonl:3"],
+        "untrained_token": ["a.jsonl:3", "b.jsonl:1", "b.jsonl:2", "b.jsonl:3"],
+    }
+    assert "unique" in examples["over_length"][0][1]
+    again = [(Path(row.row.origin.path).name, row.row.origin.row) for row in audited_rows(part)]
+    assert again == [("a.jsonl", 3), ("b.jsonl", 1), ("b.jsonl", 2), ("b.jsonl", 3)]
+
+
+def test_a_turn_whose_end_is_not_trained_is_found(tmp_path: Path, tiny_base: Path) -> None:
+    """Such a model does not stop. The same tokens with other masks are no duplicates, and raw text needs no end."""
+    path = tmp_path / "rows.jsonl"
+    parts = [(False, True, True), (False, True, False), (False, False, True)]
+    rows = [
+        {"segments": [{"text": t, "train": on} for t, on in zip(("a", "b", "<|im_end|>"), each, strict=True)]}
+        for each in parts
+    ]
+    rows.append({"segments": [{"text": "abc", "train": True}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = audited(tmp_path, tiny_base, train=[{"path": str(path)}])
+    assert [(f.check, [e.origin for e in f.examples]) for f in found.findings] == [("unsupervised_end", [f"{path}:2"])]

@@ -116,6 +116,43 @@ def test_a_split_by_rows_has_exactly_its_share(tmp_path: Path, made: Any) -> Non
     assert made(train=sources, eval_split={"share": 0.1, "by": "row"}, seed=4)[1] != held_out
 
 
+def test_what_is_held_out_is_evaluated_once_whatever_its_weight(tmp_path: Path, made: Any) -> None:
+    sources = [{**source("a", 40, 3, tmp_path), "weight": 3.0}, {**source("b", 40, 3, tmp_path), "weight": 0.5}]
+    train, held_out = made(train=sources, eval_split={"share": 0.1, "by": "row"})
+    assert seen(train) == {0: 108, 1: 18}
+    assert seen(held_out) == {0: 4, 1: 4}
+    assert set(Counter(texts(open_prepared(held_out))).values()) == {1}
+
+
+def test_two_sources_of_one_name_are_told_apart(tmp_path: Path, made: Any) -> None:
+    """Each with its own counts and its own loss."""
+    sources = [{**source(name, 4 + index, 3, tmp_path), "name": "rows"} for index, name in enumerate("abc")]
+    folder, held_out = made(train=sources, eval=sources)
+    assert {name: count["rows"] for name, count in counts_of(folder).items()} == {
+        "rows": 4,
+        "rows (2)": 5,
+        "rows (3)": 6,
+    }
+    assert open_prepared(held_out).sources == ("rows", "rows (2)", "rows (3)")
+    renamed, _ = made(train=[{**each, "name": f"other {index}"} for index, each in enumerate(sources)])
+    assert open_prepared(renamed).sources == ("other 0", "other 1", "other 2"), "not the names of an earlier run"
+
+
+def test_a_share_of_no_row_is_told(tmp_path: Path, made: Any) -> None:
+    sources = [{**source("a", 4, 3, tmp_path), "share": 0.5}, {**source("long", 4, 300, tmp_path), "share": 0.5}]
+    with pytest.raises(DataError, match=r"long\.jsonl has a share and no row is left of it"):
+        made(train=sources, over_length="drop")
+
+
+def test_a_share_counts_by_what_it_is_mixed_by_also_in_a_cache_that_has_the_other(tmp_path: Path, made: Any) -> None:
+    sources = [{**source("a", 12, 80, tmp_path), "share": 0.5}, {**source("b", 30, 4, tmp_path), "share": 0.5}]
+    by_tokens, by_rows = (made(train=sources, mix_by=by)[0] for by in ("tokens", "rows"))
+    assert seen(by_rows) == {0: 30, 1: 30}
+    assert seen(by_tokens)[0] == 12
+    other = [{**each, "share": share} for each, share in zip(sources, (0.25, 0.75), strict=True)]
+    assert seen(made(train=other, mix_by="rows")[0]) == {0: 12, 1: 36}
+
+
 def test_a_split_that_holds_nothing_out_is_told(tmp_path: Path, made: Any) -> None:
     with pytest.raises(DataError, match=r"data\.eval_split: no row is held out by a share of 0\.01"):
         made(train=[source("a", 10, 3, tmp_path)], eval_split={"share": 0.01, "by": "row"})

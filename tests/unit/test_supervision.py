@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,22 @@ def splitter(renderer: ChatRenderer) -> None:
     SPLITTER.append(renderer)
 
 
+def test_parts_keep_the_tools_of_the_whole() -> None:
+    """Templates write them into the system prompt, without which a call of one comes from nowhere."""
+    tool = {"type": "function", "function": {"name": "f"}}
+    seen: list[Conversation] = []
+
+    def render(row: Conversation) -> tuple[list[int], list[bool]]:
+        seen.append(row)
+        tokens = [0] * 10 * len(row.messages)
+        return tokens, [True] * len(tokens)
+
+    parts = list(split_conversation(replace(TWO, tools=(tool,)), 40, render))
+    assert [len(part.input_ids) for part in parts] == [30, 40]
+    assert {part.is_cut for part in parts} == {False}
+    assert all(row.tools == (tool,) and row.messages[0] == TWO.messages[0] and row.origin == HERE for row in seen)
+
+
 def test_tokens_are_cut_into_equal_parts() -> None:
     parts = list(split_tokens((list(range(10)), [True] * 10), 4))
     assert [part.input_ids for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -187,3 +204,38 @@ def test_split_rows_are_counted_and_keep_their_origin(tmp_path: Path, tiny_base:
     assert notices(counts, 120) == [
         "2 rows longer than 120 tokens split; 1 part cut inside a turn; 2 parts without an answer left out"
     ]
+
+
+def tokenised_rows(folder: Path, base: Path, *, seed: int = 0, **config: Any) -> list[list[int]]:
+    """Ids of the rows of ``rows.jsonl``, all in one cache."""
+    load = partial(load_renderer, str(base), None, None)
+    source = {"path": str(folder / "rows.jsonl"), "templates": config.pop("templates", [])}
+    data = DataConfig.model_validate({"train": [source], "max_seq_len": 256, "packing": "none", **config})
+    prepared = open_prepared(prepare_sets(data, Cache(folder / "cache", load(), load), seed=seed).train or folder)
+    return [
+        [id if on else -id - 1 for id, on in zip(*(part.tolist() for part in prepared.row(number)), strict=True)]
+        for number in range(prepared.num_rows)
+    ]
+
+
+def test_every_setting_of_a_row_makes_data_of_its_own(tmp_path: Path, tiny_base: Path) -> None:
+    """In one cache, one after the other: none is given what another one prepared."""
+    turns = [("system", "s"), ("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "d" * 99)]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    messages = [*({"role": role, "content": text} for role, text in turns), {"role": "user", "content": "e"}, call]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
+    asked: list[dict[str, Any]] = [
+        {},
+        {"train_on": "last_assistant"},
+        {"train_on": "all"},
+        {"train_reasoning": False},
+        {"train_tool_calls": False},
+        {"max_seq_len": 150, "over_length": "split"},
+        {"max_seq_len": 150, "over_length": "truncate"},
+        {"templates": ["Q: {prompt}", "{prompt}?"]},
+        {"templates": ["Q: {prompt}", "{prompt}?"], "seed": 1},
+        {"templates": ["{prompt}!", "{prompt}?"]},
+    ]
+    made = [tokenised_rows(tmp_path, tiny_base, **each) for each in asked]
+    assert [len(rows) for rows in made] == [8] * 5 + [24] + [8] * 4
+    assert len({str(rows) for rows in made}) == len(asked)
