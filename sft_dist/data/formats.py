@@ -67,7 +67,8 @@ def recognise(row: Mapping[str, Any], origin: Origin) -> Layout:
         return "text"
     raise Fields(row, origin).error(
         f"no known layout has these keys: {_describe_keys(row)}",
-        fix=f"rename the keys to those of one of {', '.join(LAYOUTS)} (docs/data.md has a row of each)",
+        fix=f"rename the keys to those of one of {', '.join(LAYOUTS)} (docs/data.md has a row of each), or say what "
+        "they are by columns of the source, e.g. columns: {prompt: question, completion: answer}",
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from sft_dist.data.selection import NamedStore, select
 from sft_dist.data.supervision import Supervision
 from sft_dist.data.token_store import TokenStore, is_complete
 from sft_dist.data.tokenising import WHOLE, Shard, Work, alone, tokenise
+from sft_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from sft_dist.data.chat_template import ChatRenderer
@@ -202,8 +204,23 @@ def _drawing(sources: Sequence[SourceConfig], data: DataConfig, side: Side, seed
 
 
 def cache_folder(data: DataConfig, output_dir: str) -> Path:
-    """Where a run keeps its prepared data: beside its run directory, if the configuration does not say."""
-    return Path(output_dir).absolute().parent / "data_cache" if data.cache_dir is None else Path(data.cache_dir)
+    """Where a run keeps its prepared data: beside its run directory, if the configuration does not say.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    beside = Path(output_dir).absolute().parent / "data_cache"
+    folder = beside if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ConfigError(
+            f"data.cache_dir: {folder} cannot be written ({e.strerror or e})",
+            fix="set data.cache_dir to a folder that you may write, and that all nodes see",
+        ) from e
+    return folder
 
 
 def counts_of(folder: Path) -> dict[str, Counter[str]]:

@@ -62,9 +62,15 @@ def select(
         of_side = rows_of_side(index, named.store, data, side=side, seed=seed)
         rows, counts[named.name] = fit(index, named.store, data, of_side)
         chosen.append(rows)
+    num_left = sum(map(len, chosen))
     if side == "train":
         chosen = _mix(chosen, sources, data, seed, counts)
     rows = np.concatenate(chosen)
+    if num_left and not len(rows):
+        weights = ", ".join(f"{named.name}: {source.weight:g}" for named, source in zip(stores, sources, strict=True))
+        raise DataError(
+            f"{key}: the weights draw none of {num_left:,} rows ({weights})", fix="raise the weight of a source"
+        )
     if not len(rows) and data.eval_split is not None and side == "eval":
         raise DataError(
             f"data.eval_split: no row is held out by a share of {data.eval_split.share}",

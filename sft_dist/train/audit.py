@@ -30,7 +30,7 @@ from sft_dist.data.prepared import open_prepared
 from sft_dist.data.selection import rows_of_side
 from sft_dist.data.sources import read_source
 from sft_dist.errors import DataError, RowError
-from sft_dist.train.data import renderer_of, showing
+from sft_dist.train.data import renderer_of, showing, tell_of_template
 
 # Of each training source, for the comparison of prompts in training and at inference.
 COMPARED_ROWS = 20
@@ -49,6 +49,7 @@ def audit_data(config: Config, *, html: Path | None, json: Path | None) -> None:
     # Bad rows are a finding among others; whether a run takes them is asked at the end.
     data = config.data.model_copy(update={"on_bad_row": "skip"})
     cache = Cache(cache_folder(data, config.output_dir), load(), load, data.num_workers)
+    tell_of_template(cache.renderer, Console(highlight=False))
     with showing() as display:
         sides = {side: tokenise_sources(data, cache, side=side, seed=seed, display=display) for side in SIDES}
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,6 +42,7 @@ def prepare_data(config: Config, *, shard: Shard = WHOLE) -> None:
     console, started = Console(highlight=False), time.perf_counter()
     load = renderer_of(config.model, config.data)
     cache = Cache(cache_folder(config.data, config.output_dir), load(), load, config.data.num_workers)
+    tell_of_template(cache.renderer, console)
     with showing() as display:
         sets = prepare_sets(config.data, cache, seed=config.train.seed, shard=shard, display=display)
     for name, folder in (("train", sets.train), ("eval", sets.eval)):
@@ -57,8 +57,18 @@ def prepare_data(config: Config, *, shard: Shard = WHOLE) -> None:
 
 def told_of_rows(folder: Path, data: DataConfig) -> list[str]:
     """What became of the rows of a prepared set that are not trained as they are, a line each."""
-    counts = sum(counts_of(folder).values(), Counter())
-    return [*notices(counts, data.max_seq_len), *rejections(counts["rejected_rows"], rejected_of(folder))]
+    each, lines = counts_of(folder), []
+    for name, counts in each.items():
+        place = f"{name}: " if len(each) > 1 else ""
+        lines += [place + line for line in notices(counts, data.max_seq_len)]
+    rejected = sum(counts["rejected_rows"] for counts in each.values())
+    return [*lines, *rejections(rejected, rejected_of(folder))]
+
+
+def tell_of_template(renderer: ChatRenderer, console: Console) -> None:
+    """Says which template was built where there was none."""
+    if renderer.notice is not None:
+        console.print(f"[yellow]model: {escape(renderer.notice)}", soft_wrap=True)
 
 
 def _told_of(name: str, folder: Path, data: DataConfig) -> Table:
@@ -70,7 +80,7 @@ def _told_of(name: str, folder: Path, data: DataConfig) -> Table:
     for number, source in enumerate(prepared.sources):
         _add_rows(table, escape(source), prepared.rows[prepared.rows["store"] == number])
     table.add_section()
-    kind = "packs" if data.packing == "best_fit" else "rows"
+    kind = ("pack" if data.packing == "best_fit" else "row") + ("" if prepared.num_sequences == 1 else "s")
     fill = prepared.lengths.sum() / (prepared.num_sequences * data.max_seq_len)
     filled = f", {fill:.1%} full" if data.packing == "best_fit" else ""
     _add_rows(table, f"{prepared.num_sequences:,} {kind} of {data.max_seq_len:,}{filled}", prepared.rows)

@@ -14,7 +14,7 @@ from sft_dist.data.show_choice import Choice, Form
 from sft_dist.data.show_html import render
 from sft_dist.data.show_terminal import print_shown
 from sft_dist.errors import ConfigError
-from sft_dist.train.data import renderer_of, showing
+from sft_dist.train.data import renderer_of, showing, tell_of_template
 
 
 def show_data(config: Config, choice: Choice, form: Form) -> None:
@@ -43,7 +43,9 @@ def _look(config: Config, choice: Choice) -> Shown:
     load = renderer_of(config.model, config.data)
     cache = Cache(cache_folder(config.data, config.output_dir), load(), load, config.data.num_workers)
     # Not on stdout, which is for the rows.
-    with showing(Console(highlight=False, stderr=True)) as display:
+    console = Console(highlight=False, stderr=True)
+    tell_of_template(cache.renderer, console)
+    with showing(console) as display:
         sets = prepare_sets(config.data, cache, seed=config.train.seed, display=display)
     folder = sets.train if choice.side == "train" else sets.eval
     assert folder is not None  # without shards a set that is configured is complete

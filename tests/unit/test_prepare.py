@@ -23,10 +23,10 @@ from sft_dist.config.data_schema import DataConfig
 from sft_dist.data import tokenising
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
 from sft_dist.data.packing import pack_in_windows
-from sft_dist.data.prepare import Cache, PreparedSets, counts_of, prepare_sets
+from sft_dist.data.prepare import Cache, PreparedSets, cache_folder, counts_of, prepare_sets
 from sft_dist.data.prepared import open_prepared
 from sft_dist.data.tokenising import Shard
-from sft_dist.errors import DataError
+from sft_dist.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 
@@ -287,3 +287,17 @@ def test_what_was_prepared_from_a_url_is_found_offline(
     assert prepare_sets(data, made) == online
     with pytest.raises(DataError, match=r"there is no file at .*\?other"):
         prepare_sets(settings(tmp_path, train=[{"path": url + "?other"}]), made)
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: .*file cannot be written"):
+        cache_folder(settings(tmp_path, cache_dir=str(tmp_path / "file")), "unused")
+    assert cache_folder(settings(tmp_path), str(tmp_path / "runs" / "one")) == tmp_path / "runs" / "data_cache"
+
+
+def test_weights_that_draw_nothing_are_told(tmp_path: Path, tiny_base: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", 5)
+    train = [{"path": str(tmp_path / "rows.jsonl"), "name": "few", "weight": 0.001}]
+    with pytest.raises(DataError, match=r"data\.train: the weights draw none of 5 rows \(few: 0\.001\)"):
+        prepare_sets(settings(tmp_path, train=train), cache(tmp_path, tiny_base))

@@ -40,7 +40,8 @@ CHECKS: dict[str, Check] = {
     ),
     "unsupervised_end": Check(
         "do not end their last answer in a trained end-of-turn token: the model would not learn to stop",
-        "let the labels cover the end-of-turn token (pre-tokenised rows), or set data.chat_template",
+        "let the labels cover the end-of-turn token (token ids), write it at the end of the last trained segment, or "
+        "set data.chat_template",
     ),
     "double_bos": Check(
         "begin with two BOS tokens",
@@ -48,7 +49,7 @@ CHECKS: dict[str, Check] = {
     ),
     "rejected_row": Check(
         "cannot be read or trained on",
-        "correct them; data.on_bad_row: skip trains without them",
+        "correct them, or leave them out by data.on_bad_row: skip, if so many may be missing",
     ),
     "over_length": Check(
         "are longer than data.max_seq_len",
