@@ -266,6 +266,12 @@ def test_examples_are_of_the_rows_that_a_set_has(tmp_path: Path, tiny_base: Path
     assert "unique" in examples["over_length"][0][1]
     again = [(Path(row.row.origin.path).name, row.row.origin.row) for row in audited_rows(part)]
     assert again == [("a.jsonl", 3), ("b.jsonl", 1), ("b.jsonl", 2), ("b.jsonl", 3)]
+    second = StoredSource(source.named, source.work, source.store.rows["file"] == 1)
+    assert [str(row.row.origin).removeprefix(f"{tmp_path}/rows/") for row in audited_rows(second)] == [
+        "b.jsonl:1",
+        "b.jsonl:2",
+        "b.jsonl:3",
+    ]
 
 
 def test_a_turn_whose_end_is_not_trained_is_found(tmp_path: Path, tiny_base: Path) -> None:

@@ -156,6 +156,27 @@ def test_the_digest_of_a_set_is_of_its_tokens_and_masks(tmp_path: Path, renderer
     assert len(set(digests)) == 3
 
 
+def test_the_digest_of_a_set_is_of_its_packs_too(tmp_path: Path, renderer: ChatRenderer) -> None:
+    data, cache = two_files(tmp_path), Cache(tmp_path / "cache", renderer, load)
+    made = [
+        open_prepared(prepare_set(data.model_copy(update={"packing": packing}), cache) or tmp_path)
+        for packing in ("none", "best_fit")
+    ]
+    assert made[0].rows.tobytes() == made[1].rows.tobytes()
+    assert made[0].digest != made[1].digest
+
+
+def test_the_first_token_of_a_row_is_never_counted_as_trained(tmp_path: Path, renderer: ChatRenderer) -> None:
+    """Nothing predicts it, and a loss that were divided by it would be too low."""
+    path, data = tmp_path / "rows.jsonl", two_files(tmp_path)
+    path.write_text(json.dumps({"input_ids": [5, 6, 7], "labels": [5, -100, 7]}) + "\n")
+    source = data.train[0].model_copy(update={"path": str(path)})
+    data = data.model_copy(update={"train": [source]})
+    prepared = open_prepared(prepare_set(data, Cache(tmp_path / "cache", renderer, load)) or tmp_path)
+    assert prepared.row(0)[1].tolist() == [1, 0, 1]
+    assert prepared.num_supervised.tolist() == [1]
+
+
 def test_an_unfinished_set_is_made_anew(tmp_path: Path, renderer: ChatRenderer) -> None:
     """As after a kill while the rows were chosen."""
     path, cache = tmp_path / "rows.jsonl", partial(Cache, renderer=renderer, load=load)
