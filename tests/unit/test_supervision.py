@@ -231,11 +231,12 @@ def test_every_setting_of_a_row_makes_data_of_its_own(tmp_path: Path, tiny_base:
         {"train_reasoning": False},
         {"train_tool_calls": False},
         {"max_seq_len": 150, "over_length": "split"},
+        {"max_seq_len": 150, "over_length": "split", "train_on": "last_assistant"},
         {"max_seq_len": 150, "over_length": "truncate"},
         {"templates": ["Q: {prompt}", "{prompt}?"]},
         {"templates": ["Q: {prompt}", "{prompt}?"], "seed": 1},
         {"templates": ["{prompt}!", "{prompt}?"]},
     ]
     made = [tokenised_rows(tmp_path, tiny_base, **each) for each in asked]
-    assert [len(rows) for rows in made] == [8] * 5 + [24] + [8] * 4
+    assert [len(rows) for rows in made] == [8] * 5 + [24] + [8] * 5
     assert len({str(rows) for rows in made}) == len(asked)
