@@ -175,6 +175,18 @@ def test_parts_keep_the_tools_of_the_whole() -> None:
     assert all(row.tools == (tool,) and row.messages[0] == TWO.messages[0] and row.origin == HERE for row in seen)
 
 
+def test_an_answer_before_the_first_question_is_trained_once_too() -> None:
+    """It is no system prompt, which each part would begin with."""
+    row = conversation(("assistant", "hello"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+
+    def render(row: Conversation) -> tuple[list[int], list[bool]]:
+        text = "".join(message.content for message in row.messages).encode()
+        return list(text), [True] * len(text)
+
+    parts = list(split_conversation(row, 7, render))
+    assert [bytes(part.input_ids) for part in parts] == [b"helloab", b"cd"]
+
+
 def test_tokens_are_cut_into_equal_parts() -> None:
     parts = list(split_tokens((list(range(10)), [True] * 10), 4))
     assert [part.input_ids for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
