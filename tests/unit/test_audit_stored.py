@@ -286,3 +286,35 @@ def test_a_turn_whose_end_is_not_trained_is_found(tmp_path: Path, tiny_base: Pat
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = audited(tmp_path, tiny_base, train=[{"path": str(path)}])
     assert [(f.check, [e.origin for e in f.examples]) for f in found.findings] == [("unsupervised_end", [f"{path}:2"])]
+
+
+def test_untrained_tokens_are_searched_piece_by_piece_and_told_of_their_own_row(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the row before one that the set lacks, nor where the token stands first, which is never trained."""
+    monkeypatch.setattr("sft_dist.data.audit.stored.SEARCHED_AT_ONCE", 2)
+    path = tmp_path / "rows.jsonl"
+    texts = ["<|im_end|>bc", "bcd<|im_end|>", "bc<|im_end|>", "bcd"]
+    path.write_text("".join(json.dumps({"segments": [{"text": text, "train": True}]}) + "\n" for text in texts))
+    data = DataConfig.model_validate({"train": [{"path": str(path)}], "max_seq_len": 8})
+    renderer, (source,), _ = stored(tmp_path, tiny_base, data)
+    part = StoredSource(source.named, source.work, np.array([True, False, True, True]))
+    longest = int(source.store.rows["length"].max())
+    settings = settings_of(data.model_copy(update={"max_seq_len": longest}), renderer, ("<|im_end|>",))
+    found = audit_stores([part], [], settings=settings, packs={}, decode=renderer.tokenizer.decode)
+    assert [(f.check, [e.origin for e in f.examples]) for f in found.findings] == [("untrained_token", [f"{path}:3"])]
+    whole = StoredSource(source.named, source.work, None)
+    found = audit_stores([whole], [], settings=settings, packs={}, decode=renderer.tokenizer.decode)
+    assert [f.check for f in found.findings] == ["untrained_token"], "the longest row just fits"
+
+
+def test_a_run_is_told_of_rejected_rows(tmp_path: Path, tiny_base: Path) -> None:
+    sources = [write(tmp_path / f"{name}.jsonl", [("a", name), ("c", name)]) for name in ("train", "held")]
+    for source in sources:
+        with Path(source["path"]).open("a") as file:
+            file.write('{"prompt": "no answer"}\n')
+    found = audited(tmp_path, tiny_base, train=sources[:1], on_bad_row="skip")
+    assert told(found) == [("rejected_row", "train", 1, 3)]
+    assert f"{sources[0]['path']}:3: " in found.findings[0].examples[0].text
+    found = audited(tmp_path, tiny_base, train=sources[:1], eval=sources[1:], on_bad_row="skip")
+    assert {each[:2] for each in told(found)} >= {("rejected_row", "train"), ("rejected_row", "eval")}

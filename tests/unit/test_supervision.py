@@ -175,6 +175,18 @@ def test_parts_keep_the_tools_of_the_whole() -> None:
     assert all(row.tools == (tool,) and row.messages[0] == TWO.messages[0] and row.origin == HERE for row in seen)
 
 
+def test_an_answer_before_the_first_question_is_trained_once_too() -> None:
+    """It is no system prompt, which each part would begin with."""
+    row = conversation(("assistant", "hello"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+
+    def render(row: Conversation) -> tuple[list[int], list[bool]]:
+        text = "".join(message.content for message in row.messages).encode()
+        return list(text), [True] * len(text)
+
+    parts = list(split_conversation(row, 7, render))
+    assert [bytes(part.input_ids) for part in parts] == [b"helloab", b"cd"]
+
+
 def test_tokens_are_cut_into_equal_parts() -> None:
     parts = list(split_tokens((list(range(10)), [True] * 10), 4))
     assert [part.input_ids for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -231,11 +243,12 @@ def test_every_setting_of_a_row_makes_data_of_its_own(tmp_path: Path, tiny_base:
         {"train_reasoning": False},
         {"train_tool_calls": False},
         {"max_seq_len": 150, "over_length": "split"},
+        {"max_seq_len": 150, "over_length": "split", "train_on": "last_assistant"},
         {"max_seq_len": 150, "over_length": "truncate"},
         {"templates": ["Q: {prompt}", "{prompt}?"]},
         {"templates": ["Q: {prompt}", "{prompt}?"], "seed": 1},
         {"templates": ["{prompt}!", "{prompt}?"]},
     ]
     made = [tokenised_rows(tmp_path, tiny_base, **each) for each in asked]
-    assert [len(rows) for rows in made] == [8] * 5 + [24] + [8] * 4
+    assert [len(rows) for rows in made] == [8] * 5 + [24] + [8] * 5
     assert len({str(rows) for rows in made}) == len(asked)

@@ -192,3 +192,18 @@ def test_an_unfinished_set_is_made_anew(tmp_path: Path, renderer: ChatRenderer) 
     assert content(made).keys() == content(expected).keys()
     assert open_prepared(made).digest == open_prepared(expected).digest
     assert not unfinished.exists()
+
+
+def test_columns_and_what_a_file_is_make_a_store_of_its_own(tmp_path: Path, renderer: ChatRenderer) -> None:
+    """The same bytes, read in another way, in one cache."""
+    row = {"question": "a", "short": "b", "long": "c", "text": "d"}
+    path, cache = tmp_path / "rows.jsonl", Cache(tmp_path / "cache", renderer, load)
+    for each in (path, path.with_suffix(".txt")):
+        each.write_text(json.dumps(row) + "\n")
+    sources: list[dict[str, Any]] = [
+        *({"path": str(path), "format": "prompt_completion", "columns": {"prompt": "question", "completion": answer}}
+          for answer in ("short", "long")),
+        *({"path": str(each), "format": "text"} for each in (path, path.with_suffix(".txt"))),
+    ]  # fmt: skip
+    made = [tokenised(DataConfig.model_validate({"train": [source]}), cache) for source in sources]
+    assert len({each.named.store.input_ids.tobytes() for each in made}) == 4
