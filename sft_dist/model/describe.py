@@ -74,7 +74,8 @@ def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dt
         dynamic_rope=dynamic_rope(config),
         num_parameters=sum(p.numel for p in parameters) + _packed_away(meta),
         max_positions=getattr(config, "max_position_embeddings", None),
-        buffer_bytes=sum(b.numel() * b.element_size() for b in meta.buffers()),
+        buffer_bytes=sum(b.nbytes for b in meta.buffers()),
+        quantization_bytes=sum(b.nbytes for m in meta.modules() if isinstance(m, QuantizedLinear) for b in m.buffers()),
         tokens=tokens,
     )
 

@@ -83,6 +83,7 @@ class ModelSpec:
         num_parameters: elements of all of them; of those that are stored packed, before packing.
         max_positions: longest row that the model was made for, where it says so.
         buffer_bytes: bytes of all buffers, which no strategy shards (quantisation state, rotary frequencies).
+        quantization_bytes: of them, the state of quantised weights.
         tokens: that are added or trained by themselves.
     """
 
@@ -101,6 +102,7 @@ class ModelSpec:
     num_parameters: int
     max_positions: int | None
     buffer_bytes: int
+    quantization_bytes: int = 0
     tokens: Tokens = NO_TOKENS
 
     @property

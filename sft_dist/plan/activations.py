@@ -1,0 +1,101 @@
+"""The tape of a run's own model: what ``registry.shard`` builds, but for the sharding, with the longest micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from sft_dist.data.batch import MicroBatch
+from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
+from sft_dist.plan.tape import Tape, record
+from sft_dist.run import Run
+from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing, checkpointed_blocks
+from sft_dist.sharding.ddp import cast_while_running
+from sft_dist.sharding.strategy import store_master
+
+
+def trace(
+    run: Run, *, seq_lens: tuple[int, ...] | None = None, supervised: int | None = None, backward: bool = True
+) -> Tape:
+    """What one micro-batch of a rank allocates and computes, forward and backward.
+
+    Args:
+        seq_lens: lengths of the rows of the micro-batch, that of all ranks that share it; by default the longest that
+            there can be.
+        supervised: tokens whose loss is computed; by default all of them.
+        backward: False for an evaluation, which no ranks share.
+
+    Raises:
+        RuntimeError: a process group of another kind exists, and ranks share sequences.
+    """
+    lens = seq_lens or (run.batch.max_seq_len,) * run.batch.micro_batch_size
+    parts = run.batch.sequence_parallel if backward else 1
+    with _group_of(parts) if parts > 1 else nullcontext():
+        model = build_model(run.model)
+        if parts > 1:
+            model.sequence_group = dist.group.WORLD
+        kinds = _kinds(run, model)
+        _apply_from_outside(run, model)
+        return record(model, lambda: _batch(lens, parts, supervised), kinds=kinds, backward=backward)
+
+
+def _apply_from_outside(run: Run, model: SftModel) -> None:
+    """What a strategy does to the model beside sharding it; under fsdp2 and ZeRO a module sees ``compute`` alone."""
+    apply_activation_checkpointing(model, run.activation_checkpointing)
+    if run.strategy == "ddp":
+        store_master(model, run)
+        if run.precision.master != run.precision.compute:
+            cast_while_running(model, TORCH_DTYPES[run.precision.compute])
+
+
+def _kinds(run: Run, model: SftModel) -> list[object]:
+    """What each block is like: its parameters, what it sees, and whether it is recomputed."""
+    recomputed = set(checkpointed_blocks(run.activation_checkpointing, run.model.blocks))
+    return [
+        (
+            tuple((n, tuple(p.shape), p.requires_grad) for n, p in block.named_parameters()),
+            tuple((n, tuple(b.shape)) for n, b in block.named_buffers()),
+            tuple(_windows(block)),
+            name in recomputed,
+        )
+        for name, block in model.blocks().items()
+    ]
+
+
+def _windows(block: nn.Module) -> Iterator[int | None]:
+    return (vars(m)["sliding_window"] for m in block.modules() if "sliding_window" in vars(m))
+
+
+def _batch(seq_lens: tuple[int, ...], parts: int, supervised: int | None) -> MicroBatch:
+    """A micro-batch without values; where ranks share it, the part of the first, which has no fewer tokens."""
+    tokens = sum(seq_lens)
+    here = -(-tokens // parts)
+    share = min(here, here if supervised is None else -(-supervised // parts))
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64)
+
+    return MicroBatch(
+        input_ids=integers(1, here),
+        position_ids=integers(1, here),
+        cu_seqlens=torch.empty(len(seq_lens) + 1, dtype=torch.int32),
+        supervised_index=integers(share),
+        labels=integers(share),
+        seq_lens=seq_lens,
+        split=None if parts == 1 else tuple(tokens // parts + (i < tokens % parts) for i in range(parts)),
+    )
+
+
+@contextmanager
+def _group_of(size: int) -> Iterator[None]:
+    """A process group whose other ranks are not there: what is exchanged has its sizes, and no values."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

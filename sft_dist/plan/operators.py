@@ -1,0 +1,57 @@
+"""What the dry run knows of operators: which do the work, and what a CUDA kernel allocates where no trace sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import bitsandbytes  # noqa: F401  registers its operators
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sft_dist.model.attention import packed_attention, packed_attention_backward
+
+aten = torch.ops.aten
+
+ATTENTION = frozenset(
+    {packed_attention._opoverload.overloadpacket, packed_attention_backward._opoverload.overloadpacket}
+)
+PRODUCTS = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm})
+DEQUANTIZE = frozenset({torch.ops.bitsandbytes.dequantize_4bit, torch.ops.bitsandbytes.dequantize_blockwise})
+
+# Copies of the input that an operator makes and frees inside (ATen/native/ReduceOps.cpp: (self - max).exp_()).
+INNER_COPIES = {aten.logsumexp: 1}
+
+
+def inner_bytes(func: Any, inputs: Sequence[Tensor]) -> int:
+    """Bytes that an operator's CUDA form allocates and frees before it returns."""
+    copies = INNER_COPIES.get(func.overloadpacket, 0)
+    return copies * inputs[0].nbytes if copies else 0
+
+
+def attended_pairs(seq_lens: Sequence[int], window: int) -> int:
+    """Pairs of a query and a key that causal attention looks at, over all segments."""
+    pairs = 0
+    for length in seq_lens:
+        seen = min(length, window) if window else length
+        # The first `seen` queries see 1, 2, ..., seen keys, the others `seen` each.
+        pairs += seen * (seen + 1) // 2 + (length - seen) * seen
+    return pairs
+
+
+@register_flop_formula(packed_attention._opoverload.overloadpacket, get_raw=True)
+def _attention_flops(
+    query: Tensor, key: Tensor, value: Tensor, seq_lens: Sequence[int], scale: float, window: int, **_: Any
+) -> int:
+    """Two products of d numbers for each pair and head."""
+    return 2 * 2 * attended_pairs(seq_lens, window) * query.shape[-2] * query.shape[-1]
+
+
+@register_flop_formula(packed_attention_backward._opoverload.overloadpacket, get_raw=True)
+def _attention_backward_flops(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    seq_lens: Sequence[int], scale: float, window: int, **_: Any,
+) -> int:  # fmt: skip
+    """Five products: the scores again, and the gradients of value, probabilities, query and key."""
+    return 5 * 2 * attended_pairs(seq_lens, window) * query.shape[-2] * query.shape[-1]
