@@ -33,7 +33,7 @@ def trace(
     Raises:
         RuntimeError: a process group of another kind exists, and ranks share sequences.
     """
-    lens = seq_lens or (run.batch.max_seq_len,) * run.batch.micro_batch_size
+    lens = seq_lens or seq_lens_of(run)
     parts = run.batch.sequence_parallel if backward else 1
     with _group_of(parts) if parts > 1 else nullcontext():
         model = build_model(run.model)
@@ -42,6 +42,11 @@ def trace(
         kinds = _kinds(run, model)
         _apply_from_outside(run, model)
         return record(model, lambda: _batch(lens, parts, supervised), kinds=kinds, backward=backward)
+
+
+def seq_lens_of(run: Run) -> tuple[int, ...]:
+    """Lengths of the rows of the longest micro-batch: full ones, which cost attention most."""
+    return (run.batch.max_seq_len,) * min(run.batch.micro_batch_size, run.batch.global_batch_size)
 
 
 def _apply_from_outside(run: Run, model: SftModel) -> None:

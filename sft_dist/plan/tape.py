@@ -2,9 +2,9 @@
 
 The trainer's own model runs under ``FakeTensorMode``: every operator runs on tensors that have a shape and no data.
 What it allocates, frees and computes is written down, cut into segments: embedding, each decoder block, the loss, and
-the same back again. Blocks that are alike are recorded once, so that 70B take as long as 1B. The rest of the dry run plays
-the tape: ``plan/memory.py`` with the transients of a sharding strategy between the segments, ``plan/time.py`` with the
-rates of a GPU.
+the same back again. Blocks that are alike are recorded once, so that 70B take as long as 1B. The rest of the dry run
+plays the tape: ``plan/memory.py`` with the transients of a sharding strategy between the segments, ``plan/time.py``
+with the rates of a GPU.
 """
 
 from __future__ import annotations

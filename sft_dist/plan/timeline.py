@@ -1,8 +1,8 @@
 """Plays the tape of a micro-batch with what each strategy puts between its segments.
 
 What is allocated when follows the libraries' own order of events: torch's ``FSDPParamGroup`` (gather, copy out,
-reshard, reduce-scatter), DDP's reducer, and DeepSpeed's optimizers. A ``Timeline`` plays forward and backward of micro-batches;
-``plan/memory.py`` puts states, update, evaluation and saving around it.
+reshard, reduce-scatter), DDP's reducer, and DeepSpeed's optimizers. A ``Timeline`` plays forward and backward of
+micro-batches; ``plan/memory.py`` puts states, update, evaluation and saving around it.
 """
 
 from __future__ import annotations
@@ -168,11 +168,12 @@ class Fsdp2Timeline(Timeline):
     def after_backward(self, ledger: Ledger, block: int) -> None:
         unit = self.blocks[block]
         ledger.add("gather_buffers", -unit.whole_bytes)
-        self._reduce(ledger, unit, f"reducing layer {block}")
+        whole = self.tape.backward[self.tape.recorded[block]].net("gradients")
+        self._reduce(ledger, unit, whole, f"reducing layer {block}")
 
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         ledger.add("gather_buffers", -self.root.whole_bytes)
-        self._reduce(ledger, self.root, "reducing the embedding")
+        self._reduce(ledger, self.root, ledger.now["gradients"] - self.kept_gradients, "reducing the embedding")
         ledger.add("communication", -self.reducing)
         self.reducing = 0
 
@@ -189,13 +190,13 @@ class Fsdp2Timeline(Timeline):
         ledger.add("gather_buffers", -size)
         self.buffered -= size
 
-    def _reduce(self, ledger: Ledger, unit: Unit, moment: str) -> None:
+    def _reduce(self, ledger: Ledger, unit: Unit, whole: int, moment: str) -> None:
+        """Copies a unit's gradients, ``whole`` bytes, into the buffer that is reduced."""
         if not unit.reduced_bytes:
             return
         ledger.add("communication", -self.reducing)
         self.reducing = unit.reduced_bytes
         ledger.add("communication", unit.reduced_bytes, moment)
-        whole = ledger.now["gradients"] - self.kept_gradients
         ledger.add("gradients", -whole)
         ledger.touch("communication", unit.reduced_bytes // self.shards, moment)
         if self.on_host:

@@ -1,0 +1,133 @@
+"""What a real step allocates on this rank: every storage that an operator makes or a strategy resizes, after each operator."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sft_dist.config.schema import Config
+from sft_dist.data.batch import MicroBatch
+from sft_dist.model.sequence_parallel import SequenceParallel  # noqa: F401  loaded before anything is counted
+from sft_dist.plan.activations import seq_lens_of
+from sft_dist.sharding.strategy import Strategy
+from tests.helpers import cells
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that live, and the most there were since it was entered.
+
+    Attributes:
+        peak: beyond those at the beginning.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        gc.collect()
+        self._storages: dict[int, Any] = {}
+        for thing in gc.get_objects():
+            if issubclass(type(thing), Tensor):
+                self._track(thing)
+        self.start = self.live()
+        self.peak = 0
+        self.moment = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._track(tensor)
+        now = self.live() - self.start
+        if now > self.peak:
+            self.peak, self.moment = now, str(func)
+        return out
+
+    def live(self) -> int:
+        return sum(storage.nbytes() for ref in list(self._storages.values()) if (storage := ref()) is not None)
+
+    def _track(self, tensor: Tensor) -> None:
+        if hasattr(tensor, "_local_tensor"):
+            tensor = tensor._local_tensor
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return
+        if storage.device.type == "cpu":
+            key = storage._cdata
+            if key not in self._storages or self._storages[key]() is None:
+                self._storages[key] = weakref.ref(storage)
+
+
+class SavedBytes:
+    """Adds up what autograd keeps from forward to backward, parameters aside, each storage once."""
+
+    def __init__(self, model: torch.nn.Module, batch: MicroBatch) -> None:
+        self.model, self.total = model, 0
+        self.seen = {t.untyped_storage()._cdata for t in vars(batch).values() if isinstance(t, Tensor)}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        own = {p.untyped_storage()._cdata for p in (*self.model.parameters(), *self.model.buffers())}
+        if storage._cdata not in self.seen | own:
+            self.seen.add(storage._cdata)
+            self.total += storage.nbytes()
+        return tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank's bytes.
+
+    Args:
+        saved: that autograd keeps for backward in one micro-batch.
+        peak: most beyond what is held between steps, in a step of the planned micro-batches.
+    """
+
+    saved: int
+    peak: int
+    moment: str
+
+
+def measure(cfg_yaml: str) -> Measured:
+    """The longest micro-batches that the run can have, with everything supervised."""
+    run, strategy = cells.start(Config.model_validate(yaml.safe_load(cfg_yaml)))
+    lens = seq_lens_of(run)
+    batch = longest(lens, run.model.vocab_size)
+    try:
+        for _ in range(2):  # states and buckets are made by the first steps
+            step(strategy, batch, run.batch.gradient_accumulation_steps)
+        saved = SavedBytes(strategy.model, batch)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
+            step(strategy, batch, 1)
+        with LiveBytes() as live:
+            step(strategy, batch, run.batch.gradient_accumulation_steps, update=False)
+        return Measured(saved.total, live.peak, live.moment)
+    finally:
+        strategy.close()
+
+
+def step(strategy: Strategy, batch: MicroBatch, micro_batches: int, *, update: bool = True) -> None:
+    world = dist.get_world_size()
+    for number in range(micro_batches):
+        strategy.forward_backward(
+            batch, supervised_in_step=batch.num_supervised * world * micro_batches,
+            is_last_micro_batch=number == micro_batches - 1,
+        )  # fmt: skip
+    if update:
+        strategy.step(1e-3)
+
+
+def longest(lens: tuple[int, ...], vocab: int) -> MicroBatch:
+    tokens = sum(lens)
+    bounds = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lens])
+    ids = torch.arange(tokens) % vocab
+    return MicroBatch(ids[None], positions[None], bounds, torch.arange(tokens), ids.clone(), lens)
