@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft_dist.config.hardware_schema import HardwareConfig, OwnedHardware
-from sft_dist.errors import UnknownHardware
+from sft_dist.errors import ConfigError, UnknownHardware
 from sft_dist.hardware.gpus import Gpu
 from sft_dist.hardware.prices import Price, PriceKind, all_prices, latest_rate
 from sft_dist.hardware.tables import did_you_mean
@@ -61,7 +61,7 @@ def plan_cost(
 
     Raises:
         UnknownHardware: ``hardware.provider`` has no prices, or none of this GPU.
-        ConfigError: the file ``hardware.prices`` is wrong.
+        ConfigError: the file ``hardware.prices`` is wrong, or ``hardware.owned`` has no price of a kWh.
     """
     rate, rate_as_of = _exchange_rate(hardware)
     gpu_hours = total_s.scaled(num_gpus / SECONDS_PER_HOUR)
@@ -136,7 +136,14 @@ def _own_offer(
 
 def _electricity(gpu: Gpu, owned: OwnedHardware, *, num_gpus: int, nodes: int, gpu_hours: Range, rate: float) -> Offer:
     """Machines of one's own: time, times power, times the price of a kWh."""
-    usd_per_kwh = owned.price_per_kwh if owned.price_per_kwh is not None else (owned.price_per_kwh_jpy or 0.0) / rate
+    if owned.price_per_kwh is not None:
+        usd_per_kwh = owned.price_per_kwh
+    elif owned.price_per_kwh_jpy is not None:
+        usd_per_kwh = owned.price_per_kwh_jpy / rate
+    else:
+        raise ConfigError(
+            "hardware.owned has no price of a kWh", fix="set hardware.owned.price_per_kwh or price_per_kwh_jpy"
+        )
     # Of a GPU at its TDP; what its machine takes with it comes with the range of that.
     usd_per_tdp_hour = gpu.tdp_w / 1000 * owned.pue * usd_per_kwh
     usd = Range(
