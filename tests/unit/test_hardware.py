@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from sft_dist.errors import ConfigError, PlanError, UnknownHardware
 from sft_dist.hardware.gpus import GIB, Gpu, all_gpus, find_gpu, normal_name, sources
 from sft_dist.hardware.networks import find_network, network_names
+from sft_dist.hardware.observed import Overhead, efficiencies, overhead_bytes, overhead_source
 from sft_dist.hardware.prices import all_prices, latest_rate, prices_of, shipped_prices
 from sft_dist.hardware.tables import shipped_table
 
@@ -243,3 +245,20 @@ def test_neither_tables_nor_bill_import_torch() -> None:
         "import sys, sft_dist.plan.cost, sft_dist.plan.money; assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_published_runs_reached() -> None:
+    rows = efficiencies()
+    assert len(rows) == 16
+    for row in rows:
+        assert row.gpu in all_gpus()
+        assert 0 < row.low <= row.median <= row.high < 1
+        assert row.p10 is None or row.low <= row.p10 <= row.median
+        assert row.source
+        # No run is faster than its GPU's matrix products.
+        assert row.high <= find_gpu(row.gpu).achievable_flops["bf16"] / find_gpu(row.gpu).flops["bf16"]
+    assert len({(row.gpu, row.method, row.kernels, row.size) for row in rows}) == len(rows)
+    assert overhead_bytes("cuda_context_lazy") == int(0.47 * GIB)
+    for name in get_args(Overhead):
+        assert 0.4 * GIB < overhead_bytes(name) < 2 * GIB
+        assert "github.com" in overhead_source(name)
