@@ -58,6 +58,12 @@ class PlanError(SftError):
     on_all_ranks = True
 
 
+class UnknownHardware(PlanError):
+    """A GPU, network or provider that the tables do not have, or a name that several have: a mistake of usage."""
+
+    exit_code = 2
+
+
 class DataError(SftError):
     """A data file, a row of it or the chat template cannot be trained on."""
 

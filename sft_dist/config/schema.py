@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from sft_dist.config.data_schema import DataConfig
+from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.section import Section
 
 
@@ -361,4 +362,5 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    hardware: HardwareConfig = HardwareConfig()
     output_dir: str = Field(description="Run directory; must not hold another run, unless that run is resumed.")

@@ -291,6 +291,38 @@ def _evaluation(config: Config) -> Iterator[Finding]:
         )
 
 
+def _hardware(config: Config) -> Iterator[Finding]:
+    hardware = config.hardware
+    prices = {
+        "price_per_hour": hardware.price_per_hour,
+        "price_per_hour_jpy": hardware.price_per_hour_jpy,
+        "owned": hardware.owned,
+    }
+    own = [f"hardware.{key}" for key, value in prices.items() if value is not None]
+    if len(own) > 1:
+        yield f"{' and '.join(own)} are set: each says what a GPU costs", "keep one of them"
+    if own and hardware.price_kind != "on_demand":
+        yield (
+            f"hardware.price_kind is {hardware.price_kind}, which has no effect with {own[0]}",
+            f"remove hardware.price_kind, or {own[0]}",
+        )
+    if hardware.owned is not None:
+        electricity = (hardware.owned.price_per_kwh, hardware.owned.price_per_kwh_jpy)
+        if electricity == (None, None):
+            yield "hardware.owned has no price of a kWh", "set hardware.owned.price_per_kwh or price_per_kwh_jpy"
+        elif None not in electricity:
+            yield "hardware.owned has the price of a kWh in USD and in JPY", "remove one of them"
+    if hardware.network is not None and hardware.nodes == 1:
+        yield (
+            f"hardware.network is {hardware.network}, which has no effect with hardware.nodes 1",
+            "remove hardware.network, or set hardware.nodes",
+        )
+    names = {"gpu": hardware.gpu, "network": hardware.network, "provider": hardware.provider, "prices": hardware.prices}
+    for key, name in names.items():
+        if name is not None and not name.strip():
+            yield f"hardware.{key} is empty", f"set hardware.{key} to a name, or remove it"
+
+
 def _paths(config: Config) -> Iterator[Finding]:
     paths: dict[str, str | None] = {"model.path": config.model.path, "data.chat_template": config.data.chat_template}
     paths |= {f"data.train.{i}.path": source.path for i, source in enumerate(config.data.train)}
@@ -318,4 +350,5 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _supervision,
     _packing,
     _evaluation,
+    _hardware,
 )

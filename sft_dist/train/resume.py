@@ -20,8 +20,8 @@ NEVER, AUTO = "never", "auto"
 # Any of these means that a run has trained here.
 MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 
-# Where a run is and what watches it changes nothing about the run.
-PLACES = ("output_dir", "logging.")
+# Where a run is, what watches it and what it was planned and billed for change nothing about the run.
+PLACES = ("output_dir", "logging.", "hardware.")
 
 
 def holds_a_run(folder: Path) -> bool:

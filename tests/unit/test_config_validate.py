@@ -219,6 +219,32 @@ WRONG = [
         "data.train.1.path is empty",
         "set data.train.1.path to a path",
     ),
+    (
+        {"hardware": {"price_per_hour": 2.5, "owned": {"price_per_kwh": 0.2}}},
+        "hardware.price_per_hour and hardware.owned are set: each says what a GPU costs",
+        "keep one of them",
+    ),
+    (
+        {"hardware": {"price_per_hour_jpy": 400, "price_kind": "spot"}},
+        "hardware.price_kind is spot, which has no effect with hardware.price_per_hour_jpy",
+        "remove hardware.price_kind, or hardware.price_per_hour_jpy",
+    ),
+    (
+        {"hardware": {"owned": {}}},
+        "hardware.owned has no price of a kWh",
+        "set hardware.owned.price_per_kwh or price_per_kwh_jpy",
+    ),
+    (
+        {"hardware": {"owned": {"price_per_kwh": 0.2, "price_per_kwh_jpy": 30}}},
+        "hardware.owned has the price of a kWh in USD and in JPY",
+        "remove one of them",
+    ),
+    (
+        {"hardware": {"nodes": 1, "network": "infiniband-ndr-x8"}},
+        "hardware.network is infiniband-ndr-x8, which has no effect with hardware.nodes 1",
+        "remove hardware.network, or set hardware.nodes",
+    ),
+    ({"hardware": {"gpu": " "}}, "hardware.gpu is empty", "set hardware.gpu to a name, or remove it"),
 ]
 
 RIGHT = [
@@ -242,6 +268,8 @@ RIGHT = [
     {"optim": {"warmup_ratio": 0.9}},
     train(max_steps=1),  # the default warm-up of one step; there is nothing after it to reach
     {"optim": {"type": "sgd"}, "sharding": {"strategy": "zero2"}},
+    {"hardware": {"gpu": "h100", "gpus_per_node": 8, "nodes": 2, "network": "p5.48xlarge", "price_kind": "spot"}},
+    {"hardware": {"owned": {"price_per_kwh_jpy": 30, "pue": 1.2}, "host_memory_gib": 2048, "fx": 150}},
 ]
 
 

@@ -51,6 +51,7 @@ def test_what_was_changed_is_told(tmp_path: Path) -> None:
     now["sharding"] = {"strategy": "fsdp2"}
     now["output_dir"] = "elsewhere"
     now["logging"]["wandb"]["mode"] = "disabled"
+    now["hardware"] = {"gpu": "h100", "nodes": 2, "owned": {"price_per_kwh": 0.2}}
     assert changed_settings(tmp_path, Config.model_validate(now)) == [
         "optim.lr: 0.003 -> 0.0001",
         "sharding.cpu_offload: None -> False",
