@@ -149,10 +149,10 @@ def stand_in(path: str, why: str) -> Path | None:
     config = known_config(path)
     if config is None:
         near = nearest_models(path)
-        correct = f"correct the id (known: {', '.join(near)}), or bring" if near else "bring"
+        nearest = f" (nearest: {', '.join(near)})" if near else ""
         raise ModelNotKnown(
-            f"{why}, nor is it among the known models",
-            fix=f"{correct} it here: sft-dist model fetch CONFIG --no-weights",
+            f"{why}, nor is it among the known models{nearest}",
+            fix=f"{'correct the id, or ' if near else ''}bring it here: sft-dist model fetch CONFIG --no-weights",
         )
     folder = parent / path.lower().replace("/", "--")
     if not folder.exists():

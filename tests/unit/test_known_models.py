@@ -310,9 +310,9 @@ def test_a_model_that_is_neither_here_nor_known() -> None:
         load_model_config("meta-llama/Llama-3.1-8B-Instrct", None)
     assert isinstance(caught.value, ModelNotKnown)
     assert caught.value.what.startswith("model.path: meta-llama/Llama-3.1-8B-Instrct is not in the local hub cache")
-    assert caught.value.what.endswith("(nothing of it is there), nor is it among the known models")
-    assert caught.value.fix.startswith("correct the id (known: meta-llama/Llama-3.1-8B-Instruct, ")
-    assert caught.value.fix.endswith("or bring it here: sft-dist model fetch CONFIG --no-weights")
+    told = "(nothing of it is there), nor is it among the known models (nearest: meta-llama/Llama-3.1-8B-Instruct, "
+    assert told in caught.value.what
+    assert caught.value.fix == "correct the id, or bring it here: sft-dist model fetch CONFIG --no-weights"
     with known_models_allowed(), pytest.raises(PlanError) as caught:
         load_model_config("zzz/zzz", None)
     assert caught.value.fix == "bring it here: sft-dist model fetch CONFIG --no-weights"
