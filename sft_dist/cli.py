@@ -139,7 +139,7 @@ def check(
 ) -> None:
     """Say whether a configuration can be trained, without GPU, weights, data or network.
 
-    Looks at the settings, at the model's config.json where it is on this machine, and at what goes together.
+    Looks at the settings, at the model's config.json or what is known of it without, and at what goes together.
     """
     checked = _load(config, overrides)
     _put_own_tools_on_path()

@@ -52,7 +52,7 @@ class ConfigError(SftError):
 
 
 class PlanError(SftError):
-    """The run does not fit the memory of its devices."""
+    """The run does not fit the memory of its devices, or cannot be planned."""
 
     exit_code = 3
     on_all_ranks = True

@@ -40,6 +40,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
 from sft_dist.errors import CheckpointError, ConfigError, SftError
+from sft_dist.model.known import is_stand_in, known_model, stand_in
 
 Part = Literal["config", "tokenizer", "weights"]
 
@@ -68,6 +69,8 @@ def is_folder_path(path: str) -> bool:
 def model_folder(path: str, revision: str | None, part: Part = "weights") -> Path:
     """Where a model lies on this machine; asks no network.
 
+    Within ``known_models_allowed`` a known model that is not here gets a folder with nothing but its ``config.json``.
+
     Args:
         path: a folder in Hugging Face layout, returned as it is, or a hub id.
         revision: branch, tag or commit of a hub id.
@@ -75,6 +78,7 @@ def model_folder(path: str, revision: str | None, part: Part = "weights") -> Pat
 
     Raises:
         ModelNotHere: there is no such folder, or the hub cache lacks the model, or the part.
+        ModelNotKnown: within ``known_models_allowed``, the configuration is not here and not known either.
         ConfigError: the path is neither a folder nor a hub id.
     """
     if Path(path).is_dir():
@@ -90,11 +94,26 @@ def model_folder(path: str, revision: str | None, part: Part = "weights") -> Pat
         missing = "nothing of it"
     if missing is not None:
         what = f"{missing} is there" if missing == "nothing of it" else f"{missing} is missing"
-        raise ModelNotHere(
-            f"model.path: {_named(path, revision)} is not in the local hub cache {constants.HF_HUB_CACHE} ({what})",
-            fix=f"sft-dist model fetch CONFIG{_folder_like(path)}",
-        )
+        why = f"model.path: {_named(path, revision)} is not in the local hub cache {constants.HF_HUB_CACHE} ({what})"
+        known = stand_in(path, why) if part == "config" else None
+        if known is None:
+            raise ModelNotHere(why, fix=f"sft-dist model fetch CONFIG{_folder_like(path)}")
+        folder = known
     return folder
+
+
+def config_source(path: str, revision: str | None) -> str | None:
+    """What the table of known models says in place of the ``config.json``; None where that is on this machine.
+
+    Raises:
+        ModelNotHere, ModelNotKnown, ConfigError: as ``model_folder``.
+    """
+    if not is_stand_in(model_folder(path, revision, "config")):
+        return None
+    model = known_model(path)
+    assert model is not None
+    unread = f"; revision {revision} was not looked at" if revision else ""
+    return f"the table of known models ({model.source}{unread})"
 
 
 def _folder_like(path: str) -> str:

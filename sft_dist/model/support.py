@@ -24,6 +24,7 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
 
     Raises:
         ModelNotHere: the folder is not there, or the hub model was not fetched.
+        ModelNotKnown: as ``model_folder``.
         ConfigError: no configuration in the folder, or a setting that is not supported.
     """
     folder = model_folder(path, revision, "config")

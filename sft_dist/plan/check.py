@@ -18,7 +18,8 @@ from sft_dist.config.schema import (
 from sft_dist.config.validate import validate
 from sft_dist.data.named_templates import form_of
 from sft_dist.errors import ConfigError
-from sft_dist.model.hub import ModelNotHere
+from sft_dist.model.hub import ModelNotHere, config_source
+from sft_dist.model.known import ModelNotKnown, known_models_allowed
 from sft_dist.resolve import Describe, resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -42,6 +43,8 @@ class Checked:
 def check(config: Config, shape: WorldShape, *, describe: Describe | None = None) -> Checked:
     """Resolves a configuration in every way that ``auto`` may go where the memory of a device is unknown.
 
+    A known model need not be on this machine.
+
     Args:
         describe: as for ``resolve``.
 
@@ -50,13 +53,18 @@ def check(config: Config, shape: WorldShape, *, describe: Describe | None = None
             trained.
     """
     validate(config)
+    with known_models_allowed():
+        return _check(config, shape, describe)
+
+
+def _check(config: Config, shape: WorldShape, describe: Describe | None) -> Checked:
     runs: list[Run] = []
     refused: list[tuple[Config, ConfigError]] = []
     for concrete in _without_auto(config):
         try:
             validate(concrete)
             runs.append(resolve(concrete, shape, describe=describe))
-        except ModelNotHere as e:
+        except (ModelNotHere, ModelNotKnown) as e:
             bring = BRING if needs_no_weights(config) else BRING.removesuffix(" --no-weights")
             why = f"{e.what}: neither the model nor what goes together with it was checked; bring it here by: {bring}"
             return Checked([], [f"not checked: {why}"])
@@ -65,7 +73,12 @@ def check(config: Config, shape: WorldShape, *, describe: Describe | None = None
     if not runs:
         raise refused[0][1]
     notes = [f"auto must not become {_ways(other)}: {e.what}" for other, e in refused]
-    return Checked(runs, [*notes, *_not_here(config)])
+    return Checked(runs, [*notes, *_from_the_table(config), *_not_here(config)])
+
+
+def _from_the_table(config: Config) -> list[str]:
+    source = config_source(config.model.path, config.model.revision)
+    return [] if source is None else [f"not checked: the model's own config.json is not here; in its place: {source}"]
 
 
 def _not_here(config: Config) -> list[str]:

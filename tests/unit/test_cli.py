@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import sft_dist
 from sft_dist.cli import main
@@ -92,7 +93,8 @@ def test_check(exit_code: Run) -> None:
     assert valid == "run.yaml: valid"
     assert model.startswith("  not checked: model.path: m is not in the local hub cache")
     assert model.endswith(
-        "(nothing of it is there): neither the model nor what goes together with it was checked; bring it here by: "
+        "(nothing of it is there), nor is it among the known models: neither the model nor what goes together with it "
+        "was checked; bring it here by: "
         "sft-dist model fetch CONFIG --no-weights"
     )
     assert rest == "  not checked: data, chat template, weights, the memory of the devices"
@@ -110,6 +112,21 @@ def test_check_with_a_model(exit_code: Run, tiny_base: Path) -> None:
     ]
     code, out, _ = exit_code("config", "check", "run.yaml", f"model.path={tiny_base}")
     assert "full with adamw on 1 process under ddp or fsdp2 with activation checkpointing none or full" in out
+
+
+def test_check_with_a_known_model(exit_code: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    known = ("model.path=meta-llama/Llama-3.2-1B", "sharding.strategy=fsdp2")
+    code, out, err = exit_code("config", "check", "run.yaml", "--processes", "2", *known)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1:4] == [
+        "  checked: every key; meta-llama/Llama-3.2-1B: 1,235,814,400 parameters, 1,235,814,400 of them trained",
+        "  checked: full with adamw on 2 processes under fsdp2 with activation checkpointing none or full",
+        "  not checked: the model's own config.json is not here; in its place: the table of known models (config.json of "
+        "meta-llama/Llama-3.2-1B)",
+    ]
+    code, _, err = exit_code("config", "check", "run.yaml", "model.path=google/gemma-2-9b")
+    assert (code, "attn_logit_softcapping=50.0, which is not supported" in err) == (2, True)
 
 
 def test_check_says_which_files_are_not_here(exit_code: Run, tiny_base: Path) -> None:
