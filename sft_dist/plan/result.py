@@ -172,8 +172,9 @@ class Offer:
     """A price for the whole run.
 
     Args:
-        name: provider, machine and region; kind: how it is paid.
-        usd_per_gpu_hour: the same for machines of one and of eight GPUs.
+        name: provider, machine and region, with what is particular about it; kind: how it is paid.
+        usd_per_gpu_hour: of a GPU that the machines have, whether the run uses it or not.
+        machines, gpus_billed: how many are rented for the run; whole machines, so GPUs may be more than it uses.
         usd, jpy: of the whole run, with the range of its time.
         as_of: date or version of the price.
     """
@@ -181,6 +182,8 @@ class Offer:
     name: str
     kind: Literal["on demand", "spot", "owned", "yours"]
     usd_per_gpu_hour: float
+    machines: int
+    gpus_billed: int
     usd: Range
     jpy: Range
     as_of: str
@@ -194,7 +197,7 @@ class CostPlan:
     Args:
         offers: cheapest first; chosen: the one that the figures below are of, None where the GPU has no known price.
         usd_per_epoch, usd_per_million_tokens: at the chosen offer.
-        energy_kwh: of all GPUs and their hosts.
+        energy_kwh: of all GPUs and their hosts, without what cools them.
         jpy_per_usd, fx_as_of: the rate.
     """
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_dist.plan import words
-from sft_dist.plan.money_text import format_jpy, format_usd
+from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.result import Assumption, Change, MemoryPlan, Offer, Part, Phase, Plan, TimePlan, Verdict
 from sft_dist.plan.terminal_bar import bar, end_label, scale_of, share_bar, swatch_style
 from sft_dist.plan.units import gib, percent, ranged, step_seconds
@@ -27,6 +27,7 @@ BYTES_COLUMNS = 10
 MAX_OFFERS = 4
 MAX_ASSUMPTIONS = 3
 STEP_BAR_COLUMNS = 24
+MIN_NAME_COLUMNS = 32
 
 
 def render_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
@@ -197,11 +198,9 @@ def _money(plan: Plan, columns: int, *, verbose: bool) -> RenderableType:
 
 def _offers(offers: Sequence[Offer], chosen: Offer | None, columns: int) -> Table:
     """A line an offer; the chosen one has a star. Names are cut, never amounts."""
-    figures = [
-        (f"{format_usd(each.usd_per_gpu_hour)}/h", ranged(each.usd, format_usd), format_jpy(each.jpy.value))
-        for each in offers
-    ]
-    taken = 2 + len("on demand") + 1 + sum(1 + max(map(len, column)) for column in zip(*figures, strict=True))
+    figures, room = _amounts(offers, columns, with_range=True)
+    if room < MIN_NAME_COLUMNS:
+        figures, room = _amounts(offers, columns, with_range=False)
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(width=1, no_wrap=True)
     table.add_column(no_wrap=True)
@@ -211,10 +210,27 @@ def _offers(offers: Sequence[Offer], chosen: Offer | None, columns: int) -> Tabl
     for offer, texts in zip(offers, figures, strict=True):
         style = "bold" if offer == chosen else ""
         name = Text(offer.name, style)
-        name.truncate(columns - taken, overflow="ellipsis")
+        name.truncate(room, overflow="ellipsis")
         star = Text("*" if offer == chosen else "", style)
         table.add_row(star, Text(offer.kind, style), name, *(Text(text, style) for text in texts))
     return table
+
+
+def _amounts(offers: Sequence[Offer], columns: int, *, with_range: bool) -> tuple[list[tuple[str, str, str]], int]:
+    """What each offer costs by the hour and in all, and how many columns that leaves for the names.
+
+    Where ranges leave no room for names they are left out: the chosen one's stands at the top.
+    """
+    figures = [
+        (
+            f"{format_usd(each.usd_per_gpu_hour)}/h",
+            ranged(each.usd, format_usd) if with_range else format_usd(each.usd.value),
+            format_jpy(each.jpy.value),
+        )
+        for each in offers
+    ]
+    taken = len("* on demand ") + sum(1 + max(map(len, column)) for column in zip(*figures, strict=True))
+    return figures, columns - taken
 
 
 def _assumptions(assumptions: tuple[Assumption, ...], *, verbose: bool) -> Text:

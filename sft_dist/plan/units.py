@@ -91,7 +91,7 @@ def rate(per_second: float) -> str:
 
 
 def percent(share: float) -> str:
-    """``38 %``, ``0.4 %``, ``<0.1 %``: a share between 0 and 1."""
+    """``38%``, ``0.4%``, ``<0.1%``: a share between 0 and 1."""
     if 0 < share < 0.0005:
-        return "<0.1 %"
-    return f"{100 * share:.1f} %" if 0 < share < 0.0095 else f"{100 * share:.0f} %"
+        return "<0.1%"
+    return f"{100 * share:.1f}%" if 0 < share < 0.0095 else f"{100 * share:.0f}%"

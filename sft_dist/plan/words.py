@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from sft_dist.plan.money_text import format_jpy, format_usd
+from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.result import (
     Basis,
     Change,
@@ -80,17 +80,17 @@ def headline(plan: Plan) -> str:
 
 
 def peak_line(memory: MemoryPlan) -> str:
-    """The highest allocation against what can be used; what is left, is left beside CUDA and NCCL too."""
+    """The highest allocation against what can be used. What is left is what CUDA and NCCL leave too."""
     spare = memory.usable_bytes - memory.peak.total_bytes
     rest = f"{gib(spare)} left" if spare >= 0 else f"{gib(-spare)} too much"
     return f"peak allocated {gib_range(memory.allocated)} of {gib(memory.usable_bytes)} usable, {rest}"
 
 
 def run_line(plan: Plan) -> str:
-    """Time and money of the whole run: ``1.5 (1.3-1.6) days, $390 ($355-$441), ... on demand, Lambda ...``."""
-    cost = plan.cost
-    money = offer_line(cost.chosen) if cost.chosen is not None else f"no price of {plan.gpu} chosen or known"
-    return f"{duration_range(plan.time.total)}, {money}"
+    """Time and money of the whole run: ``1.5 (1.3-1.6) days, $390 ($355-$441), ¥58,540 (...) on demand``."""
+    if plan.cost.chosen is not None:
+        return f"{duration_range(plan.time.total)}, {offer_line(plan.cost.chosen)}"
+    return f"{duration_range(plan.time.total)}, {no_price_line(plan)}"
 
 
 def reserved_line(memory: MemoryPlan) -> str:
@@ -180,8 +180,8 @@ def time_basis_line(time: TimePlan) -> str:
 
 
 def no_price_line(plan: Plan) -> str:
-    """Said where the GPU has no price."""
-    return f"no price of {plan.gpu} is known, so there are no amounts"
+    """Said where nothing can be priced."""
+    return "no offer is chosen" if plan.cost.offers else f"no price of {plan.gpu} is known"
 
 
 def gpu_hours(hours: float) -> str:
@@ -190,7 +190,7 @@ def gpu_hours(hours: float) -> str:
 
 def offer_line(offer: Offer) -> str:
     """Both currencies with their ranges."""
-    return f"{ranged(offer.usd, format_usd)}, {ranged(offer.jpy, format_jpy)} {offer.kind}, {offer.name}"
+    return f"{ranged(offer.usd, format_usd)}, {ranged(offer.jpy, format_jpy)} {offer.kind}"
 
 
 def unit_costs_line(cost: CostPlan) -> str:

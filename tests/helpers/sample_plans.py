@@ -117,6 +117,8 @@ def cost(
             name=name,
             kind=kind,  # type: ignore[arg-type]
             usd_per_gpu_hour=price,
+            machines=1,
+            gpus_billed=num_gpus,
             usd=gpu_hours.scaled(price),
             jpy=gpu_hours.scaled(price * JPY_PER_USD),
             as_of="2026-08",
@@ -464,12 +466,22 @@ def without_prices() -> Plan:
         memory=memory(
             (
                 phase("load", "", weights=1.66, gather_buffers=0.98, context=1.9),
-                phase("forward_backward", "backward of block 31", weights=1.66, gradients=3.3, optimizer=9.9,
-                      gather_buffers=3.2, activations=9.8, logits=1.9, communication=1.9, context=1.9),
+                phase(
+                    "forward_backward",
+                    "backward of block 31",
+                    weights=1.66,
+                    gradients=3.3,
+                    optimizer=9.9,
+                    gather_buffers=3.2,
+                    activations=9.8,
+                    logits=1.9,
+                    communication=1.9,
+                    context=1.9,
+                ),
                 phase("optimizer_step", "", weights=1.66, gradients=3.3, optimizer=9.9, temporaries=6.6, context=1.9),
                 phase("eval", "", weights=1.66, optimizer=9.9, gather_buffers=3.2, activations=1.9, context=1.9),
                 phase("save", "", weights=1.66, optimizer=9.9, context=1.9),
-            ),  # fmt: skip
+            ),
             device_gib=64,
             usable_gib=63.2,
             verdict="fits",
@@ -504,7 +516,9 @@ def search_points() -> tuple[ParetoPoint, ...]:
             for strategy, slower in (("ddp", 1.0), ("fsdp2", 1.06), ("zero3", 1.13)):
                 hours = hours_of_one * slower / num_gpus * (1 + 0.04 * (num_gpus - 1))
                 fits = not (strategy == "ddp" and gpu in ("RTX 4090", "L40S"))
-                found.append((f"{num_gpus} x {gpu}, {strategy}", gpu, num_gpus, hours, hours * num_gpus * price, fits, strategy))
+                found.append(
+                    (f"{num_gpus} x {gpu}, {strategy}", gpu, num_gpus, hours, hours * num_gpus * price, fits, strategy)
+                )
     points = []
     for label, gpu, num_gpus, hours, usd, fits, strategy in found:
         beaten = any(o[5] and o[3] <= hours and o[4] <= usd and (o[3], o[4]) != (hours, usd) for o in found)
