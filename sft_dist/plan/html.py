@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
-from typing import Literal
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
@@ -18,15 +17,11 @@ from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.result import ParetoPoint, Plan, Range
 from sft_dist.plan.units import (
     HOUR_S,
-    count,
     duration,
-    duration_range,
     gib,
-    gib_range,
     percent,
     ranged,
     rate,
-    step_range,
     step_seconds,
 )
 
@@ -59,10 +54,18 @@ def render(plan: Plan, *, points: Sequence[ParetoPoint] = ()) -> str:
     )
 
 
-def _ends(figure: Range, unit: Literal["gib", "duration", "usd", "jpy"]) -> str:
+_UNITS = {"gib": gib, "duration": duration, "usd": format_usd, "jpy": format_jpy}
+
+
+def _split_range(figure: Range, unit: str) -> tuple[str, str]:
+    """``$390.26`` and ``($355.14-$441.00)``, to stand below each other; the second may be empty."""
+    value, _, rest = ranged(figure, _UNITS[unit]).partition(" ")
+    return value, rest
+
+
+def _ends(figure: Range, unit: str) -> str:
     """``54.5 GiB to 57.9 GiB``; one of them where they read alike."""
-    text = {"gib": gib, "duration": duration, "usd": format_usd, "jpy": format_jpy}[unit]
-    low, high = text(figure.low), text(figure.high)
+    low, high = _UNITS[unit](figure.low), _UNITS[unit](figure.high)
     return low if low == high else f"{low} to {high}"
 
 
@@ -71,21 +74,15 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "gib": gib,
-        "gib_range": gib_range,
         "percent": percent,
-        "count": count,
         "rate": rate,
-        "rate_range": lambda figure: ranged(figure, rate),
         "duration": duration,
         "ends": _ends,
         "hours": lambda hours: duration(hours * HOUR_S),
-        "duration_range": duration_range,
         "step": step_seconds,
-        "step_range": step_range,
         "usd": format_usd,
         "jpy": format_jpy,
-        "usd_range": lambda figure: ranged(figure, format_usd),
-        "jpy_range": lambda figure: ranged(figure, format_jpy),
+        "split_range": _split_range,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
         "arguments": lambda overrides: " ".join(words.overrides(overrides)),
     }

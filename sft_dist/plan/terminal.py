@@ -15,7 +15,8 @@ from sft_dist.plan.result import Assumption, Change, MemoryPlan, Offer, Part, Ph
 from sft_dist.plan.terminal_bar import bar, end_label, scale_of, share_bar, swatch_style
 from sft_dist.plan.units import gib, percent, ranged, step_seconds
 
-MAX_COLUMNS = 120
+# Narrower terminals break the lines themselves.
+MIN_COLUMNS, MAX_COLUMNS = 80, 120
 
 STYLES: dict[Verdict, str] = {"fits": "bold green", "tight": "bold yellow", "does not fit": "bold red"}
 
@@ -36,7 +37,7 @@ def render_plan(plan: Plan, console: Console, *, verbose: bool = False) -> None:
     Args:
         verbose: with the parts of every phase, all offers and all assumptions with their sources.
     """
-    columns = min(console.width, MAX_COLUMNS)
+    columns = max(MIN_COLUMNS, min(console.width, MAX_COLUMNS))
     fill_letters = console.color_system is None or console.no_color
     parts: list[RenderableType] = [
         _headline(plan),

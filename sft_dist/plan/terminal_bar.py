@@ -85,7 +85,7 @@ def end_label(memory: MemoryPlan, scale: Scale) -> Text:
 def share_bar(share: float, columns: int) -> Text:
     """A share between 0 and 1 as a plain bar."""
     filled = round(columns * min(1.0, max(0.0, share)))
-    return Text("█" * filled, "cyan") + Text(FREE * (columns - filled), "dim")
+    return Text.assemble(("█" * filled, "cyan"), (FREE * (columns - filled), "dim"))
 
 
 def _part_at(phase: Phase, place: float) -> Part | None:

@@ -87,10 +87,10 @@ def peak_line(memory: MemoryPlan) -> str:
 
 
 def run_line(plan: Plan) -> str:
-    """Time and money of the whole run: ``1.5 (1.3-1.6) days, $390 ($355-$441), ¥58,540 (...) on demand``."""
-    if plan.cost.chosen is not None:
-        return f"{duration_range(plan.time.total)}, {offer_line(plan.cost.chosen)}"
-    return f"{duration_range(plan.time.total)}, {no_price_line(plan)}"
+    """Time and money of the whole run: ``1.5 (1.3-1.6) days, $390.26 (...), ¥58,540 (...) on demand``."""
+    condition = "if it fitted: " if plan.memory.verdict == "does not fit" else ""
+    money = no_price_line(plan) if plan.cost.chosen is None else offer_line(plan.cost.chosen)
+    return f"{condition}{duration_range(plan.time.total)}, {money}"
 
 
 def reserved_line(memory: MemoryPlan) -> str:
@@ -104,9 +104,10 @@ def moment_line(memory: MemoryPlan) -> str:
     return f"{PHASES[peak.name]}: {peak.moment}" if peak.moment else PHASES[peak.name]
 
 
-def parts_line(parts: Mapping[str, int]) -> str:
-    """``4 processes 22.4 GiB, weights on their way 2.1 GiB``, the largest first."""
-    return ", ".join(f"{name} {gib(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
+def with_parts(said: str, parts: Mapping[str, int]) -> str:
+    """``...: 4 processes 22.4 GiB, weights on their way 2.1 GiB``, the largest first."""
+    named = [f"{name} {gib(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1])]
+    return f"{said}: {', '.join(named)}" if named else said
 
 
 def host_line(memory: MemoryPlan) -> str:
@@ -118,12 +119,12 @@ def host_line(memory: MemoryPlan) -> str:
         there = f"of the {gib(available)} of a node"
     else:
         there = f"a node, too much: it has {gib(available)}"
-    return f"{gib(needed)} {there}: {parts_line(memory.host_parts)}"
+    return with_parts(f"{gib(needed)} {there}", memory.host_parts)
 
 
 def disk_line(memory: MemoryPlan) -> str:
     """Disk by what takes it."""
-    return f"{gib(sum(memory.disk_parts.values()))}: {parts_line(memory.disk_parts)}"
+    return with_parts(gib(sum(memory.disk_parts.values())), memory.disk_parts)
 
 
 def data_lines(data: DataPlan) -> list[str]:

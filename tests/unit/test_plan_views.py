@@ -126,8 +126,16 @@ def test_verbose_says_everything(plan: Plan, columns: int) -> None:
     assert "more with --verbose" not in every
 
 
-def test_wide_terminals_are_not_filled() -> None:
-    assert max(cell_len(line) for line in shown(lora_70b(), 300).splitlines()) <= 120
+def test_wide_terminals_are_not_filled_and_narrow_ones_break_lines_themselves() -> None:
+    assert shown(lora_70b(), 300) == shown(lora_70b(), 120)
+    assert "79.2 GiB usable" in joined(shown(lora_70b(), 30))
+
+
+def test_nothing_on_host_and_disk_is_said_too() -> None:
+    plan = lora_70b()
+    memory = replace(plan.memory, host_parts={}, host_available_bytes=None, disk_parts={})
+    text = joined(shown(replace(plan, memory=memory, proposals=(), choices=(), assumptions=()), 80))
+    assert "Host RAM 0.0 MiB a node; what it has is not known Disk 0.0 MiB Data" in text
 
 
 def test_colour_changes_no_figure_and_is_not_needed() -> None:
@@ -197,7 +205,7 @@ def test_unknown_prices_are_said() -> None:
 
 def test_what_is_too_much_is_said_without_colour() -> None:
     text = joined(shown(full_8b_too_large(), 80))
-    assert "18.9 GiB too much" in text
+    assert "18.9 GiB too much if it fitted: 2 h 48 min" in text
     assert "66.3 GiB!" in text
     assert "102.1 GiB a node, too much: it has 64.0 GiB" in text
 
