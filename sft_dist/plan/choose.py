@@ -31,7 +31,8 @@ from sft_dist.config.schema import (
 )
 from sft_dist.config.validate import validate
 from sft_dist.errors import ConfigError, PlanError
-from sft_dist.plan.states import GIB, activation_bytes, gather_bytes, state_bytes, with_world_size
+from sft_dist.plan.states import activation_bytes, gather_bytes, state_bytes, with_world_size
+from sft_dist.plan.units import gib
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.accelerate_environment import DEFAULT_ZERO_STAGE, AccelerateChoice
@@ -181,8 +182,3 @@ def _checkpointing(
     relation = "within" if mode == "none" else "more than"
     reason = f"{mode}: {listed} = {gib(total)}, {relation} 80 % of {gib(memory_bytes)}"
     return config.activation_checkpointing.model_copy(update={"mode": mode}), reason
-
-
-def gib(size: float) -> str:
-    """Bytes for people: GiB, or MiB where those would be 0.0."""
-    return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"

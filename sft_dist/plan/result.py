@@ -240,12 +240,15 @@ class Plan:
 
     Args:
         subject: what was planned: model, method, strategy, GPU and counts, for people and in this order.
+        gpu, num_gpus: the same as data: programs read these, and the verdict names them.
         choices: every ``auto`` that was made concrete, with its reason.
         proposals: smallest changes that make the run fit; empty where it does.
         warnings: what the user should know before the run starts.
     """
 
     subject: dict[str, str]
+    gpu: str
+    num_gpus: int
     choices: tuple[str, ...]
     memory: MemoryPlan
     data: DataPlan
@@ -254,3 +257,24 @@ class Plan:
     assumptions: tuple[Assumption, ...]
     proposals: tuple[Change, ...]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One of the configurations that a search looked at.
+
+    Args:
+        label: what sets it apart from the others, for people and short.
+        usd, hours: of the whole run.
+        on_front: whether no other that fits is both faster and cheaper.
+        overrides: of the configuration that was searched from, as in ``Change``.
+    """
+
+    label: str
+    gpu: str
+    num_gpus: int
+    usd: float
+    hours: float
+    fits: bool
+    on_front: bool
+    overrides: tuple[str, ...]
