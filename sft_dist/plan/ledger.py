@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sft_dist.plan.result import Part, Phase, PhaseName
-from sft_dist.plan.tape import PARTS, Segment, TapePart
+from sft_dist.plan.tape import Segment, TapePart
 
 
 @dataclass
@@ -44,11 +44,10 @@ class Ledger:
             gradients_stay: False where the gradient of a parameter moves to a place that is counted already.
         """
         if not gradients_stay:
-            segment = segment.without("gradients")
-        _, grown = segment.peak()
-        self._look(moment, grown)
-        for part in PARTS:
-            self.now[part] += segment.net(part)
+            segment = segment.without_gradients
+        self._look(moment, segment.peak)
+        for part, size in segment.net.items():
+            self.now[part] += size
 
     def _look(self, moment: str, more: Mapping[TapePart, int] | None = None) -> None:
         known = self.highest.get(self.phase)

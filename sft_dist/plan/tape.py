@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -68,7 +69,7 @@ class Work:
         return self.product_flops + self.attention_flops
 
 
-@dataclass
+@dataclass(frozen=True)
 class Segment:
     """A stretch of the tape.
 
@@ -82,26 +83,32 @@ class Segment:
     parts: Numbers
     work: Work
 
-    def net(self, part: TapePart) -> int:
-        """By how much ``part`` has grown at the end."""
-        return int(self.sizes[self.parts == PARTS.index(part)].sum())
+    @cached_property
+    def net(self) -> dict[TapePart, int]:
+        """By how much each part has grown at the end."""
+        return self._grown(len(self.sizes))
 
-    def without(self, part: TapePart) -> Segment:
-        """The segment as if what belongs to ``part`` took nothing."""
-        kept = self.parts != PARTS.index(part)
+    @cached_property
+    def peak(self) -> dict[TapePart, int]:
+        """By how much each part has grown when all of them together are highest; nothing where they never grow."""
+        total = np.cumsum(self.sizes)
+        at = int(total.argmax()) if total.size else 0
+        return self._grown(at + 1 if total.size and total[at] > 0 else 0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes beyond those at the beginning."""
+        return sum(self.peak.values())
+
+    @cached_property
+    def without_gradients(self) -> Segment:
+        """The segment as if gradients took nothing."""
+        kept = self.parts != PARTS.index("gradients")
         return Segment(self.name, self.sizes[kept], self.parts[kept], self.work)
 
-    def peak(self) -> tuple[int, dict[TapePart, int]]:
-        """Most bytes beyond those at the beginning, 0 at least, and by how much each part has grown then."""
-        if not self.sizes.size:
-            return 0, dict.fromkeys(PARTS, 0)
-        total = np.cumsum(self.sizes)
-        at = int(total.argmax())
-        if total[at] <= 0:
-            return 0, dict.fromkeys(PARTS, 0)
-        until = slice(0, at + 1)
-        grown = {p: int(self.sizes[until][self.parts[until] == i].sum()) for i, p in enumerate(PARTS)}
-        return int(total[at]), grown
+    def _grown(self, events: int) -> dict[TapePart, int]:
+        sizes, parts = self.sizes[:events], self.parts[:events]
+        return {part: int(sizes[parts == i].sum()) for i, part in enumerate(PARTS)}
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Fsdp2Timeline(Timeline):
     def after_backward(self, ledger: Ledger, block: int) -> None:
         unit = self.blocks[block]
         ledger.add("gather_buffers", -unit.whole_bytes)
-        whole = self.tape.backward[self.tape.recorded[block]].net("gradients")
+        whole = self.tape.backward[self.tape.recorded[block]].net["gradients"]
         self._reduce(ledger, unit, whole, f"reducing layer {block}")
 
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:

@@ -58,4 +58,4 @@ def _traced(run: Run) -> int:
         optimizer.step()  # makes the states
         with recording() as recorder:
             optimizer.step()
-    return recorder.take("embed").peak()[0]
+    return recorder.take("embed").peak_bytes
