@@ -158,7 +158,9 @@ def _lines(path: str, most_bytes: int) -> _File:
             file.seek(max(0, begin - 1))
             content = np.frombuffer(file.read(min(BLOCK_BYTES, size - begin) - (begin == 0)), np.uint8)
             found = np.flatnonzero(content == ord("\n")).astype(np.int64) + max(0, begin - 1) + 1
-            found = found if begin else np.concatenate([np.zeros(1, np.int64), found])
+            if begin == 0:
+                first = len(codecs.BOM_UTF8) if content[:3].tobytes() == codecs.BOM_UTF8 else 0
+                found = np.concatenate([np.array([first], np.int64), found])
             starts.append(found)
             numbers.append(np.arange(lines + 1, lines + 1 + len(found)))
             per_block.append(len(found) / max(1, len(content)))
@@ -180,9 +182,7 @@ def _lines(path: str, most_bytes: int) -> _File:
         with open(path, "rb") as file:
             for n in chosen:
                 file.seek(int(start[n]))
-                line = file.readline()
-                line = line.removeprefix(codecs.BOM_UTF8) if start[n] == 0 else line
-                if line.strip():
+                if (line := file.readline()).strip():
                     rows.append((int(number[n] / covered), line))
         return rows
 
@@ -214,23 +214,21 @@ def _parquet(path: str) -> _File:
 
 
 def _streamed(path: str, documents: bool, most_bytes: int, most: int, rng: np.random.Generator) -> _File:
-    size, count, by_line = os.path.getsize(path), 0, False
+    size, count, seen, by_line = os.path.getsize(path), 0, 0, False
     kept: list[tuple[Raw, Origin]] = []
     is_read = True
     with open_raw(path) as raw, decompressed(raw, path) as file:
         for row in rows_of(file, path, documents):
-            count += 1
-            by_line = row[1].is_line
+            count, seen, by_line = count + 1, raw.tell(), row[1].is_line
             # Each row that was read is as likely to be kept (Vitter 1985, algorithm R).
             if len(kept) < most:
                 kept.append(row)
             elif (place := int(rng.integers(count))) < most:
                 kept[place] = row
             # A JSON array is read to its end before its first row: nothing is saved by stopping there.
-            if most_bytes < raw.tell() < size:
+            if most_bytes < seen < size:
                 is_read = False
                 break
-        seen = raw.tell()
     if not count:
         raise DataError(f"{path} holds no row", fix="put rows into the file, or remove it from the sources")
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from sft_dist.config.schema import Config
-from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.mixing import Side
 from sft_dist.data.prepare import Cache, cache_path, find_set, sources_of
-from sft_dist.data.prepared import PreparedData, open_prepared, open_stores
+from sft_dist.data.prepared import open_prepared, open_stores
 from sft_dist.data.sources import files_here
-from sft_dist.errors import PlanError
+from sft_dist.errors import CheckpointError, PlanError
 from sft_dist.model.hub import ModelNotHere
 from sft_dist.model.renderer import renderer_of
 from sft_dist.plan.assumed import AssumedData, assumed_plan
-from sft_dist.plan.epoch import Epoch, data_plan
+from sft_dist.plan.epoch import Epoch, data_plan, tokens_of_run
 from sft_dist.plan.result import DataPlan, Range
 from sft_dist.plan.sampled import sampled_plan
 from sft_dist.run import Run
@@ -56,7 +53,8 @@ def plan_data(
     files = {side: _files(run, side) for side in ("train", "eval")}
     try:
         load = renderer_of(config.model, run.data)
-    except ModelNotHere as e:
+        renderer = load()
+    except (ModelNotHere, CheckpointError) as e:
         if files["train"] is None:
             return None
         raise PlanError(
@@ -64,13 +62,13 @@ def plan_data(
             fix="bring the tokenizer here by `sft-dist model fetch CONFIG --no-weights`, or state what the data has: "
             "--examples N --tokens-per-example T",
         ) from e
-    cache = Cache(cache_path(run.data, run.output_dir), load(), load)
+    cache = Cache(cache_path(run.data, run.output_dir), renderer, load)
     prepared = _prepared(run, cache)
     if prepared is not None:
         return prepared
     if files["train"] is None:
         return None
-    return sampled_plan(run, cache.renderer, files, max_sample_rows=max_sample_rows, seed=seed)  # type: ignore[arg-type]
+    return sampled_plan(run, renderer, files, max_sample_rows=max_sample_rows, seed=seed)  # type: ignore[arg-type]
 
 
 def _files(run: Run, side: Side) -> list[list[str]] | None:
@@ -103,17 +101,8 @@ def _prepared(run: Run, cache: Cache) -> DataPlan | None:
         eval_tokens=eval_tokens,
         cache_bytes=_folder_bytes(there),
         source=f"counted in {there[0]}",
-        tokens_of_run=_tokens_of_run(run, train),
+        tokens_of_run=tokens_of_run(run, train),
     )
-
-
-def _tokens_of_run(run: Run, data: PreparedData) -> int:
-    """That all steps train: whole epochs, and the beginning of the last one in its own order."""
-    order = TrainingOrder(data, run.batch, run.seed)
-    steps = run.num_steps(data.num_sequences)
-    whole, rest = divmod(steps, order.steps_per_epoch)
-    begun = sum(order.step(steps - rest + number).num_tokens for number in range(rest))
-    return whole * int(data.num_tokens.sum(dtype=np.int64)) + begun
 
 
 def _folder_bytes(sets: list[Path]) -> int:

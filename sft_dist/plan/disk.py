@@ -152,10 +152,9 @@ def _final(run: Run) -> Iterator[tuple[str, int]]:
     elif isinstance(method, LoraMethod):
         for parameter in model.trainable:
             # PiSSA's is saved with the factors that it started from, at twice the rank.
-            twice = (
-                2 if method.init == "pissa" and (".lora_A." in parameter.name or ".lora_B." in parameter.name) else 1
-            )
-            yield parameter.name, twice * parameter.numel * width
+            is_factor = ".lora_A." in parameter.name or ".lora_B." in parameter.name
+            times = 2 if method.init == "pissa" and is_factor else 1
+            yield parameter.name, times * parameter.numel * width
     else:
         for parameter in model.parameters:
             yield parameter.name, parameter.numel * DTYPE_BYTES[model.compute]

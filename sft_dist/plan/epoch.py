@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.packing import Packs
-from sft_dist.data.prepared import CHOSEN
+from sft_dist.data.prepared import CHOSEN, PreparedData
 from sft_dist.data.token_store import ROW
 from sft_dist.plan.result import DataPlan, Range
 from sft_dist.run import Run
@@ -81,6 +82,15 @@ def data_plan(
         cache_bytes=round(cache_bytes),
         source=source,
     )
+
+
+def tokens_of_run(run: Run, data: PreparedData) -> int:
+    """That all steps train: whole epochs, and the beginning of the last one in its own order."""
+    order = TrainingOrder(data, run.batch, run.seed)
+    steps = run.num_steps(data.num_sequences)
+    whole, rest = divmod(steps, order.steps_per_epoch)
+    begun = sum(order.step(steps - rest + number).num_tokens for number in range(rest))
+    return whole * int(data.num_tokens.sum(dtype=np.int64)) + begun
 
 
 def idle_fraction(run: Run, sequences: int) -> float:

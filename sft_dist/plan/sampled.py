@@ -16,14 +16,14 @@ from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.chunk import tokenise_chunk
 from sft_dist.data.mixing import Side, weights_of
 from sft_dist.data.prepare import row_settings, source_names, sources_of
-from sft_dist.data.prepared import ChosenRows
+from sft_dist.data.prepared import ChosenRows, PreparedData
 from sft_dist.data.rejected import none_left
 from sft_dist.data.sampling import Sample, draw_rows
 from sft_dist.data.selection import Counts, NamedStore, Selection, choose_rows, fit, mix, pack, refuse_long_rows
 from sft_dist.data.sources import parser_of
 from sft_dist.data.token_store import ROW, TokenStore
 from sft_dist.errors import DataError
-from sft_dist.plan.epoch import Epoch, data_plan, set_bytes, store_bytes
+from sft_dist.plan.epoch import Epoch, data_plan, set_bytes, store_bytes, tokens_of_run
 from sft_dist.plan.result import DataPlan, Range
 from sft_dist.run import Run
 
@@ -84,6 +84,9 @@ def sampled_plan(
     train = _sampled(data, renderer, files["train"], "train", run.seed, max_sample_rows, seed)
     chosen, scale = _chosen(train, data, "train", run.seed, seed)
     lengths = chosen.rows["length"].astype(np.int64)
+    trained = None
+    if all(source.sample.is_whole for source in train):
+        trained = tokens_of_run(run, PreparedData((), chosen.rows, chosen.packs, "", {}, ()))
     epoch = Epoch.of(lengths, float(chosen.rows["supervised"].sum(dtype=np.int64)), chosen.packs, scale=scale)
     cache_bytes = sum(source.store_bytes() for source in train) + set_bytes(epoch.rows, epoch.sequences)
     eval_rows = eval_tokens = 0.0
@@ -100,6 +103,7 @@ def sampled_plan(
         tokens=_interval(train, data, epoch.tokens, seed=seed),
         eval_tokens=eval_tokens,
         cache_bytes=cache_bytes + (set_bytes(eval_rows, eval_rows) if eval_rows else 0.0),
+        tokens_of_run=trained,
         source=_told(train) + ("; data.eval is not here" if data.eval and files["eval"] is None else ""),
     )
 
