@@ -82,8 +82,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "none"])
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("ranks", "packing"), [(1, "best_fit"), (3, "best_fit"), (3, "none")])
 @pytest.mark.parametrize("training", TRAININGS)
 def test_what_is_prepared_is_what_the_trainer_does(
     tiny_base: Path, tmp_path: Path, training: str, ranks: int, packing: str
@@ -230,6 +229,8 @@ def test_the_true_number_of_tokens_is_in_nine_of_ten_intervals(
     lengths = DISTRIBUTIONS[distribution](np.random.default_rng(5), 3000).astype(int)
     paths = [write_rows(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(np.array_split(lengths, 3))]
     data = {"train": [{"path": str(path), "weight": 0.5 + n} for n, path in enumerate(paths)], "max_seq_len": 400}
+    # Packing takes longer than all else here.
+    data |= {"packing": "best_fit" if distribution == "log-normal" else "none"}
     cfg, run = configured(tiny_base, tmp_path, data=data)
     renderer = renderer_of(cfg.model, cfg.data)()
     files: dict[Side, list[list[str]] | None] = {"train": [[str(path)] for path in paths], "eval": None}
