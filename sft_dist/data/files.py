@@ -89,21 +89,27 @@ def open_file(path: str) -> Iterator[IO[bytes]]:
     Raises:
         DataError: it cannot be opened or read to its end.
     """
-    with open_raw(path) as raw:
-        head, file = read_ahead(raw, len(ZSTD))
-        if head.startswith(GZIP):
-            file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
-        elif head.startswith(ZSTD):
-            import pyarrow
+    with open_raw(path) as raw, decompressed(raw, path) as file:
+        yield file
 
-            file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
-        try:
-            yield file
-        except (EOFError, OSError, zlib.error) as e:
-            raise DataError(
-                f"{path} cannot be read to its end ({said(e)})",
-                fix="fetch or compress the file again; it may be cut off",
-            ) from e
+
+@contextmanager
+def decompressed(raw: IO[bytes], path: str) -> Iterator[IO[bytes]]:
+    """The same of a file that is open; ``raw.tell()`` says how much of it has been read. Raises ``DataError``."""
+    head, file = read_ahead(raw, len(ZSTD))
+    if head.startswith(GZIP):
+        file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
+    elif head.startswith(ZSTD):
+        import pyarrow
+
+        file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+    try:
+        yield file
+    except (EOFError, OSError, zlib.error) as e:
+        raise DataError(
+            f"{path} cannot be read to its end ({said(e)})",
+            fix="fetch or compress the file again; it may be cut off",
+        ) from e
 
 
 class _Rejoined(io.RawIOBase):

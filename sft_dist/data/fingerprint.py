@@ -16,7 +16,7 @@ import xxhash
 
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data.files import file_state, is_url, open_raw
-from sft_dist.data.sources import source_files
+from sft_dist.data.sources import files_here, source_files
 from sft_dist.errors import DataError
 
 READ_AT_ONCE = 1 << 22
@@ -69,6 +69,29 @@ class Fingerprints:
         if is_new:
             self._save()
         return digests
+
+    def remembered(self, source: SourceConfig, *, most_bytes: int) -> tuple[list[str], list[str]] | None:
+        """Files and digests of a source, as ``files_of`` and ``of`` give them, without network and writing nothing.
+
+        What lies behind a URL counts as it was found last. Files that changed since, or were never seen, are read for
+        their digest if they have at most ``most_bytes`` together.
+
+        Returns:
+            None where that does not tell: files are missing, or are too large to be read now.
+        """
+        if is_url(source.path):
+            files = self._known.get(f"files of {source.path}")
+            if files is None or any(name not in self._known for name in files):
+                return None
+            return list(files), [self._known[name][1] for name in files]
+        files = files_here(source)
+        if files is None:
+            return None
+        known = {name: self._known.get(os.path.abspath(name), ["", ""]) for name in files}
+        unread = [name for name in files if known[name][0] != file_state(name)]
+        if sum(os.path.getsize(name) for name in unread) > most_bytes:
+            return None
+        return files, [_digest(name) if name in unread else known[name][1] for name in files]
 
     def _save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,15 +57,22 @@ def dataset_files(source: SourceConfig) -> list[str]:
     """
     from huggingface_hub import is_offline_mode
 
-    folder = _snapshot(source)
-    if folder is not None:
-        found = [folder / name for name in data_files(_names(source, folder), folder, source)]
-        if all(path.is_file() for path in found):
-            return [str(path) for path in found]
+    found = files_in_cache(source)
+    if found is not None:
+        return found
     if is_offline_mode():
         raise _not_here(source)
     folder = _fetch(source)
     return [str(folder / name) for name in data_files(_names(source, folder), folder, source)]
+
+
+def files_in_cache(source: SourceConfig) -> list[str] | None:
+    """The same where all of them are in the local hub cache, else None; asks no network. Raises ``DataError``."""
+    folder = _snapshot(source)
+    if folder is None:
+        return None
+    found = [folder / name for name in data_files(_names(source, folder), folder, source)]
+    return [str(path) for path in found] if all(path.is_file() for path in found) else None
 
 
 def data_files(names: Iterable[str], cards: Path, source: SourceConfig) -> list[str]:

@@ -34,7 +34,7 @@ def is_held_out(prompts: NDArray[np.uint64], split: EvalSplitConfig, *, seed: in
     return chosen
 
 
-def weights_of(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> list[float]:
+def weights_of(sources: Sequence[SourceConfig], sizes: Sequence[float]) -> list[float]:
     """How often each source is seen in an epoch.
 
     With shares: the shortest epoch that has the shares and in which no source is seen less than once.

@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +44,9 @@ FORMAT = 1
 
 # A worker takes seconds to start: sources with fewer bytes on disk are tokenised by the process itself.
 MIN_BYTES_FOR_WORKERS = 4 << 20
+
+# Of files that are read to find what was prepared of them: a second or two.
+MAX_BYTES_READ = 2 << 30
 
 
 class Display(Protocol):
@@ -123,8 +126,7 @@ def tokenise_sources(
         return None
     stores = [TokenStore.open(work.folder) for work in works]
     if data.on_bad_row == "error":
-        for store in stores:
-            refuse_rejected(store.meta["counts"].get("rejected_rows", 0), store.meta["rejected"])
+        _refuse_rejected(stores)
     return [
         Tokenised(index, NamedStore(name, store), work)
         for index, (name, store, work) in enumerate(zip(names, stores, works, strict=True))
@@ -153,24 +155,62 @@ def prepare_set(
     Raises:
         DataError: a source cannot be read, a row cannot be trained on, or nothing is left.
     """
-    display, sources = display or Silent(), sources_of(data, side)
+    display = display or Silent()
     tokenised = tokenise_sources(data, cache, side=side, seed=seed, shard=shard, display=display)
     if tokenised is None:
         return None
-    settings = {
-        "format": FORMAT,
-        "stores": [each.work.folder.name for each in tokenised],
-        "names": [each.named.name for each in tokenised],
-        "side": side,
-        **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing", "packing_window")},
-        **_drawing(sources, data, side, seed),
-    }
-    folder = cache.folder / "sets" / _digest(settings)
+    sources = sources_of(data, side)
+    folder = _set_folder([each.work.folder.name for each in tokenised], sources, data, cache, side, seed)
     with alone(folder, "select", display.say):
         if not (folder / META).exists():
             stores = [each.named for each in tokenised]
             select(stores, sources, data, folder, key=f"data.{side}", side=side, seed=seed)
     return folder
+
+
+def find_set(data: DataConfig, cache: Cache, *, side: Side = "train", seed: int = 0) -> Path | None:
+    """The folder of a set as ``prepare_set`` would return it, if it is there and complete; else None.
+
+    Reads only, and without network: nothing is tokenised, written or locked. Files that the cache has not seen as they
+    are now are read for their digest if they are small enough (``MAX_BYTES_READ``).
+
+    Raises:
+        DataError: rows of it were rejected, and ``data.on_bad_row`` is ``error``.
+    """
+    if not (cache.folder / "sets").is_dir():
+        return None
+    sources, fingerprints = sources_of(data, side), Fingerprints(cache.folder / "files.json")
+    stores: list[Path] = []
+    for source in sources:
+        found = fingerprints.remembered(source, most_bytes=MAX_BYTES_READ)
+        if found is None:
+            return None
+        stores.append(_store_folder(source, *found, row_settings(source, data, seed), cache))
+    folder = _set_folder([store.name for store in stores], sources, data, cache, side, seed)
+    if not (folder / META).is_file() or not all(map(is_complete, stores)):
+        return None
+    if data.on_bad_row == "error":
+        _refuse_rejected(map(TokenStore.open, stores))
+    return folder
+
+
+def _set_folder(
+    stores: Sequence[str], sources: Sequence[SourceConfig], data: DataConfig, cache: Cache, side: Side, seed: int
+) -> Path:
+    settings = {
+        "format": FORMAT,
+        "stores": list(stores),
+        "names": source_names(sources),
+        "side": side,
+        **{name: getattr(data, name) for name in ("max_seq_len", "over_length", "packing", "packing_window")},
+        **_drawing(sources, data, side, seed),
+    }
+    return cache.folder / "sets" / _digest(settings)
+
+
+def _refuse_rejected(stores: Iterable[TokenStore]) -> None:
+    for store in stores:
+        refuse_rejected(store.meta["counts"].get("rejected_rows", 0), store.meta["rejected"])
 
 
 @dataclass(frozen=True)
@@ -203,14 +243,19 @@ def _drawing(sources: Sequence[SourceConfig], data: DataConfig, side: Side, seed
     }
 
 
+def cache_path(data: DataConfig, output_dir: str) -> Path:
+    """The folder that ``cache_folder`` makes; looks at nothing."""
+    beside = Path(output_dir).absolute().parent / "data_cache"
+    return beside if data.cache_dir is None else Path(data.cache_dir).expanduser()
+
+
 def cache_folder(data: DataConfig, output_dir: str) -> Path:
     """Where a run keeps its prepared data: beside its run directory, if the configuration does not say.
 
     Raises:
         ConfigError: nothing can be written there.
     """
-    beside = Path(output_dir).absolute().parent / "data_cache"
-    folder = beside if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    folder = cache_path(data, output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -250,16 +295,34 @@ def source_names(sources: Sequence[SourceConfig]) -> list[str]:
 def _work(source: SourceConfig, data: DataConfig, cache: Cache, seed: int) -> Work:
     fingerprints = Fingerprints(cache.folder / "files.json")
     files = fingerprints.files_of(source)
-    rows = RowSettings(
+    rows = row_settings(source, data, seed)
+    return Work(
+        source=source,
+        files=files,
+        settings=rows,
+        load=cache.load,
+        folder=_store_folder(source, files, fingerprints.of(files), rows, cache),
+        about={},
+    )
+
+
+def row_settings(source: SourceConfig, data: DataConfig, seed: int) -> RowSettings:
+    """How the rows of a source become tokens."""
+    return RowSettings(
         supervision=Supervision(data.train_on, data.train_reasoning, data.train_tool_calls),
         split_at=data.max_seq_len if data.over_length == "split" else None,
         templates=tuple(source.templates),
         seed=seed if source.templates else 0,
         skips_bad_rows=data.on_bad_row == "skip",
     )
+
+
+def _store_folder(
+    source: SourceConfig, files: Sequence[str], digests: Sequence[str], rows: RowSettings, cache: Cache
+) -> Path:
     settings = {
         "format": FORMAT,
-        "files": fingerprints.of(files),
+        "files": list(digests),
         "endings": [ending(name) for name in files],  # which say what tables and plain texts are
         "layout": source.format,
         "columns": source.columns,
@@ -267,14 +330,7 @@ def _work(source: SourceConfig, data: DataConfig, cache: Cache, seed: int) -> Wo
         # Whoever skips bad rows makes the same store where there is none, and whoever does not looks for them in it.
         "rows": {name: value for name, value in asdict(rows).items() if name != "skips_bad_rows"},
     }
-    return Work(
-        source=source,
-        files=files,
-        settings=rows,
-        load=cache.load,
-        folder=cache.folder / "tokens" / _digest(settings),
-        about={},
-    )
+    return cache.folder / "tokens" / _digest(settings)
 
 
 def _tokenise(work: Work, name: str, cache: Cache, shard: Shard, display: Display) -> bool:

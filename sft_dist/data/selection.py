@@ -33,6 +33,15 @@ class NamedStore:
     store: TokenStore
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What one set has: rows of its stores, in packs, and what became of the others."""
+
+    rows: ChosenRows
+    packs: Packs
+    counts: Counts
+
+
 def select(
     stores: Sequence[NamedStore],
     sources: Sequence[SourceConfig],
@@ -43,7 +52,21 @@ def select(
     side: Side,
     seed: int,
 ) -> None:
-    """Chooses and packs the rows of one set into ``folder``, which appears when it is complete.
+    """Writes what ``choose_rows`` chooses into ``folder``, which appears when it is complete."""
+    chosen = choose_rows(stores, sources, data, key=key, side=side, seed=seed)
+    _write(folder, stores, chosen.rows, chosen.packs, chosen.counts)
+
+
+def choose_rows(
+    stores: Sequence[NamedStore],
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    *,
+    key: str,
+    side: Side,
+    seed: int,
+) -> Selection:
+    """Chooses and packs the rows of one set.
 
     Training packs mix the sources; evaluation packs have rows of one each, so that its loss is known.
 
@@ -56,7 +79,7 @@ def select(
         DataError: a row is over-long under ``over_length: error``, or nothing is left.
     """
     if data.over_length == "error":
-        _refuse_long_rows(stores, data, key)
+        refuse_long_rows(stores, data, key)
     chosen, counts = [], {}
     for index, named in enumerate(stores):
         of_side = rows_of_side(index, named.store, data, side=side, seed=seed)
@@ -64,7 +87,7 @@ def select(
         chosen.append(rows)
     num_left = sum(map(len, chosen))
     if side == "train":
-        chosen = _mix(chosen, sources, data, seed, counts)
+        chosen = mix(chosen, sources, data, seed, counts)
     rows = np.concatenate(chosen)
     if num_left and not len(rows):
         weights = ", ".join(f"{named.name}: {source.weight:g}" for named, source in zip(stores, sources, strict=True))
@@ -82,8 +105,8 @@ def select(
             f"is left after data.over_length={data.over_length}",
             fix=f"raise data.max_seq_len above {data.max_seq_len}, or shorten the prompts",
         )
-    packs = _pack(rows, data) if side == "train" else _pack_apart(chosen, data)
-    _write(folder, stores, rows, packs, counts)
+    packs = pack(rows, data) if side == "train" else _pack_apart(chosen, data)
+    return Selection(rows, packs, counts)
 
 
 def rows_of_side(index: int, store: TokenStore, data: DataConfig, *, side: Side, seed: int) -> NDArray[np.bool_] | None:
@@ -94,10 +117,17 @@ def rows_of_side(index: int, store: TokenStore, data: DataConfig, *, side: Side,
     return held_out if side == "eval" else ~held_out
 
 
-def _mix(
+def mix(
     chosen: list[ChosenRows], sources: Sequence[SourceConfig], data: DataConfig, seed: int, counts: Counts
 ) -> list[ChosenRows]:
-    """The rows of each source as often as they are seen in an epoch."""
+    """The rows of each source as often as they are seen in an epoch.
+
+    Args:
+        counts: by source, in their order; gets ``seen_rows``.
+
+    Raises:
+        DataError: a source with a share has no row.
+    """
     sizes = [
         rows["length"].astype(np.int64) if data.mix_by == "tokens" else np.ones(len(rows), np.int64) for rows in chosen
     ]
@@ -113,7 +143,8 @@ def _mix(
     return mixed
 
 
-def _pack(rows: ChosenRows, data: DataConfig) -> Packs:
+def pack(rows: ChosenRows, data: DataConfig) -> Packs:
+    """The rows of each sequence, as ``data.packing`` says."""
     if data.packing == "none":
         return Packs.single(len(rows))
     lengths = rows["length"].astype(np.int64)
@@ -127,7 +158,7 @@ def _pack_apart(chosen: Sequence[ChosenRows], data: DataConfig) -> Packs:
     packs: list[NDArray[np.int64]] = []
     before = 0
     for rows in chosen:
-        packs += [pack + before for pack in _pack(rows, data)] if len(rows) else []
+        packs += [pack + before for pack in pack(rows, data)] if len(rows) else []
         before += len(rows)
     return Packs.of(packs)
 
@@ -168,7 +199,8 @@ def fit(
     return rows, counts
 
 
-def _refuse_long_rows(stores: Sequence[NamedStore], data: DataConfig, key: str) -> None:
+def refuse_long_rows(stores: Sequence[NamedStore], data: DataConfig, key: str) -> None:
+    """Raises ``DataError`` if a row has more than ``data.max_seq_len`` tokens."""
     lengths = [named.store.rows["length"] for named in stores]
     number = sum(int((each > data.max_seq_len).sum()) for each in lengths)
     if not number:

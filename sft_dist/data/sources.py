@@ -18,8 +18,8 @@ from typing import IO, Any
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.data import formats
 from sft_dist.data.fields import Fields, kind, listed
-from sft_dist.data.files import DOCUMENTS, ending, find_files, open_file, read_ahead
-from sft_dist.data.hub_dataset import check_in_cache, dataset_files, is_dataset_id
+from sft_dist.data.files import DOCUMENTS, ending, find_files, is_url, open_file, read_ahead
+from sft_dist.data.hub_dataset import check_in_cache, dataset_files, files_in_cache, is_dataset_id
 from sft_dist.data.messages import Origin, Row
 from sft_dist.data.rejected import none_left
 from sft_dist.data.tables import ARROW, ARROW_STREAM, PARQUET, read_columns, read_csv
@@ -60,6 +60,18 @@ def source_files(source: SourceConfig) -> list[str]:
     if _is_of_the_hub(source):
         return dataset_files(source)
     return find_files(source.path, documents=source.format == "text")
+
+
+def files_here(source: SourceConfig) -> list[str] | None:
+    """The files of a source that lie on this machine; None where one is missing or behind a URL. Asks no network."""
+    if _is_of_the_hub(source):
+        return files_in_cache(source)
+    if is_url(source.path):
+        return None
+    try:
+        return find_files(source.path, documents=source.format == "text")
+    except DataError:
+        return None
 
 
 def _is_of_the_hub(source: SourceConfig) -> bool:
@@ -193,7 +205,7 @@ def read_raw(path: str, *, documents: bool = False) -> Iterator[tuple[Raw, Origi
     """
     count = 0
     with open_file(path) as file:
-        for raw, origin in _rows_of(file, path, documents):
+        for raw, origin in rows_of(file, path, documents):
             count += 1
             yield raw, origin
     if not count:
@@ -219,7 +231,8 @@ def parse_row(raw: Raw, origin: Origin) -> dict[str, Any]:
     return value
 
 
-def _rows_of(file: IO[bytes], path: str, documents: bool) -> Iterator[tuple[Raw, Origin]]:
+def rows_of(file: IO[bytes], path: str, documents: bool) -> Iterator[tuple[Raw, Origin]]:
+    """The rows of an open file without compression, as ``read_raw`` gives them."""
     if ending(path) in SEPARATORS:
         return read_csv(file, path, separator=SEPARATORS[ending(path)])
     if documents and ending(path) in DOCUMENTS:

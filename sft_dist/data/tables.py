@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
 from sft_dist.data.fields import listed, said
@@ -90,12 +91,46 @@ def read_columns(file: IO[bytes], path: str, head: bytes) -> Iterator[tuple[dict
         for rows in map(_to_rows, _batches(file, head)):
             for row in rows:
                 number += 1
-                yield (
-                    {key: _without_null(value) for key, value in row.items() if value is not None},
-                    Origin(path, number, is_line=False),
-                )
+                yield _without_null(row), Origin(path, number, is_line=False)
     except (pyarrow.ArrowException, ValueError, OverflowError) as e:
         raise DataError(f"{path}: damaged after row {number} ({said(e)})", fix="fetch or write the file again") from e
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """Any rows of a Parquet file, without reading those that are not asked for.
+
+    Args:
+        group_rows: [row groups] rows of each.
+        group_bytes: [row groups] bytes of each, without compression.
+    """
+
+    path: str
+    group_rows: list[int]
+    group_bytes: list[int]
+
+    @classmethod
+    def of(cls, path: str) -> ParquetRows:
+        """Raises ``DataError``: the file is damaged."""
+        import pyarrow.parquet
+
+        try:
+            about = pyarrow.parquet.read_metadata(path)
+            groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        except (pyarrow.ArrowException, OSError) as e:
+            raise DataError(f"{path}: damaged ({said(e)})", fix="fetch or write the file again") from e
+        return cls(path, [group.num_rows for group in groups], [group.total_byte_size for group in groups])
+
+    def read(self, group: int, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of a row group with these numbers, as ``read_columns`` gives them. Raises ``DataError``."""
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.ParquetFile(self.path).read_row_group(group).take(pyarrow.array(rows, "int64"))
+            return [_without_null(row) for batch in table.to_batches() for row in _to_rows(batch)]
+        except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as e:
+            raise DataError(f"{self.path}: damaged ({said(e)})", fix="fetch or write the file again") from e
 
 
 def _to_rows(batch: Any) -> list[dict[str, Any]]:

@@ -30,7 +30,8 @@ from sft_dist.data.prepared import open_prepared
 from sft_dist.data.selection import rows_of_side
 from sft_dist.data.sources import read_source
 from sft_dist.errors import DataError, RowError
-from sft_dist.train.data import renderer_of, showing, tell_of_template
+from sft_dist.model.renderer import renderer_of
+from sft_dist.train.data import showing, tell_of_template
 
 # Of each training source, for the comparison of prompts in training and at inference.
 COMPARED_ROWS = 20

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_dist.config.data_schema import DataConfig
-from sft_dist.config.schema import Config, ModelConfig
-from sft_dist.data.chat_template import ChatRenderer, load_renderer
+from sft_dist.config.schema import Config
+from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.prepare import Cache, cache_folder, counts_of, prepare_sets, rejected_of
 from sft_dist.data.prepared import ChosenRows, open_prepared
 from sft_dist.data.rejected import rejections
 from sft_dist.data.tokenising import WHOLE, Shard
-from sft_dist.model.hub import model_folder
+from sft_dist.model.renderer import renderer_of
 from sft_dist.train.summary import notices
-
-
-def renderer_of(model: ModelConfig, data: DataConfig) -> Callable[[], ChatRenderer]:
-    """Makes the renderer of a model's tokenizer and a run's template, in this process or in another one."""
-    folder = model_folder(model.path, model.revision, "tokenizer")
-    return partial(load_renderer, str(folder), None, data.chat_template, added_tokens=model.add_tokens)
 
 
 def prepare_data(config: Config, *, shard: Shard = WHOLE) -> None:

@@ -35,6 +35,7 @@ from sft_dist.data.sources import read_source
 from sft_dist.errors import ConfigError, DataError, RowError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
+from sft_dist.model.renderer import renderer_of
 from sft_dist.model.untrained import untrained_tokens
 from sft_dist.model.weights import check_weights
 from sft_dist.plan.accelerate import check_accelerate
@@ -50,7 +51,7 @@ from sft_dist.sharding.optim import unsupported_on
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.audit import audit_prepared
-from sft_dist.train.data import renderer_of, showing, told_of_rows
+from sft_dist.train.data import showing, told_of_rows
 from sft_dist.train.loop import Training
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint

@@ -14,7 +14,8 @@ from sft_dist.data.show_choice import Choice, Form
 from sft_dist.data.show_html import render
 from sft_dist.data.show_terminal import print_shown
 from sft_dist.errors import ConfigError
-from sft_dist.train.data import renderer_of, showing, tell_of_template
+from sft_dist.model.renderer import renderer_of
+from sft_dist.train.data import showing, tell_of_template
 
 
 def show_data(config: Config, choice: Choice, form: Form) -> None:
