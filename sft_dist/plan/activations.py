@@ -12,9 +12,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
-from sft_dist.plan.tape import Tape, record
+from sft_dist.plan.tape import Tape, on_the_host, record
 from sft_dist.run import Run
-from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing, checkpointed_blocks
+from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing, checkpointed_blocks, to_host
 from sft_dist.sharding.ddp import cast_while_running
 from sft_dist.sharding.strategy import store_master
 
@@ -51,7 +51,7 @@ def seq_lens_of(run: Run) -> tuple[int, ...]:
 
 def _apply_from_outside(run: Run, model: SftModel) -> None:
     """What a strategy does to the model beside sharding it; under fsdp2 and ZeRO a module sees ``compute`` alone."""
-    apply_activation_checkpointing(model, run.activation_checkpointing)
+    apply_activation_checkpointing(model, run.activation_checkpointing, to_host=on_the_host(to_host))
     if run.strategy == "ddp":
         store_master(model, run)
         if run.precision.master != run.precision.compute:

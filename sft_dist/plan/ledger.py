@@ -37,14 +37,8 @@ class Ledger:
         self.add(part, size, moment)
         self.add(part, -size)
 
-    def play(self, segment: Segment, moment: str, *, gradients_stay: bool = True) -> None:
-        """Takes what a segment takes at its highest, and goes on with what stays of it.
-
-        Args:
-            gradients_stay: False where the gradient of a parameter moves to a place that is counted already.
-        """
-        if not gradients_stay:
-            segment = segment.without_gradients
+    def play(self, segment: Segment, moment: str) -> None:
+        """Takes what a segment takes at its highest, and goes on with what stays of it."""
         self._look(moment, segment.peak)
         for part, size in segment.net.items():
             self.now[part] += size

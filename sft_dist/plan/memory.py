@@ -51,10 +51,7 @@ def memory_phases(run: Run, tape: Tape, eval_tape: Tape | None) -> tuple[Phase, 
     ledger.now = Counter({**held, "context": ledger.now["context"]})
     steps = timeline(run, tape)
     ledger.begin("forward_backward")
-    accumulation = run.batch.gradient_accumulation_steps
-    steps.micro_batch(ledger, first=True, last=accumulation == 1)
-    if accumulation > 1:
-        steps.micro_batch(ledger, first=False, last=True)
+    steps.step(ledger)
     ledger.begin("optimizer_step")
     ledger.touch("temporaries", update_bytes(run), "update")
     ledger.now["gradients"] = held["gradients"]

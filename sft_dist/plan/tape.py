@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -101,10 +102,16 @@ class Segment:
         return sum(self.peak.values())
 
     @cached_property
-    def without_gradients(self) -> Segment:
-        """The segment as if gradients took nothing."""
+    def gradients_move(self) -> Segment:
+        """The segment where each gradient goes, as it comes, to a place that is counted already."""
         kept = self.parts != PARTS.index("gradients")
         return Segment(self.name, self.sizes[kept], self.parts[kept], self.work)
+
+    @cached_property
+    def gradients_leave(self) -> Segment:
+        """The segment where each gradient takes another one of its size, which is there, along to such a place."""
+        sign = np.where(self.parts == PARTS.index("gradients"), -1, 1)
+        return Segment(self.name, self.sizes * sign, self.parts, self.work)
 
     def _grown(self, events: int) -> dict[TapePart, int]:
         sizes, parts = self.sizes[:events], self.parts[:events]
@@ -205,7 +212,7 @@ class _Recorder(TorchDispatchMode):
         key = storage._cdata
         if key in self.live or key in self.ignored:
             return
-        size = -(-storage.nbytes() // ALLOCATION_UNIT) * ALLOCATION_UNIT
+        size = -(-storage.nbytes() // ALLOCATION_UNIT) * ALLOCATION_UNIT if _counts.get() else 0
         self.live[key] = [size, self.part, weakref.ref(storage, lambda _: self._freed(key))]
         self._write(size, self.part)
 
@@ -275,6 +282,22 @@ def record(
         saved_bytes=(*(saved.bytes.get(f"forward of {name}", 0) for name in names),
                      sum(saved.bytes.get(name, 0) for name in ("embed", "head"))),
     )  # fmt: skip
+
+
+_counts: ContextVar[bool] = ContextVar("sft_dist_tape_counts", default=True)
+
+
+def on_the_host(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``function`` without what it allocates: that is in host memory when the model is on a GPU."""
+
+    def uncounted(tensor: Tensor) -> Tensor:
+        before = _counts.set(False)
+        try:
+            return function(tensor)
+        finally:
+            _counts.reset(before)
+
+    return uncounted
 
 
 @contextmanager

@@ -42,6 +42,12 @@ class Timeline:
         self.run, self.tape = run, tape
         self.num_blocks = len(tape.recorded)
 
+    def step(self, ledger: Ledger) -> None:
+        """The micro-batches of an optimizer step; of those between the first and the last, one."""
+        count = self.run.batch.gradient_accumulation_steps
+        for number in sorted({0, min(1, count - 1), count - 1}):
+            self.micro_batch(ledger, first=number == 0, last=number == count - 1)
+
     def micro_batch(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         """One forward and backward; between two of them ``ledger`` holds what is accumulated."""
         tape = self.tape
@@ -109,11 +115,13 @@ class DdpTimeline(Timeline):
             ledger.add("communication", int(min(DDP_BUCKET_BYTES, _gradient_bytes(self.run)) * width))
 
     def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
-        ledger.play(segment, moment, gradients_stay=not (self.reduces or self.accumulates))
+        if self.reduces and self.accumulates:
+            segment = segment.gradients_leave
+        elif self.reduces or self.accumulates:
+            segment = segment.gradients_move
+        ledger.play(segment, moment)
 
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
-        if last and not first:
-            ledger.add("gradients", -_gradient_bytes(self.run))
         ledger.now["communication"] = 0
 
 
@@ -209,7 +217,7 @@ class Fsdp2Timeline(Timeline):
 
 
 class ZeroTimeline(Timeline):
-    """DeepSpeed's optimizers, whose buckets have the size that the file states, however small the model is.
+    """DeepSpeed's optimizers, whose buckets have the size that the file states, or that of all that trains.
 
     A gradient is copied into a bucket as it comes and goes; with ``overlap_comm`` a second one fills while the first is
     reduced. What stage 3 keeps gathered depends on the order of use; the bound is what its knobs allow.
@@ -218,18 +226,36 @@ class ZeroTimeline(Timeline):
     def begin(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         run, knobs = self.run, self.run.deepspeed
         assert knobs is not None
-        if isinstance(knobs, Zero3Knobs):
-            ledger.add("gather_buffers", live_bytes(run, knobs))
+        self.gathered = live_bytes(run, knobs) if isinstance(knobs, Zero3Knobs) else 0
         self.buckets = bucket_bytes(run)
+        ledger.add("gather_buffers", self.gathered)
         ledger.add("communication", self.buckets, "buckets")
 
     def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
-        ledger.play(segment, moment, gradients_stay=False)
+        ledger.play(segment.gradients_move, moment)
 
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
-        if isinstance(self.run.deepspeed, Zero3Knobs):
-            ledger.add("gather_buffers", -live_bytes(self.run, self.run.deepspeed))
+        ledger.add("gather_buffers", -self.gathered)
         ledger.add("communication", -self.buckets)
+
+
+class Bf16OptimizerTimeline(Timeline):
+    """Stage 1 in bf16: gradients are added to whole fp32 ones and stay until the step ends; the fp32 ones are reduced
+    at its end, a bucket at a time, from a flat copy."""
+
+    def begin(self, ledger: Ledger, *, first: bool, last: bool) -> None:
+        self.accumulates = not first
+
+    def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
+        ledger.play(segment.gradients_move if self.accumulates else segment, moment)
+
+    def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
+        if last:
+            knobs, model = self.run.deepspeed, self.run.model
+            assert knobs is not None
+            numel = min(knobs.reduce_bucket_size, model.num_trainable)
+            ledger.touch("communication", numel * DTYPE_BYTES["fp32"], "reducing")
+            ledger.add("gradients", -model.num_trainable * DTYPE_BYTES["bf16"])
 
 
 def timeline(run: Run, tape: Tape) -> Timeline:
@@ -239,6 +265,8 @@ def timeline(run: Run, tape: Tape) -> Timeline:
             return DdpTimeline(run, tape)
         case "fsdp2":
             return Fsdp2Timeline(run, tape)
+        case "zero1" if run.precision.compute == "bf16":
+            return Bf16OptimizerTimeline(run, tape)
         case _:
             return ZeroTimeline(run, tape)
 
@@ -254,11 +282,8 @@ def bucket_bytes(run: Run) -> int:
     """Of the buffers that gradients are reduced from."""
     knobs = run.deepspeed
     assert knobs is not None
-    if run.strategy == "zero1" and run.precision.compute == "bf16":
-        # BF16_Optimizer flattens whole gradients in fp32, a bucket at a time, when it reduces.
-        return DTYPE_BYTES["fp32"] * min(knobs.reduce_bucket_size, run.model.num_trainable)
     copies = 2 if run.strategy != "zero3" and knobs.overlap_comm in (None, True) else 1
-    return copies * knobs.reduce_bucket_size * DTYPE_BYTES[run.precision.reduce]
+    return copies * min(knobs.reduce_bucket_size, run.model.num_trainable) * DTYPE_BYTES[run.precision.reduce]
 
 
 def _gradient_bytes(run: Run) -> int:

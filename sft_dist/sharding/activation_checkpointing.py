@@ -45,8 +45,25 @@ def checkpointed_blocks(config: ActivationCheckpointingConfig, blocks: tuple[str
     return blocks[:: config.k or 1]
 
 
-def apply_activation_checkpointing(model: SftModel, config: ActivationCheckpointingConfig) -> None:
-    """Call before sharding, so that a block is gathered once around its recomputation and names stay what they are."""
+ToHost = Callable[[Tensor], Tensor]
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory."""
+    pinned = tensor.device.type == "cuda"
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    # Both copies are in the stream that computes, so that the one back cannot overtake the one there.
+    return host.copy_(tensor, non_blocking=pinned)
+
+
+def apply_activation_checkpointing(
+    model: SftModel, config: ActivationCheckpointingConfig, *, to_host: ToHost = to_host
+) -> None:
+    """Call before sharding, so that a block is gathered once around its recomputation and names stay what they are.
+
+    Args:
+        to_host: copies what ``offload`` keeps in host memory.
+    """
     blocks = model.blocks()
     for name in checkpointed_blocks(config, tuple(blocks)):
         block = blocks[name]
@@ -54,7 +71,7 @@ def apply_activation_checkpointing(model: SftModel, config: ActivationCheckpoint
         if config.mode == "selective":
             options["context_fn"] = partial(_keep_the_dearest, wide_products(block))
         run = partial(checkpoint, block.forward, **options)
-        block.forward = partial(_with_input_on_host, run) if config.offload else run
+        block.forward = partial(_with_input_on_host, run, to_host) if config.offload else run
 
 
 def wide_products(block: nn.Module) -> int:
@@ -92,28 +109,28 @@ class KeepTheDearest:
         return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _with_input_on_host(run: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _with_input_on_host(
+    run: Callable[..., Any], to_host: ToHost, hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """Runs a checkpointed block; of what it keeps, its input moves to host memory until backward.
 
     The rest is the block's own results under ``selective``, which stay, and what all blocks share, such as the rotary
     angles. On the CPU the input is copied, which saves nothing and takes the same way.
     """
 
+    shape = hidden_states.shape
+
     def pack(tensor: Tensor) -> Any:
         # What is saved here are the checkpoint's arguments; what the block saves goes through the checkpoint's hooks.
-        if tensor.shape != hidden_states.shape:
-            return tensor
-        pinned = tensor.device.type == "cuda"
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-        # Both copies are in the stream that computes, so that the one back cannot overtake the one there.
-        return tensor.device, host.copy_(tensor, non_blocking=pinned)
+        # This function lives until backward: it must not hold the input itself.
+        return (tensor.device, to_host(tensor)) if tensor.shape == shape else tensor
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         device, host = packed
-        back: Tensor = host.to(device, non_blocking=True)
-        return back
+        back = torch.empty(host.shape, dtype=host.dtype, device=device)
+        return back.copy_(host, non_blocking=True)
 
     with saved_tensors_hooks(pack, unpack):
         return run(hidden_states, *args, **kwargs)

@@ -307,6 +307,8 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     zero = {"stage": ZERO_STAGES[run.strategy], **run.deepspeed.model_dump()}
     if run.deepspeed.overlap_comm is None:
         zero["overlap_comm"] = torch.cuda.is_available()
+    # A bucket is allocated in full, however little trains: one that holds all of it is never flushed early either.
+    zero["reduce_bucket_size"] = min(run.deepspeed.reduce_bucket_size, run.model.num_trainable)
     # DeepSpeed keeps smaller parameters whole on every rank, most adapters among them.
     zero["stage3_param_persistence_threshold"] = 0
     return {
