@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 from sft_dist.config.deepspeed import Zero3Knobs
-from sft_dist.config.schema import AdamWConfig
+from sft_dist.hardware.gpus import Gpu
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.plan.ledger import Ledger
-from sft_dist.plan.result import Part, Phase, PhaseName, Range, Verdict
+from sft_dist.plan.result import Assumption, Part, Phase, PhaseName, Range, Verdict
 from sft_dist.plan.states import state_bytes
 from sft_dist.plan.tape import Tape
 from sft_dist.plan.timeline import timeline
@@ -132,11 +132,25 @@ def verdict(needed_bytes: float, usable_bytes: int) -> Verdict:
     return "tight" if needed_bytes > TIGHT_SHARE * usable_bytes else "fits"
 
 
-def is_paged(run: Run) -> bool:
-    """Whether the optimizer's states leave the device when it is full."""
-    return isinstance(run.optim, AdamWConfig) and run.optim.paged
-
-
-def zero3_is_bound(run: Run) -> bool:
-    """Whether gathered bytes are a bound, because DeepSpeed decides while it runs."""
-    return isinstance(run.deepspeed, Zero3Knobs)
+def assumptions_of_memory(run: Run, gpu: Gpu) -> tuple[Assumption, ...]:
+    """What the memory of a plan takes for granted."""
+    context = CONTEXT_BYTES + (NCCL_BYTES if run.world.size > 1 else 0)
+    found = [
+        Assumption(
+            f"every micro-batch may have {run.batch.micro_batch_size} full sequences, all of whose tokens are trained",
+            "data.max_seq_len, train.micro_batch_size",
+        ),
+        Assumption(
+            f"CUDA and NCCL take {context / GIB:.1f} GiB beside what is allocated", "fms-acceleration, ml-engineering"
+        ),
+        Assumption(
+            f"{gpu.usable_bytes / GIB:.1f} GiB of the GPU can be used; a run ends for want of memory beyond "
+            f"{MOST_SHARE:.1%} of it",
+            "hardware/gpus.yaml; 204 published runs",
+        ),
+    ]
+    if isinstance(run.deepspeed, Zero3Knobs):
+        found.append(
+            Assumption("gathered weights are the most that DeepSpeed's knobs allow", "stage3_max_live_parameters")
+        )
+    return tuple(found)

@@ -1,4 +1,4 @@
-"""What a real step allocates on this rank: every storage that an operator makes or a strategy resizes, after each operator."""
+"""What a real step allocates on this rank: every storage that an operator makes or a strategy resizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from sft_dist.config.schema import Config
 from sft_dist.data.batch import MicroBatch
-from sft_dist.model.sequence_parallel import SequenceParallel  # noqa: F401  loaded before anything is counted
 from sft_dist.plan.activations import seq_lens_of
+from sft_dist.run import ZERO_STAGES
+from sft_dist.sharding.shard_optimizer import local
 from sft_dist.sharding.strategy import Strategy
 from tests.helpers import cells
 
@@ -26,32 +27,34 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors that live, and the most there were since it was entered.
 
     Attributes:
-        peak: beyond those at the beginning.
+        peak: beyond those at the beginning; moment: the operator after which.
     """
 
     def __init__(self) -> None:
         super().__init__()
         gc.collect()
-        self._storages: dict[int, Any] = {}
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, Any] = {}
+        self._resized: list[Any] = []  # FSDP2's whole parameters are storages without bytes between uses
+        self._total = 0
         for thing in gc.get_objects():
             if issubclass(type(thing), Tensor):
                 self._track(thing)
-        self.start = self.live()
-        self.peak = 0
-        self.moment = ""
+        self._start = self.live()
+        self.peak, self.moment = 0, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._track(tensor)
-        now = self.live() - self.start
+        now = self.live() - self._start
         if now > self.peak:
             self.peak, self.moment = now, str(func)
         return out
 
     def live(self) -> int:
-        return sum(storage.nbytes() for ref in list(self._storages.values()) if (storage := ref()) is not None)
+        return self._total + sum(s.nbytes() for ref in self._resized if (s := ref()) is not None)
 
     def _track(self, tensor: Tensor) -> None:
         if hasattr(tensor, "_local_tensor"):
@@ -60,10 +63,21 @@ class LiveBytes(TorchDispatchMode):
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):
             return
-        if storage.device.type == "cpu":
-            key = storage._cdata
-            if key not in self._storages or self._storages[key]() is None:
-                self._storages[key] = weakref.ref(storage)
+        key = storage._cdata
+        if storage.device.type != "cpu" or key in self._references:
+            return
+        size = storage.nbytes()
+        if size == 0:
+            self._references[key] = weakref.ref(storage, lambda _: self._references.pop(key, None))
+            self._resized.append(weakref.ref(storage))
+            return
+        self._sizes[key] = size
+        self._total += size
+        self._references[key] = weakref.ref(storage, lambda _: self._freed(key))
+
+    def _freed(self, key: int) -> None:
+        self._references.pop(key, None)
+        self._total -= self._sizes.pop(key)
 
 
 class SavedBytes:
@@ -88,12 +102,17 @@ class Measured:
 
     Args:
         saved: that autograd keeps for backward in one micro-batch.
-        peak: most beyond what is held between steps, in a step of the planned micro-batches.
+        peak: most beyond what is held between steps, in a step of the planned micro-batches; moment: the operator then.
+        parameters, optimizer: between steps, with all buffers and with masters that are not the parameters.
+        gradients: that wait for the update; 0 where DeepSpeed has them.
     """
 
     saved: int
     peak: int
     moment: str
+    parameters: int
+    optimizer: int
+    gradients: int
 
 
 def measure(cfg_yaml: str) -> Measured:
@@ -109,7 +128,19 @@ def measure(cfg_yaml: str) -> Measured:
             step(strategy, batch, 1)
         with LiveBytes() as live:
             step(strategy, batch, run.batch.gradient_accumulation_steps, update=False)
-        return Measured(saved.total, live.peak, live.moment)
+        states = strategy.optimizer_state_bytes()
+        assert states is not None
+        is_zero = run.strategy in ZERO_STAGES
+        masters = sum(m.nbytes for m in strategy.master_weights()) if is_zero else 0
+        held = [tensor for _, tensor, _ in strategy.local_parameters()]
+        return Measured(
+            saved=saved.total,
+            peak=live.peak,
+            moment=live.moment,
+            parameters=sum(t.nbytes for t in (*held, *strategy.model.buffers())),
+            optimizer=states + masters,
+            gradients=sum(local(p.grad).nbytes for p in strategy.model.parameters() if p.grad is not None),
+        )
     finally:
         strategy.close()
 
