@@ -17,7 +17,7 @@ from sft_dist import __version__
 from sft_dist.config.load import dump_config, load_config
 from sft_dist.config.schema import Config
 from sft_dist.config.validate import validate
-from sft_dist.errors import ConfigError, SftError
+from sft_dist.errors import ConfigError, PlanError, SftError
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_interrupt, report_unexpected
 
 UNEXPECTED_EXIT_CODE = 1
@@ -119,6 +119,55 @@ def train(
     from sft_dist.train.run import run_training
 
     run_training(checked, resume=resume)
+
+
+GpuName = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAME", help="Plan for this GPU, e.g. a100-80gb; else hardware.gpu, else this machine's."
+    ),
+]
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: GpuName = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="GPUs of a node.")] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, metavar="N", help="Nodes.")] = None,
+    examples: Annotated[
+        str | None, typer.Option("--examples", metavar="N", help="Plan for so many rows of data, e.g. 10k.")
+    ] = None,
+    tokens_per_example: Annotated[
+        str | None, typer.Option("--tokens-per-example", metavar="T", help="Their mean length, with the template.")
+    ] = None,
+    fx: Annotated[float | None, typer.Option("--fx", metavar="JPY", help="JPY per USD.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as one HTML page too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON: docs/plan_schema.json.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With the parts of all phases and all assumptions.")
+    ] = False,
+) -> None:
+    """The dry run: does it fit, how long does it take, what does it cost. Needs no GPU, no weights and no network.
+
+    Prints the plan and writes plan.json into output_dir. Ends with 3 where the run does not fit.
+    """
+    machines = {"gpu": gpu, "gpus_per_node": gpus, "nodes": nodes, "fx": fx}
+    stated = [f"hardware.{key}={value}" for key, value in machines.items() if value is not None]
+    checked = _load(config, [*(overrides or []), *stated])
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    from sft_dist.plan.command import Views, make_plan, stated_data
+
+    made = make_plan(
+        checked,
+        stated=stated_data(examples, tokens_per_example),
+        views=Views(html=html, as_json=as_json, verbose=verbose),
+    )
+    if made.memory.verdict == "does not fit":
+        raise typer.Exit(PlanError.exit_code)
 
 
 def _put_own_tools_on_path() -> None:

@@ -7,16 +7,34 @@ from dataclasses import dataclass
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.errors import UnknownHardware
 from sft_dist.hardware.gpus import Gpu, find_gpu
+from sft_dist.hardware.networks import Network, find_network
 from sft_dist.runtime.world import WorldShape
+
+# What machines of a kind are joined by where nobody says it: those that are rented by the node.
+USUAL_NETWORKS = {
+    "A100": "infiniband-hdr-x8",
+    "H": "infiniband-ndr-x8",
+    "G": "infiniband-ndr-x8",
+    "B": "infiniband-ndr-x8",
+    "MI": "infiniband-ndr-x8",
+}
+OTHER_NETWORK = "ethernet-100g"
 
 
 @dataclass(frozen=True)
 class Machines:
-    """GPUs of one kind, as many on each node."""
+    """GPUs of one kind, as many on each node.
+
+    Args:
+        network: between the nodes; None where there is one.
+        network_is_assumed: nobody said which.
+    """
 
     gpu: Gpu
     nodes: int
     gpus_per_node: int
+    network: Network | None = None
+    network_is_assumed: bool = False
 
     @property
     def shape(self) -> WorldShape:
@@ -35,14 +53,25 @@ def machines_of(hardware: HardwareConfig, *, launched: WorldShape | None = None)
         launched: the processes of a launch, which count where the configuration is silent.
 
     Raises:
-        UnknownHardware: the GPU is not known, or none is named and none is in this machine.
+        UnknownHardware: GPU or network is not known, or no GPU is named and none is in this machine.
     """
     silent = launched or WorldShape(1, 1)
+    gpu = find_gpu(hardware.gpu or _gpu_of_this_machine())
+    nodes = hardware.nodes or silent.num_nodes
+    said = None if hardware.network is None else find_network(hardware.network)
     return Machines(
-        gpu=find_gpu(hardware.gpu or _gpu_of_this_machine()),
-        nodes=hardware.nodes or silent.num_nodes,
+        gpu=gpu,
+        nodes=nodes,
         gpus_per_node=hardware.gpus_per_node or silent.ranks_per_node,
+        network=(said or usual_network(gpu)) if nodes > 1 else None,
+        network_is_assumed=said is None and nodes > 1,
     )
+
+
+def usual_network(gpu: Gpu) -> Network:
+    """What joins machines with this GPU where nobody says it."""
+    kinds = (network for kind, network in USUAL_NETWORKS.items() if gpu.name.startswith(kind))
+    return find_network(next(kinds, OTHER_NETWORK))
 
 
 def _gpu_of_this_machine() -> str:

@@ -1,0 +1,175 @@
+"""The dry run: everything that can be known of a run before a GPU is taken, from the file that starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sft_dist.config.schema import Config
+from sft_dist.hardware.gpus import Gpu
+from sft_dist.model.hub import config_source
+from sft_dist.model.known import known_models_allowed
+from sft_dist.plan.assumed import AssumedData, assumed_plan
+from sft_dist.plan.cache import cached_describe, cached_trace
+from sft_dist.plan.choose import choose
+from sft_dist.plan.cost import cost_assumptions, plan_cost
+from sft_dist.plan.data import plan_data
+from sft_dist.plan.disk import disk_bytes
+from sft_dist.plan.epoch import tokens_of_run
+from sft_dist.plan.fit import evaluates
+from sft_dist.plan.host import PROCESS_BYTES, host_parts
+from sft_dist.plan.machines import Machines
+from sft_dist.plan.memory import (
+    allocated_range,
+    assumptions_of_memory,
+    memory_phases,
+    reserved_range,
+    resident_parts,
+    verdict,
+)
+from sft_dist.plan.result import Assumption, DataPlan, MemoryPlan, Plan
+from sft_dist.plan.time import plan_time, time_assumptions
+from sft_dist.plan.units import count, gib
+from sft_dist.resolve import resolve
+from sft_dist.run import Run
+
+# Where the data is not here and nothing is said of it: what a small instruction set is like.
+STAND_IN = AssumedData(rows=10_000, tokens_per_row=400)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A plan with what it was made from.
+
+    Args:
+        config: without ``auto``.
+    """
+
+    config: Config
+    run: Run
+    plan: Plan
+
+
+def dry_run(config: Config, machines: Machines, *, assumed: AssumedData | None = None) -> DryRun:
+    """Plans ``config`` on ``machines``. Needs no GPU, no weights and no network, and writes nothing.
+
+    Args:
+        assumed: what the data is like, where its owner says so.
+
+    Raises:
+        ConfigError: the configuration contradicts itself or cannot be trained.
+        PlanError: the model or the GPU is not known; ``auto`` finds no way that fits.
+        DataError: data that is here cannot be trained on.
+    """
+    with known_models_allowed():
+        choice = choose(config, machines.shape, memory_bytes=machines.gpu.usable_bytes, describe=cached_describe)
+        run = resolve(choice.config, machines.shape, describe=cached_describe)
+        data = plan_data(choice.config, run, assumed=assumed)
+        return DryRun(choice.config, run, plan_run(choice.config, run, machines, data, choices=choice.reasons))
+
+
+def plan_run(
+    config: Config, run: Run, machines: Machines, data: DataPlan | None, *, choices: Sequence[str] = ()
+) -> Plan:
+    """The plan of a resolved run.
+
+    Args:
+        config: that it was resolved from.
+        data: None where nothing is known of it.
+    """
+    warnings = _warnings(config, run)
+    if data is None:
+        data = assumed_plan(run, STAND_IN)
+        warnings.append(
+            f"data.train is not here: planned for {STAND_IN.rows:,} examples of {STAND_IN.tokens_per_row:g} tokens; "
+            "say --examples N --tokens-per-example T"
+        )
+    tape = cached_trace(run)
+    eval_tape = cached_trace(run, backward=False) if evaluates(run) else None
+    memory = memory_plan(config, run, machines.gpu, data)
+    time = plan_time(run, tape, data=data, gpu=machines.gpu, network=machines.network, eval_tape=eval_tape)
+    cost = plan_cost(
+        machines.gpu,
+        hardware=config.hardware,
+        num_gpus=machines.num_gpus,
+        nodes=machines.nodes,
+        gpus_per_node=machines.gpus_per_node,
+        total_s=time.total,
+        epochs=data.epochs,
+        tokens=tokens_of_run(run, data),
+    )
+    return Plan(
+        subject=_subject(run, machines),
+        gpu=machines.gpu.name,
+        num_gpus=machines.num_gpus,
+        choices=tuple(choices),
+        memory=memory,
+        data=data,
+        time=time,
+        cost=cost,
+        assumptions=(
+            *assumptions_of_memory(run, machines.gpu),
+            *time_assumptions(run, machines.gpu, time),
+            *cost_assumptions(machines.gpu, config.hardware),
+            *_assumed_network(machines),
+            Assumption(f"a process takes {gib(PROCESS_BYTES)} of host memory", "Python, torch, CUDA's libraries"),
+        ),
+        proposals=(),
+        warnings=tuple(warnings),
+    )
+
+
+def memory_plan(config: Config, run: Run, gpu: Gpu, data: DataPlan | None) -> MemoryPlan:
+    """Memory of the devices, of a node and of the disk."""
+    eval_tape = cached_trace(run, backward=False) if evaluates(run) else None
+    phases = memory_phases(run, cached_trace(run), eval_tape)
+    allocated = allocated_range(phases)
+    context = phases[0].parts["context"]
+    needed = max(phase.total_bytes for phase in phases)
+    host = config.hardware.host_memory_gib
+    return MemoryPlan(
+        phases=phases,
+        device_bytes=gpu.memory_bytes,
+        usable_bytes=gpu.usable_bytes,
+        allocated=allocated,
+        reserved=reserved_range(allocated, context, gpu.usable_bytes),
+        verdict=verdict(needed, gpu.usable_bytes),
+        host_parts=host_parts(run),
+        host_available_bytes=None if host is None else int(host * 2**30),
+        disk_parts=disk_bytes(run, data),
+        resident_bytes=sum(resident_parts(run).values()),
+    )
+
+
+def _subject(run: Run, machines: Machines) -> dict[str, str]:
+    model, batch, precision = run.model, run.batch, run.precision
+    where = f"{machines.gpus_per_node} x {machines.gpu.name}"
+    return {
+        "model": f"{model.path}, {count(model.num_parameters)} parameters, {count(model.num_trainable)} trained",
+        "method": model.method.type,
+        "strategy": run.strategy,
+        "machines": where if machines.nodes == 1 else f"{machines.nodes} nodes of {where}",
+        "batch": f"{batch.global_batch_size} sequences of at most {batch.max_seq_len:,} tokens, "
+        f"{batch.micro_batch_size} a micro-batch, {batch.gradient_accumulation_steps} of them a step",
+        "precision": f"{precision.compute}, master {precision.master}, states {precision.optimizer_state}",
+        "recomputed": run.activation_checkpointing.mode,
+    }
+
+
+def _assumed_network(machines: Machines) -> list[Assumption]:
+    if machines.network is None or not machines.network_is_assumed:
+        return []
+    rate = f"{machines.network.bytes_per_s / 1e9:g} GB/s a node"
+    return [Assumption(f"nodes are joined by {machines.network.name}, {rate}", "usual for this GPU: hardware.network")]
+
+
+def _warnings(config: Config, run: Run) -> list[str]:
+    found = []
+    source = config_source(config.model.path, config.model.revision)
+    if source is not None:
+        found.append(f"the model's own config.json is not here; in its place: {source}")
+    host = config.hardware.host_memory_gib
+    needed = sum(host_parts(run).values())
+    if host is not None and needed > host * 2**30:
+        found.append(f"a node needs {gib(needed)} of host memory, and hardware.host_memory_gib is {host:g}")
+    return found
