@@ -58,6 +58,7 @@ class Collective:
         every: how often: in each micro-batch, in the last one's backward, or once a step behind that.
         block: index of the decoder block that it is of; None: what is before and behind the blocks.
         overlaps: whether computation goes on meanwhile.
+        copied_bytes: that the GPU reads and writes around it, to and from the buffers that travel.
     """
 
     kind: Kind
@@ -67,6 +68,7 @@ class Collective:
     every: Literal["micro_batch", "last_micro_batch", "step"]
     block: int | None
     overlaps: bool = True
+    copied_bytes: int = 0
 
 
 def collectives(run: Run, *, tokens: int | None = None) -> tuple[Collective, ...]:
@@ -168,15 +170,21 @@ def _fsdp2(run: Run) -> Iterator[Collective]:
     needed = blocks_with_backward(run)
     # The one before is fetched ahead, whether or not it is needed.
     again = range(max(0, needed.start - 1), needed.stop) if needed and run.sharding.reshard_after_forward else range(0)
+
+    def gather(size: int, of: Pass, unit: int | None) -> Collective:
+        """Into one buffer, out of which the unit's weights are copied."""
+        return Collective("all_gather", size, shard, of, "micro_batch", unit, copied_bytes=2 * size)
+
     if shards > 1:
         for unit in units:
-            yield Collective("all_gather", whole[unit], shard, "forward", "micro_batch", unit)
+            yield gather(whole[unit], "forward", unit)
     for unit in (*reversed(range(run.model.num_layers)), None):
         if unit in again and shards > 1:
-            yield Collective("all_gather", whole[unit], shard, "backward", "micro_batch", unit)
+            yield gather(whole[unit], "backward", unit)
         reduced = sum(padded_numel(p, shards) for p in members(run, unit) if p.trainable) * reduce
         if reduced and shards > 1:
-            yield Collective("reduce_scatter", reduced, shard, "backward", "micro_batch", unit)
+            copied = reduced + reduced * compute // reduce
+            yield Collective("reduce_scatter", reduced, shard, "backward", "micro_batch", unit, copied_bytes=copied)
         if reduced and replicas > 1:
             yield Collective("all_reduce", reduced // shards, replica, "backward", "micro_batch", unit)
 
