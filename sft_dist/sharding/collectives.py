@@ -252,7 +252,8 @@ def _reduce_buckets(run: Run, capacity: int, numels: Sequence[int]) -> Iterator[
     Args:
         numels: of the parameters that train, in the model's order.
     """
-    filled, block = 0, None
+    filled = 0
+    block: int | None = None
     for parameter, numel in zip(reversed(run.model.trainable), reversed(numels), strict=True):
         if filled and filled + numel > capacity:
             yield filled, block
@@ -283,7 +284,7 @@ def _sequence_parallel(run: Run, tokens: int) -> Iterator[Collective]:
 
 
 def ring_factor(kind: Kind, size: int) -> float:
-    """Bytes that each rank sends, over those of the whole tensor, in a ring (NCCL's "bus bandwidth", nccl-tests)."""
+    """Bytes that each rank sends, over those of the whole tensor: NCCL's "bus bandwidth" (nccl-tests, PERFORMANCE.md)."""
     others = (size - 1) / size
     return 2 * others if kind == "all_reduce" else 1.0 if kind == "reduce" else others
 
