@@ -223,7 +223,7 @@ def _zero3(run: Run) -> Iterator[Collective]:
     assert isinstance(knobs, Zero3Knobs)
     compute, ranks = DTYPE_BYTES[run.precision.compute], run.world.size
     overlaps = knobs.overlap_comm in (None, True)
-    units = [None, *range(run.model.num_layers)]
+    units: list[int | None] = [None, *range(run.model.num_layers)]
     whole = {unit: sum(-(-p.numel // ranks) * ranks for p in members(run, unit)) * compute for unit in units}
     needed = blocks_with_backward(run)
     for unit in units:
@@ -284,7 +284,7 @@ def _sequence_parallel(run: Run, tokens: int) -> Iterator[Collective]:
 
 
 def ring_factor(kind: Kind, size: int) -> float:
-    """Bytes that each rank sends, over those of the whole tensor: NCCL's "bus bandwidth" (nccl-tests, PERFORMANCE.md)."""
+    """Bytes that a rank sends over those of the whole tensor: NCCL's "bus bandwidth" (nccl-tests, PERFORMANCE.md)."""
     others = (size - 1) / size
     return 2 * others if kind == "all_reduce" else 1.0 if kind == "reduce" else others
 
