@@ -17,11 +17,32 @@ aten = torch.ops.aten
 ATTENTION = frozenset(
     {packed_attention._opoverload.overloadpacket, packed_attention_backward._opoverload.overloadpacket}
 )
-PRODUCTS = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm})
+PRODUCTS = frozenset({aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm})
 DEQUANTIZE = frozenset({torch.ops.bitsandbytes.dequantize_4bit, torch.ops.bitsandbytes.dequantize_blockwise})
 
 # Copies of the input that an operator makes and frees inside (ATen/native/ReduceOps.cpp: (self - max).exp_()).
 INNER_COPIES = {aten.logsumexp: 1}
+
+
+# They start no kernel: what a fake tensor asks of itself, views that are not declared as such, memory without values.
+IDLE = frozenset(
+    {
+        torch.ops.prim.device, aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
+        aten.new_empty_strided, aten.lift_fresh,
+    }
+)  # fmt: skip
+
+# Of their first input they touch no more than what they hand out, or what they are handed.
+PICKING = frozenset({aten.embedding, aten.gather, aten.index, aten.index_select, aten.scatter_add_})
+
+
+def moved_bytes(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+    """Bytes that an operator reads and writes: every input and every output once, an expanded one as it is stored."""
+    if func.overloadpacket in PICKING:
+        least = min(t.nbytes for t in (*inputs, *outputs) if t.is_floating_point())
+        return 2 * least + sum(t.nbytes for t in inputs if not t.is_floating_point())
+    unique = (list({id(t): t for t in tensors}.values()) for tensors in (inputs, outputs))
+    return sum(min(t.nbytes, t.untyped_storage().nbytes()) for tensors in unique for t in tensors)
 
 
 def inner_bytes(func: Any, inputs: Sequence[Tensor]) -> int:
@@ -38,6 +59,14 @@ def attended_pairs(seq_lens: Sequence[int], window: int) -> int:
         # The first `seen` queries see 1, 2, ..., seen keys, the others `seen` each.
         pairs += seen * (seen + 1) // 2 + (length - seen) * seen
     return pairs
+
+
+@register_flop_formula(aten.addmm_)
+def _addmm_in_place_flops(
+    _self: Sequence[int], left: Sequence[int], right: Sequence[int], out_shape: Sequence[int] | None = None, **_: Any
+) -> int:
+    """[m, k] by [k, n]."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 @register_flop_formula(packed_attention._opoverload.overloadpacket, get_raw=True)

@@ -149,7 +149,8 @@ class TimePlan:
         tokens_per_s: all GPUs; tokens_per_s_per_gpu: one.
         mfu: model FLOPs (no recomputation) over peak; hfu: with recomputation.
         flops_per_token: model FLOPs, forward and backward.
-        efficiency: of the GPU's achievable rate that products reach; basis, source: what that rests on.
+        efficiency: share of ideal rates (``plan/rates.py``: best product, memory's rate) that all of the GPU's work
+            reaches; 1.0 is eager torch without gaps, fused kernels may exceed it. basis, source: what that rests on.
     """
 
     step_parts: dict[str, float]

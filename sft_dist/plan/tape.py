@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sft_dist.data.batch import MicroBatch
-from sft_dist.plan.operators import ATTENTION, DEQUANTIZE, PRODUCTS, inner_bytes
+from sft_dist.plan.operators import ATTENTION, DEQUANTIZE, IDLE, PRODUCTS, inner_bytes, moved_bytes
 
 # What torch's caching allocator rounds a request to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
 ALLOCATION_UNIT = 512
@@ -182,7 +182,7 @@ class _Recorder(TorchDispatchMode):
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in outputs:
             self._see(tensor)
-        if not func.is_view:
+        if not func.is_view and func.overloadpacket not in IDLE:
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self._count(func, args, kwargs or {}, out, inputs, outputs)
         return out
@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         work = self.work.setdefault(self.segment, Work())
         work.kernels += 1
-        moved = sum(t.nbytes for t in {id(t): t for t in (*inputs, *outputs)}.values())
+        moved = moved_bytes(func, inputs, outputs)
         inner = inner_bytes(func, inputs)
         if inner:  # allocated and freed inside the operator
             self._write(inner, self.part)

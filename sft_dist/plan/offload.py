@@ -1,0 +1,105 @@
+"""What travels between a GPU and host memory in a step, and what the optimizer's step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sft_dist.config.deepspeed import Zero3Knobs
+from sft_dist.config.schema import AdafactorConfig, Fsdp2Sharding
+from sft_dist.model.spec import DTYPE_BYTES
+from sft_dist.plan.rates import Rates
+from sft_dist.plan.schedule import Transfer
+from sft_dist.run import ZERO_STAGES, Run
+from sft_dist.sharding import registry
+from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
+from sft_dist.sharding.collectives import blocks_with_backward, members
+
+OFFLOAD = "offload"
+
+
+def host_transfers(run: Run, rates: Rates, *, tokens: float) -> tuple[Transfer, ...]:
+    """Everything that a step copies between device and host.
+
+    Args:
+        tokens: of a micro-batch on this rank.
+    """
+    on_host = registry.describe(run, 0).on_host
+    found: list[Transfer] = []
+    if "parameters" in on_host:
+        found.extend(_parameters(run, rates))
+    if "optimizer" in on_host:
+        found.extend(_gradients(run, rates))
+    if run.activation_checkpointing.offload:
+        found.extend(_activations(run, rates, tokens))
+    return tuple(found)
+
+
+def _shards(run: Run) -> int:
+    replicas = run.sharding.dp_replicate if isinstance(run.sharding, Fsdp2Sharding) else 1
+    return run.world.size // replicas
+
+
+def _parameters(run: Run, rates: Rates) -> Iterator[Transfer]:
+    """This rank's shard of a unit goes to the device whenever the unit is gathered, in the dtype that is kept."""
+    needed = blocks_with_backward(run)
+    for block in (None, *range(run.model.num_layers)):
+        size = sum(
+            p.numel * DTYPE_BYTES[run.precision.stored(trainable=p.trainable, strategy=run.strategy)]
+            for p in members(run, block)
+        )
+        seconds = size / _shards(run) / rates.host_link_bytes_per_s
+        yield Transfer(seconds, "forward", "micro_batch", block, "before", part=OFFLOAD)
+        if block is not None and block in needed:
+            yield Transfer(seconds, "backward", "micro_batch", block, "before", part=OFFLOAD)
+
+
+def _gradients(run: Run, rates: Rates) -> Iterator[Transfer]:
+    """Reduced gradients of this rank's part go to the host; DeepSpeed brings updated weights back."""
+    width = DTYPE_BYTES["fp32"] if run.strategy in ZERO_STAGES else DTYPE_BYTES[run.precision.master]
+    every: bool = run.strategy != "zero1"
+    for block in (*reversed(range(run.model.num_layers)), None):
+        numel = sum(p.numel for p in members(run, block) if p.trainable) / _shards(run)
+        if numel:
+            seconds = numel * width / rates.host_link_bytes_per_s
+            when = "micro_batch" if every else "last_micro_batch"
+            yield Transfer(seconds, "backward", when, block, "after", part=OFFLOAD)  # type: ignore[arg-type]
+    if run.strategy in ZERO_STAGES and "parameters" not in registry.describe(run, 0).on_host:
+        back = run.model.num_trainable / _shards(run) * DTYPE_BYTES[run.precision.compute]
+        yield Transfer(back / rates.host_link_bytes_per_s, "step", "step", None, "after", False, part=OFFLOAD)
+
+
+def _activations(run: Run, rates: Rates, tokens: float) -> Iterator[Transfer]:
+    """Inputs of recomputed blocks, there and back, in the stream that computes."""
+    seconds = tokens * run.model.hidden_size * DTYPE_BYTES[run.precision.compute] / rates.host_link_bytes_per_s
+    recomputed = set(checkpointed_blocks(run.activation_checkpointing, run.model.blocks))
+    for block, name in enumerate(run.model.blocks):
+        if name in recomputed:
+            yield Transfer(seconds, "forward", "micro_batch", block, "after", False, part=OFFLOAD)
+            yield Transfer(seconds, "backward", "micro_batch", block, "before", False, part=OFFLOAD)
+
+
+def update_seconds(run: Run, rates: Rates) -> float:
+    """Of norm, clipping and update, which read and write memory: the device's, or the host's where it steps there."""
+    size = update_traffic_bytes(run)
+    if "optimizer" in registry.describe(run, 0).on_host:
+        return size / rates.host_memory_bytes_per_s
+    return rates.copy_seconds(size)
+
+
+def update_traffic_bytes(run: Run) -> int:
+    """Read and written once each: gradients for the norm, again for clipping, and by the update; masters; states.
+
+    Adafactor makes a whole update of each parameter beside that. DeepSpeed copies masters to the weights.
+    """
+    spec = registry.describe(run, 0)
+    numel, master = spec.optimizer_numel, DTYPE_BYTES[spec.optimizer_dtype]
+    gradient = DTYPE_BYTES["fp32"] if run.strategy in ZERO_STAGES else master
+    passes = 2 + 2 * (run.optim.max_grad_norm is not None)
+    size = numel * (passes * gradient + 2 * master) + 2 * spec.optimizer_state_bytes
+    if isinstance(run.optim, AdafactorConfig):
+        size += 4 * numel * DTYPE_BYTES["fp32"]
+    if run.strategy in ZERO_STAGES:
+        size += numel * (master + DTYPE_BYTES[run.precision.compute])
+        if isinstance(run.deepspeed, Zero3Knobs):  # a flat copy of the gradients
+            size += 2 * numel * gradient
+    return size

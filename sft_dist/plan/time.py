@@ -1,0 +1,194 @@
+"""How long a run takes: one step from the tape of a micro-batch, then steps, evaluations, saving and loading."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sft_dist.config.schema import ActivationCheckpointingConfig
+from sft_dist.errors import PlanError
+from sft_dist.hardware.gpus import ComputeDtype, Gpu
+from sft_dist.hardware.networks import Network
+from sft_dist.model.spec import DTYPE_BYTES
+from sft_dist.plan.activations import trace
+from sft_dist.plan.calibration import Calibration
+from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
+from sft_dist.plan.efficiency import Efficiency, efficiency_of
+from sft_dist.plan.offload import host_transfers, update_seconds
+from sft_dist.plan.rates import DISK_BYTES_PER_S, Rates, gpu_rates
+from sft_dist.plan.result import DataPlan, Range, TimePlan
+from sft_dist.plan.schedule import StepTime, step_time
+from sft_dist.plan.tape import Tape
+from sft_dist.plan.typical import Content, as_content
+from sft_dist.run import Run
+from sft_dist.sharding.collectives import collectives, of_evaluation
+
+# Imports, the process group and CUDA's first kernels; assumed.
+START_S = 30.0
+# Rendered, tokenised and packed by all processors of a host; assumed.
+PREPARED_TOKENS_PER_S = 1e6
+# Links are no better known than this share of their seconds.
+LINK_ERROR = 0.3
+# Several GPUs wait for the slowest: published steps on 2 to 4 GPUs took up to this much longer than planned from one.
+SEVERAL_GPUS_ERROR = 0.06
+
+
+def plan_time(
+    run: Run,
+    tape: Tape,
+    *,
+    data: DataPlan,
+    gpu: Gpu,
+    network: Network | None = None,
+    eval_tape: Tape | None = None,
+    calibration: Calibration | None = None,
+    model_tape: Tape | None = None,
+) -> TimePlan:
+    """
+    Args:
+        tape: of the run's longest micro-batch (``activations.trace``).
+        network: between nodes; needed where there are several.
+        eval_tape: of the longest evaluation batch; None where nothing is evaluated.
+        calibration: what a run of this kind measured on this GPU.
+        model_tape: like ``tape`` and without recomputation, where that is at hand.
+
+    Raises:
+        PlanError: the GPU lacks the compute dtype, or the network between nodes is not known.
+    """
+    dtype: ComputeDtype = run.precision.compute
+    _check(run, gpu, dtype, network)
+    found = efficiency_of(gpu, method=run.model.method.type, calibration=calibration)
+    content = busiest_content(run, data)
+    per_node = run.world.ranks_per_node
+
+    def with_efficiency(value: float) -> Rates:
+        return gpu_rates(gpu, dtype=dtype, gpus_per_node=per_node, network=network, efficiency=value)
+
+    rates = with_efficiency(found.range.value)
+    typical = as_content(run, tape, content)
+    step = full_step(run, typical, rates, data, content)
+    seconds = _step_range(run, step, found)
+    phases = _phases(run, data, rates, seconds.value, eval_tape)
+    tokens = full_step_tokens(run, data)
+    plain = as_content(run, _without_recomputation(run, tape, model_tape), content)
+    per_rank = content.tokens / run.batch.sequence_parallel
+    model_flops = plain.work().flops / per_rank
+    tokens_per_s_per_gpu = tokens / seconds.value / run.world.size
+    peak = gpu.flops[dtype]
+    rest = sum(phases.values()) - phases["train"]
+    share = phases["train"] / seconds.value if seconds.value else 0.0
+    return TimePlan(
+        step_parts=dict(sorted(step.parts.items(), key=lambda part: -part[1])),
+        step=seconds,
+        hidden_communication_s=step.hidden_s,
+        phases=phases,
+        # What is beside training is assumed: half or twice of it.
+        total=Range(
+            phases["train"] + rest, seconds.low * share + rest / 2, seconds.high * share + rest * 2
+        ),
+        tokens_per_s=Range(tokens / seconds.value, tokens / seconds.high, tokens / seconds.low),
+        tokens_per_s_per_gpu=tokens_per_s_per_gpu,
+        mfu=model_flops * tokens_per_s_per_gpu / peak,
+        hfu=typical.work().flops / per_rank * tokens_per_s_per_gpu / peak,
+        flops_per_token=model_flops,
+        efficiency=found.range.value,
+        basis=found.basis,
+        source=found.source,
+    )  # fmt: skip
+
+
+def full_step(run: Run, tape: Tape, rates: Rates, data: DataPlan, content: Content) -> StepTime:
+    """A step of whole micro-batches on the rank that has most.
+
+    Args:
+        tape: of a micro-batch of ``content``.
+    """
+    return step_time(
+        tape,
+        rates=rates,
+        collectives=collectives(run, tokens=round(content.tokens)),
+        transfers=host_transfers(run, rates, tokens=content.tokens / run.batch.sequence_parallel),
+        micro_batches=data.micro_batches_per_step,
+        update_s=update_seconds(run, rates),
+    )
+
+
+def busiest_content(run: Run, data: DataPlan) -> Content:
+    """Of a mean micro-batch of the rank with most sequences: the others wait for it.
+
+    A step's sequences are dealt round-robin, and every rank runs as many micro-batches.
+    """
+    sequences = -(-_sequences_per_step(run, data) // run.batch.world_size) / data.micro_batches_per_step
+    tokens = data.tokens.value / data.sequences * sequences
+    supervised = tokens * data.supervised_tokens / data.tokens.value
+    return Content(tokens, supervised, data.sum_squared_lengths / data.tokens.value)
+
+
+def full_step_tokens(run: Run, data: DataPlan) -> float:
+    """Of all ranks."""
+    return data.tokens.value / data.sequences * _sequences_per_step(run, data)
+
+
+def _sequences_per_step(run: Run, data: DataPlan) -> int:
+    return min(run.batch.global_batch_size, max(1, round(data.sequences)))
+
+
+def _check(run: Run, gpu: Gpu, dtype: ComputeDtype, network: Network | None) -> None:
+    if dtype not in gpu.flops:
+        raise PlanError(
+            f"{gpu.name} has no matrix products in {dtype}",
+            fix="set precision.compute to fp32, or plan for another GPU",
+        )
+    if run.world.num_nodes > 1 and network is None:
+        raise PlanError(
+            "a run on several nodes needs a network, and none is known", fix="set hardware.network, e.g. infiniband-ndr"
+        )
+
+
+def _step_range(run: Run, step: StepTime, found: Efficiency) -> Range:
+    """Slow and fast computation, and links that are slower or faster; what cannot hide, or all of it can."""
+    total, waited = step.total_s, step.parts.get("communication", 0.0)
+    computed = total - waited
+    fastest = computed * found.range.value / found.range.high + waited * (1 - LINK_ERROR)
+    slowest = computed * found.range.value / found.range.low + waited * (1 + LINK_ERROR)
+    if run.world.size > 1:
+        slowest = slowest * (1 + SEVERAL_GPUS_ERROR) + LINK_ERROR * step.hidden_s
+    return Range(total, fastest, slowest)
+
+
+def _phases(run: Run, data: DataPlan, rates: Rates, step_s: float, eval_tape: Tape | None) -> dict[str, float]:
+    """Seconds of the whole run by phase."""
+    weights = run.model.num_parameters * DTYPE_BYTES[run.precision.compute]
+    steps = data.steps * min(1.0, data.tokens_per_step / full_step_tokens(run, data))
+    written = num_checkpoints(run, data) * saved_state_bytes(run) + final_bytes(run)
+    return {
+        "load": START_S + weights / DISK_BYTES_PER_S,
+        "prepare": 0.0 if data.basis == "prepared" else data.tokens.value / PREPARED_TOKENS_PER_S,
+        "train": steps * step_s,
+        "eval": 0.0 if eval_tape is None else data.evaluations * evaluation_seconds(run, data, rates, eval_tape),
+        "save": written / DISK_BYTES_PER_S,
+    }
+
+
+def evaluation_seconds(run: Run, data: DataPlan, rates: Rates, tape: Tape) -> float:
+    """Of one pass over the evaluation set, whose rows are not packed and as long as those of training."""
+    row = data.tokens.value / data.rows
+    tokens = row * run.batch.micro_batch_size
+    supervised = data.supervised_tokens / data.tokens.value
+    alone = replace(run, batch=replace(run.batch, sequence_parallel=1))
+    content = Content(tokens, tokens * supervised, data.sum_squared_lengths / data.tokens.value)
+    forward = step_time(
+        as_content(alone, tape, content),
+        rates=rates,
+        collectives=of_evaluation(collectives(run)),
+        transfers=[t for t in host_transfers(alone, rates, tokens=tokens) if t.of == "forward" and t.when == "before"],
+        micro_batches=1,
+        backward=False,
+    )
+    passes = -(-data.eval_tokens // (tokens * run.batch.world_size))
+    return max(1.0, passes) * forward.total_s
+
+
+def _without_recomputation(run: Run, tape: Tape, known: Tape | None) -> Tape:
+    if known is not None or run.activation_checkpointing.mode == "none":
+        return known or tape
+    return trace(replace(run, activation_checkpointing=ActivationCheckpointingConfig(mode="none")))
