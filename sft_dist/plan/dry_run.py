@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sft_dist.config.schema import Config
+from sft_dist.config.schema import ActivationCheckpointingConfig, Config
 from sft_dist.hardware.gpus import Gpu
 from sft_dist.model.hub import config_source
 from sft_dist.model.known import known_models_allowed
 from sft_dist.plan.assumed import AssumedData, assumed_plan
 from sft_dist.plan.cache import cached_describe, cached_trace
+from sft_dist.plan.calibration import calibration_key, lookup
 from sft_dist.plan.choose import choose
 from sft_dist.plan.cost import cost_assumptions, plan_cost
 from sft_dist.plan.data import plan_data
 from sft_dist.plan.disk import disk_bytes
-from sft_dist.plan.epoch import tokens_of_run
 from sft_dist.plan.fit import evaluates
 from sft_dist.plan.host import PROCESS_BYTES, host_parts
 from sft_dist.plan.machines import Machines
@@ -87,7 +87,16 @@ def plan_run(
     tape = cached_trace(run)
     eval_tape = cached_trace(run, backward=False) if evaluates(run) else None
     memory = memory_plan(config, run, machines.gpu, data)
-    time = plan_time(run, tape, data=data, gpu=machines.gpu, network=machines.network, eval_tape=eval_tape)
+    time = plan_time(
+        run,
+        tape,
+        data=data,
+        gpu=machines.gpu,
+        network=machines.network,
+        eval_tape=eval_tape,
+        calibration=lookup(machines.gpu.name, calibration_key(run)),
+        model_tape=cached_trace(replace(run, activation_checkpointing=ActivationCheckpointingConfig(mode="none"))),
+    )
     cost = plan_cost(
         machines.gpu,
         hardware=config.hardware,
@@ -96,7 +105,7 @@ def plan_run(
         gpus_per_node=machines.gpus_per_node,
         total_s=time.total,
         epochs=data.epochs,
-        tokens=tokens_of_run(run, data),
+        tokens=data.tokens_per_step * data.steps,
     )
     return Plan(
         subject=_subject(run, machines),
@@ -109,7 +118,7 @@ def plan_run(
         cost=cost,
         assumptions=(
             *assumptions_of_memory(run, machines.gpu),
-            *time_assumptions(run, machines.gpu, time),
+            *time_assumptions(machines.gpu, time),
             *cost_assumptions(machines.gpu, config.hardware),
             *_assumed_network(machines),
             Assumption(f"a process takes {gib(PROCESS_BYTES)} of host memory", "Python, torch, CUDA's libraries"),

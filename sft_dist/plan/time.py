@@ -15,7 +15,7 @@ from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
 from sft_dist.plan.efficiency import Efficiency, efficiency_of
 from sft_dist.plan.offload import host_transfers, update_seconds
 from sft_dist.plan.rates import DISK_BYTES_PER_S, Rates, gpu_rates
-from sft_dist.plan.result import DataPlan, Range, TimePlan
+from sft_dist.plan.result import Assumption, DataPlan, Range, TimePlan
 from sft_dist.plan.schedule import StepTime, step_time
 from sft_dist.plan.tape import Tape
 from sft_dist.plan.typical import Content, as_content
@@ -94,6 +94,19 @@ def plan_time(
         basis=found.basis,
         source=found.source,
     )  # fmt: skip
+
+
+def time_assumptions(gpu: Gpu, time: TimePlan) -> tuple[Assumption, ...]:
+    """What the time of a plan takes for granted."""
+    return (
+        Assumption(f"a step reaches {time.efficiency:.0%} of what {gpu.name} achieves at best", time.source),
+        Assumption(gpu.achievable_basis, "hardware/gpus.yaml"),
+        Assumption(
+            f"starting takes {START_S:g} s, disks {DISK_BYTES_PER_S / 1e9:g} GB/s, preparing "
+            f"{PREPARED_TOKENS_PER_S:,.0f} tokens/s",
+            "assumed",
+        ),
+    )
 
 
 def full_step(run: Run, tape: Tape, rates: Rates, data: DataPlan, content: Content) -> StepTime:

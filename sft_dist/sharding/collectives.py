@@ -233,8 +233,8 @@ def _zero3(run: Run) -> Iterator[Collective]:
             yield Collective("all_gather", whole[block], world, "backward", "micro_batch", block)
     padded = [-(-p.numel // ranks) * ranks for p in run.model.trainable]
     reduce = DTYPE_BYTES[run.precision.reduce]
-    for numel, block in _reduce_buckets(run, knobs.reduce_bucket_size, padded):
-        yield Collective("reduce_scatter", numel * reduce, world, "backward", "micro_batch", block, overlaps)
+    for numel, ends_in in _reduce_buckets(run, knobs.reduce_bucket_size, padded):
+        yield Collective("reduce_scatter", numel * reduce, world, "backward", "micro_batch", ends_in, overlaps)
 
 
 def zero3_keeps_all(run: Run) -> bool:
