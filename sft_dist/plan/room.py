@@ -1,7 +1,7 @@
 """What of a device's memory is left for: how little has to be recomputed, and how large micro-batches may be.
 
-A candidate fits where the peak that ``plan/fit.py`` plans for it is at most ``TIGHT_SHARE`` of a device's memory; moments
-that may be paged out count like others.
+A candidate fits where the peak that ``plan/fit.py`` plans for it is at most ``TIGHT_SHARE`` of a device's memory;
+moments that may be paged out count like others.
 
 ``activation_checkpointing.mode``: the first of none, selective and full that fits, with micro-batches of one sequence
 where their size is open too; full where none does, and training will show. What ``resolve`` refuses is passed over.
@@ -175,7 +175,7 @@ def _in_parts(peak: Phase) -> str:
     large = {part: size for part, size in peak.parts.items() if size >= SMALL_SHARE * peak.total_bytes}
     named = [f"{PARTS[part][1]} {gib(size)}" for part, size in sorted(large.items(), key=lambda part: -part[1])]
     rest = peak.total_bytes - sum(large.values())
-    if rest:
+    if gib(rest) != gib(0):
         named.append(f"rest {gib(rest)}")
     moment = f"{PHASES[peak.name]}: {peak.moment}" if peak.moment else PHASES[peak.name]
     return f"{' + '.join(named)} = {gib(peak.total_bytes)} at the peak ({moment})"
