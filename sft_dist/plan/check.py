@@ -74,7 +74,11 @@ def _check(config: Config, shape: WorldShape, describe: Describe | None) -> Chec
             refused.append((concrete, e))
     if not runs:
         raise refused[0][1]
-    notes = [f"auto must not become {_ways(other)}: {e.what}" for other, e in refused]
+    possible = {run.strategy for run in runs}  # there another mode is taken
+    notes = [
+        f"auto {'will' if other.sharding.strategy in possible else 'must'} not become {_ways(other)}: {e.what}"
+        for other, e in refused
+    ]
     return Checked(runs, [*notes, *_from_the_table(config), *_not_here(config)])
 
 
