@@ -32,8 +32,14 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
     from sft_dist.sharding import registry
 
     sharding = config.sharding
-    if isinstance(sharding, AutoSharding) or config.activation_checkpointing.mode == "auto":
-        raise ValueError("sharding.strategy or activation_checkpointing.mode is auto: call plan.choose first")
+    micro_batch_size = config.train.micro_batch_size
+    if (
+        isinstance(sharding, AutoSharding)
+        or config.activation_checkpointing.mode == "auto"
+        or micro_batch_size == "auto"
+    ):
+        keys = "sharding.strategy, activation_checkpointing.mode or train.micro_batch_size"
+        raise ValueError(f"{keys} is auto: call plan.choose first")
     deepspeed = None
     if isinstance(sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding):
         deepspeed = load_knobs(sharding.deepspeed_config, ZERO_STAGES[sharding.strategy])
@@ -56,7 +62,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         ),
         batch=BatchPlan(
             global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             world_size=world.size // sharding.sequence_parallel,
             max_seq_len=config.data.max_seq_len,
             sequence_parallel=sharding.sequence_parallel,
@@ -76,3 +82,20 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
     if refusal is not None:
         raise ConfigError(refusal.why, fix=refusal.fix)
     return run
+
+
+def described_once(describe: Describe | None = None) -> Describe:
+    """``describe_model``, or what stands in its place, called once for all runs of one model."""
+    from sft_dist.model.describe import describe_model
+
+    known: dict[tuple[str, ...], ModelSpec] = {}
+
+    def described(
+        path: str, revision: str | None, method: MethodConfig, compute: Dtype, add_tokens: Sequence[str]
+    ) -> ModelSpec:
+        key = (path, revision or "", method.model_dump_json(), compute, *add_tokens)
+        if key not in known:
+            known[key] = (describe or describe_model)(path, revision, method, compute, add_tokens)
+        return known[key]
+
+    return described

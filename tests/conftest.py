@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Read when huggingface_hub is imported: no test may reach out.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,14 @@ import pytest
 
 from tests.helpers import figures
 from tests.helpers.pool import WorldPool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What dry runs keep goes with the session; its processes and those that they start share it."""
+    if "SFT_DIST_CACHE" not in os.environ:
+        kept = tempfile.TemporaryDirectory(prefix="sft-dist-tests-")
+        os.environ["SFT_DIST_CACHE"] = kept.name
+        config.add_cleanup(kept.cleanup)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

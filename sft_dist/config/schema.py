@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from pydantic import Discriminator, Field, Tag
 
 from sft_dist.config.data_schema import DataConfig
@@ -244,13 +245,18 @@ class ActivationCheckpointingConfig(Section):
     mode: Literal["auto", "none", "full", "selective", "every_k"] = Field(
         "auto",
         description="Recompute no layer, every layer, or every k-th layer in backward; selective: every layer, but not "
-        "its attention and every second matrix product, whose results are kept; auto: none where activations fit, else "
-        "every layer.",
+        "its attention and every second matrix product, whose results are kept; auto: the least recomputation "
+        "that fits: none, selective or full.",
     )
     k: int | None = Field(None, ge=2, description="With mode every_k: layers 0, k, 2k, ... are recomputed.")
     offload: bool = Field(
         False, description="Keep the inputs of recomputed layers, from which they start anew, in host memory."
     )
+
+
+# What ``activation_checkpointing.mode: auto`` may become, the least recomputation first.
+Recomputation = Literal["none", "selective", "full"]
+RECOMPUTATION: tuple[Recomputation, ...] = ("none", "selective", "full")
 
 
 class _Optim(Section):
@@ -315,7 +321,11 @@ class TrainConfig(Section):
     global_batch_size: int = Field(
         ge=1, description="Sequences of one optimizer step over all ranks: packs when packing, else rows."
     )
-    micro_batch_size: int = Field(1, ge=1, description="Most sequences of one forward on a rank.")
+    micro_batch_size: Annotated[int, Ge(1)] | Literal["auto"] = Field(
+        1,
+        description="Most sequences of one forward on a rank; auto: the largest power of two that fits, up to a rank's "
+        "sequences of a step and to 16,384 tokens.",
+    )
     num_epochs: int | None = Field(None, ge=1, description="Passes over the training data. This or max_steps.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps. This or num_epochs.")
     seed: int = Field(0, ge=0, description="Of adapters, dropout and the order of the data.")

@@ -60,7 +60,7 @@ def _length(config: Config) -> Iterator[Finding]:
 
 def _batch(config: Config) -> Iterator[Finding]:
     micro, whole = config.train.micro_batch_size, config.train.global_batch_size
-    if micro > whole:
+    if micro != "auto" and micro > whole:
         yield (
             f"train.micro_batch_size is {micro}, more than train.global_batch_size, which is {whole}",
             f"set train.micro_batch_size to at most {whole}",

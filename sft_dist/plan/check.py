@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sft_dist.config.describe import join_or
 from sft_dist.config.schema import (
-    ActivationCheckpointingConfig,
+    RECOMPUTATION,
     AutoSharding,
     ConcreteSharding,
     Config,
@@ -20,7 +21,7 @@ from sft_dist.data.named_templates import form_of
 from sft_dist.errors import ConfigError
 from sft_dist.model.hub import ModelNotHere, config_source
 from sft_dist.model.known import ModelNotKnown, known_models_allowed
-from sft_dist.resolve import Describe, resolve
+from sft_dist.resolve import Describe, described_once, resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
 
@@ -58,12 +59,13 @@ def check(config: Config, shape: WorldShape, *, describe: Describe | None = None
 
 
 def _check(config: Config, shape: WorldShape, describe: Describe | None) -> Checked:
+    described = described_once(describe)
     runs: list[Run] = []
     refused: list[tuple[Config, ConfigError]] = []
     for concrete in _without_auto(config):
         try:
             validate(concrete)
-            runs.append(resolve(concrete, shape, describe=describe))
+            runs.append(resolve(concrete, shape, describe=described))
         except (ModelNotHere, ModelNotKnown) as e:
             bring = BRING if needs_no_weights(config) else BRING.removesuffix(" --no-weights")
             why = f"{e.what}: neither the model nor what goes together with it was checked; bring it here by: {bring}"
@@ -72,7 +74,11 @@ def _check(config: Config, shape: WorldShape, describe: Describe | None) -> Chec
             refused.append((concrete, e))
     if not runs:
         raise refused[0][1]
-    notes = [f"auto must not become {_ways(other)}: {e.what}" for other, e in refused]
+    possible = {run.strategy for run in runs}  # there another mode is taken
+    notes = [
+        f"auto {'will' if other.sharding.strategy in possible else 'must'} not become {_ways(other)}: {e.what}"
+        for other, e in refused
+    ]
     return Checked(runs, [*notes, *_from_the_table(config), *_not_here(config)])
 
 
@@ -101,13 +107,13 @@ def _without_auto(config: Config) -> list[Config]:
         else [config.sharding]
     )
     given = config.activation_checkpointing
-    modes = (
-        [ActivationCheckpointingConfig(mode="none"), given.model_copy(update={"mode": "full"})]
-        if given.mode == "auto"
-        else [given]
-    )
+    modes = [given.model_copy(update={"mode": mode}) for mode in RECOMPUTATION] if given.mode == "auto" else [given]
+    # What auto may become beside 1 is left out where it is refused.
+    train = config.train
+    if train.micro_batch_size == "auto":
+        train = train.model_copy(update={"micro_batch_size": 1})
     return [
-        config.model_copy(update={"sharding": sharding, "activation_checkpointing": mode})
+        config.model_copy(update={"sharding": sharding, "activation_checkpointing": mode, "train": train})
         for sharding in shardings
         for mode in modes
     ]
@@ -123,7 +129,7 @@ def report(checked: Checked, shape: WorldShape) -> list[str]:
     if checked.runs:
         run = checked.runs[0]
         strategies = " or ".join(dict.fromkeys(r.strategy for r in checked.runs))
-        modes = " or ".join(dict.fromkeys(r.activation_checkpointing.mode for r in checked.runs))
+        modes = join_or(list(dict.fromkeys(r.activation_checkpointing.mode for r in checked.runs)))
         processes = "1 process" if shape.size == 1 else f"{shape.size} processes"
         lines += [
             f"checked: every key; {run.model.path}: {run.model.num_parameters:,} parameters, "

@@ -8,8 +8,8 @@
 3. Else ddp for one process, or where all of them take at most half of a device's memory.
 4. Else fsdp2.
 
-``activation_checkpointing.mode: auto``: full where accelerate's FSDP asks for it; none where states, gathered weights
-and an upper estimate of the activations take at most 80 % of a device's memory; else full.
+``activation_checkpointing.mode: auto``: full where accelerate's FSDP asks for it; else as ``plan/room.py`` says, and so
+``train.micro_batch_size: auto``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 from sft_dist.config.deepspeed import stage_in
 from sft_dist.config.schema import (
-    ActivationCheckpointingConfig,
     AutoSharding,
     ConcreteSharding,
     Config,
@@ -31,15 +30,22 @@ from sft_dist.config.schema import (
 )
 from sft_dist.config.validate import validate
 from sft_dist.errors import ConfigError, PlanError
-from sft_dist.plan.states import activation_bytes, gather_bytes, state_bytes, with_world_size
+from sft_dist.plan.room import (
+    Room,
+    largest_micro_batch_size,
+    least_recomputation,
+    with_first_micro_batches,
+    with_micro_batch_size,
+    with_mode,
+)
+from sft_dist.plan.states import state_bytes, with_world_size
 from sft_dist.plan.units import gib
-from sft_dist.resolve import resolve
+from sft_dist.resolve import Describe, described_once, resolve
 from sft_dist.run import Run
 from sft_dist.runtime.accelerate_environment import DEFAULT_ZERO_STAGE, AccelerateChoice
 from sft_dist.runtime.world import WorldShape
 
 DDP_SHARE = 0.5  # the other half is for activations, buckets and the allocator
-NO_CHECKPOINTING_SHARE = 0.8
 
 MOST_RANKS = 1024
 
@@ -53,43 +59,53 @@ class Choice:
 
 
 def choose(
-    config: Config, shape: WorldShape, *, memory_bytes: int, accelerate: AccelerateChoice | None = None
+    config: Config,
+    shape: WorldShape,
+    *,
+    memory_bytes: int,
+    accelerate: AccelerateChoice | None = None,
+    describe: Describe | None = None,
 ) -> Choice:
     """Decides what the configuration leaves open; a function of its arguments and the model's ``config.json``.
+
+    Needs no process group, no GPU and no weights. Where ranks share sequences there must be no process group yet.
 
     Args:
         memory_bytes: of one process's device; the same number on all ranks, or they would choose differently.
         accelerate: what ``accelerate launch`` said, where it started the processes.
+        describe: as for ``resolve``.
 
     Raises:
         ConfigError: the model's configuration or accelerate's DeepSpeed file cannot be read, or what accelerate chose
             does not go with another key.
         PlanError: not even fsdp2's share of the states fits.
     """
+    room = Room(shape, memory_bytes, described_once(describe))
     reasons: list[str] = []
     if isinstance(config.sharding, AutoSharding):
-        sharding, reason = _strategy(config, shape, memory_bytes, accelerate)
+        sharding, reason = _strategy(config, room, accelerate)
         stated = {"sequence_parallel": config.sharding.sequence_parallel}
         config = config.model_copy(update={"sharding": sharding.model_copy(update=stated)})
         reasons.append(f"sharding.strategy auto -> {reason}")
     if config.activation_checkpointing.mode == "auto":
-        mode, reason = _checkpointing(config, shape, memory_bytes, accelerate)
-        config = config.model_copy(update={"activation_checkpointing": mode})
+        config, reason = _checkpointing(config, room, accelerate)
         reasons.append(f"activation_checkpointing.mode auto -> {reason}")
+    if config.train.micro_batch_size == "auto":
+        size, reason = largest_micro_batch_size(config, room)
+        config = with_micro_batch_size(config, size)
+        reasons.append(f"train.micro_batch_size auto -> {reason}")
     if reasons:
         validate(config)
     return Choice(config, reasons)
 
 
-def _strategy(
-    config: Config, shape: WorldShape, memory_bytes: int, accelerate: AccelerateChoice | None
-) -> tuple[ConcreteSharding, str]:
+def _strategy(config: Config, room: Room, accelerate: AccelerateChoice | None) -> tuple[ConcreteSharding, str]:
     if accelerate is not None and accelerate.family == "fsdp":
         sharding = Fsdp2Sharding(reshard_after_forward=accelerate.reshard_after_forward is not False)
         return sharding, f"fsdp2: accelerate launch chose FSDP with {accelerate.reshard_name}"
     if accelerate is not None and accelerate.family == "deepspeed":
         return _deepspeed(accelerate)
-    return _by_memory(config, shape, memory_bytes)
+    return _by_memory(config, room)
 
 
 def _deepspeed(accelerate: AccelerateChoice) -> tuple[ConcreteSharding, str]:
@@ -121,22 +137,18 @@ def _zero(stage: int, knobs: str | dict[str, Any] | None) -> ConcreteSharding:
             return Zero3Sharding(strategy="zero3", deepspeed_config=knobs)
 
 
-def _run_with(config: Config, shape: WorldShape, sharding: ConcreteSharding) -> Run:
-    undecided = config.activation_checkpointing.mode == "auto"
-    concrete = {"sharding": sharding}
-    mode = {"activation_checkpointing": ActivationCheckpointingConfig(mode="full")} if undecided else {}
-    return resolve(config.model_copy(update=concrete | mode), shape)
-
-
-def _by_memory(config: Config, shape: WorldShape, memory_bytes: int) -> tuple[ConcreteSharding, str]:
+def _by_memory(config: Config, room: Room) -> tuple[ConcreteSharding, str]:
     ddp: ConcreteSharding = DdpSharding(strategy="ddp")
-    run = _run_with(config, shape, ddp)
+    undecided = config.activation_checkpointing.mode == "auto"
+    concrete = with_first_micro_batches(with_mode(config, "full") if undecided else config)
+    run = resolve(concrete.model_copy(update={"sharding": ddp}), room.shape, describe=room.describe)
     sharded_run = replace(run, sharding=Fsdp2Sharding())
+    memory_bytes = room.memory_bytes
     whole, sharded = state_bytes(run).total, state_bytes(sharded_run).total
     if sharded > memory_bytes:
         raise _does_not_fit(sharded_run, sharded, memory_bytes)
     states = f"parameters, gradients and optimizer take {gib(whole)} a process under ddp"
-    if shape.size == 1:
+    if room.shape.size == 1:
         return ddp, f"ddp: one process; {states}, of {gib(memory_bytes)}"
     if whole <= DDP_SHARE * memory_bytes:
         return ddp, f"ddp: {states}, at most half of {gib(memory_bytes)}"
@@ -163,22 +175,8 @@ def _does_not_fit(run: Run, needed: int, memory_bytes: int) -> PlanError:
     )
 
 
-def _checkpointing(
-    config: Config, shape: WorldShape, memory_bytes: int, accelerate: AccelerateChoice | None
-) -> tuple[ActivationCheckpointingConfig, str]:
+def _checkpointing(config: Config, room: Room, accelerate: AccelerateChoice | None) -> tuple[Config, str]:
     if accelerate is not None and accelerate.activation_checkpointing:
-        reason = "full: accelerate launch has fsdp_activation_checkpointing true"
-        return config.activation_checkpointing.model_copy(update={"mode": "full"}), reason
-    assert not isinstance(config.sharding, AutoSharding)
-    run = _run_with(config, shape, config.sharding)
-    parts = {
-        "states": state_bytes(run).total,
-        "gathered or cast weights": gather_bytes(run),
-        "activations (at most)": activation_bytes(run),
-    }
-    total, allowed = sum(parts.values()), NO_CHECKPOINTING_SHARE * memory_bytes
-    mode = "none" if total <= allowed else "full"
-    listed = " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
-    relation = "within" if mode == "none" else "more than"
-    reason = f"{mode}: {listed} = {gib(total)}, {relation} 80 % of {gib(memory_bytes)}"
-    return config.activation_checkpointing.model_copy(update={"mode": mode}), reason
+        return with_mode(config, "full"), "full: accelerate launch has fsdp_activation_checkpointing true"
+    mode, reason = least_recomputation(config, room)
+    return with_mode(config, mode), reason

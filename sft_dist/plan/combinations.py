@@ -12,18 +12,16 @@ import json
 import operator
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from sft_dist.config.load import read_config
-from sft_dist.config.schema import MethodConfig
 from sft_dist.errors import ConfigError
-from sft_dist.model.describe import describe_model
-from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.plan.check import check
+from sft_dist.resolve import described_once
 from sft_dist.runtime.world import WorldShape
 
 Settings = Mapping[str, Any]
@@ -129,15 +127,7 @@ def refusals() -> dict[Cell, str | None]:
     """Why each cell is refused, as ``sft-dist config check`` says it; None where it is not."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
-        described: dict[str, ModelSpec] = {}
-
-        def describe(
-            path: str, revision: str | None, method: MethodConfig, compute: Dtype, add_tokens: Sequence[str]
-        ) -> ModelSpec:
-            key = f"{method.model_dump_json()} {compute} {add_tokens}"
-            if key not in described:
-                described[key] = describe_model(path, revision, method, compute, add_tokens)
-            return described[key]
+        describe = described_once()
 
         def refusal(cell: Cell) -> str | None:
             try:

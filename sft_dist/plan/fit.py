@@ -18,6 +18,11 @@ def phases_of(run: Run) -> tuple[Phase, ...]:
     return memory_phases(run, cached_trace(run), cached_trace(run, backward=False) if evaluates(run) else None)
 
 
+def peak_of(run: Run) -> Phase:
+    """The phase that takes most of a device, at its highest moment."""
+    return max(phases_of(run), key=lambda phase: phase.total_bytes)
+
+
 def needed_bytes(run: Run) -> int:
     """Most that is taken of a device in any phase, CUDA's context included."""
-    return max(phase.total_bytes for phase in phases_of(run))
+    return peak_of(run).total_bytes

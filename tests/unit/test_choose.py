@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from sft_dist.config.schema import Config, Fsdp2Sharding, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.errors import ConfigError, PlanError
+from sft_dist.plan.accelerate import check_accelerate
+from sft_dist.plan.activations import trace
 from sft_dist.plan.choose import Choice, choose
-from sft_dist.plan.states import activation_bytes, gather_bytes, state_bytes
+from sft_dist.plan.fit import needed_bytes, peak_of, phases_of
+from sft_dist.plan.result import Part
+from sft_dist.plan.states import state_bytes
+from sft_dist.plan.units import gib
+from sft_dist.plan.words import PARTS
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.accelerate_environment import AccelerateChoice
 from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
+from sft_dist.sharding.refusal import Refusal
 from tests.helpers.cells import config
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +38,10 @@ H100 = int(79.1 * GIB)
 
 LLAMA = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "4 layers": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
+BLOCK = 218_112_000  # parameters of a layer of 8b
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496}
 
 
@@ -56,6 +68,10 @@ def chosen(cfg: Config, ranks: int, memory_bytes: int = H100, accelerate: Accele
     return choose(cfg, WorldShape(1, ranks), memory_bytes=memory_bytes, accelerate=accelerate)
 
 
+# Where only the strategy is of interest.
+FULL = {"activation_checkpointing": {"mode": "full"}}
+
+
 def decided(choice: Choice) -> tuple[str, str]:
     return choice.config.sharding.strategy, choice.config.activation_checkpointing.mode
 
@@ -64,7 +80,8 @@ def decided(choice: Choice) -> tuple[str, str]:
 
 
 def run_of(path: Path, method: str | dict[str, Any], strategy: str, ranks: int, **sections: Any) -> Run:
-    cfg = auto(path, method, sharding={"strategy": strategy}, activation_checkpointing={"mode": "full"}, **sections)
+    concrete = {"sharding": {"strategy": strategy}, "activation_checkpointing": {"mode": "full"}}
+    cfg = auto(path, method, **(concrete | sections))
     return resolve(cfg, WorldShape(1, ranks))
 
 
@@ -107,58 +124,85 @@ def test_rank_0_holds_no_less_than_any_other(tiny_base: Path, strategy: str, met
     assert specs[0].optimizer_numel == max(s.optimizer_numel for s in specs)
 
 
-def test_activations_are_an_upper_estimate_of_what_was_measured(llama: dict[str, Path]) -> None:
-    """Llama-3 8B keeps 864.5 MiB a layer for 4096 tokens in bf16 (measured by tracing its own step)."""
-    run = run_of(llama["8b"], "full", "ddp", 1)
-    logits = 2 * 256 * 2**20
-    per_layer = (activation_bytes(run) - logits) / 32
-    # q and o: 4096 -> 4096; k and v: 4096 -> 1024; gate, up and down: 4096 <-> 14336.
-    assert per_layer == 1.5 * 4096 * 2 * (2 * 8192 + 2 * 5120 + 3 * 18432)
-    assert 864.5 * 2**20 < per_layer < 1.2 * 864.5 * 2**20
+def kept_by_layers(path: Path, method: str | dict[str, Any], strategy: str = "fsdp2") -> list[int]:
+    """Bytes that each kind of layer keeps from forward to backward, 4096 tokens, nothing recomputed: first, others."""
+    run = run_of(path, method, strategy, 1, activation_checkpointing={"mode": "none"})
+    first, other, last, _ = trace(run).saved_bytes
+    assert other == last
+    return [first, other]
+
+
+def test_what_a_layer_keeps_by_hand(llama: dict[str, Path]) -> None:
+    """Llama-3 8B for 4096 tokens in bf16; h 4096 numbers a token, 1024 of keys, 14336 in the MLP, 32 heads."""
+    first, other = kept_by_layers(llama["4 layers"], "full")
+    norms = 2 * (4 * 4096 + 2 * 4096 + 4)  # input in fp32, scaled in bf16, the root mean square
+    products = 2 * 2 * 4096  # what attention and MLP multiply
+    attention = 2 * (2 * 4096 + 2 * 1024) + 4 * 32  # query, output, key, value; a number a head for the softmax
+    mlp = 2 * 4 * 14336  # gate, its activation, up, their product
+    assert other == 4096 * (norms + products + attention + mlp)
+    assert first - other == 4096 * 2 * 2 * 128, "cosines and sines, which all layers share"
+
+
+def test_ddp_keeps_casts_of_what_it_trains(llama: dict[str, Path]) -> None:
+    """In bf16, of every weight of a layer; nothing is cast where master is compute."""
+    ddp, fsdp2 = (kept_by_layers(llama["4 layers"], "full", strategy) for strategy in ("ddp", "fsdp2"))
+    assert ddp == [kept + 2 * BLOCK for kept in fsdp2]
+    bf16 = {"precision": {"compute": "bf16", "master": "bf16"}, "activation_checkpointing": {"mode": "none"}}
+    assert list(trace(run_of(llama["4 layers"], "full", "ddp", 1, **bf16)).saved_bytes[:2]) == fsdp2
 
 
 def test_the_base_of_qlora_has_the_activations_of_lora(llama: dict[str, Path]) -> None:
-    """Its packed weights have lost their shapes; adapters add their own inputs and outputs."""
-    lora, qlora, full = (activation_bytes(run_of(llama["8b"], m, "ddp", 1)) for m in ("lora", "qlora", "full"))
-    assert lora == qlora > full
+    """Frozen layers keep no input, packed or not."""
+    lora, qlora, full = (kept_by_layers(llama["4 layers"], method) for method in ("lora", "qlora", "full"))
+    assert lora == qlora
+    assert all(less < more for less, more in zip(lora, full, strict=True))
 
 
 def test_dropout_keeps_a_mask_for_each_input_of_an_adapter(llama: dict[str, Path]) -> None:
-    plain, dropped = (
-        activation_bytes(run_of(llama["8b"], {"type": "lora", "dropout": p}, "ddp", 1)) for p in (0.0, 0.1)
-    )
-    assert dropped - plain == 4096 * 32 * (6 * 4096 + 14336), "one byte; q, k, v, o, gate and up, and down"
+    plain, dropped = (kept_by_layers(llama["4 layers"], {"type": "lora", "dropout": p}) for p in (0.0, 0.1))
+    mask = 4096 * (6 * 4096 + 14336)  # one byte; q, k, v, o, gate and up, and down
+    assert dropped == [kept + mask for kept in plain]
+
+
+def highest(run: Run, *parts: Part) -> int:
+    """Bytes of the parts together at the highest moment of forward and backward."""
+    phase = next(phase for phase in phases_of(run) if phase.name == "forward_backward")
+    return sum(phase.parts.get(part, 0) for part in parts)
 
 
 def test_gathered_weights(llama: dict[str, Path]) -> None:
-    block, root = 218_112_000, 2 * 128256 * 4096 + 4096
-    assert gather_bytes(run_of(llama["8b"], "full", "fsdp2", 8)) == 2 * (2 * block + root)
-    # DDP keeps the bf16 cast of every trainable weight until backward; nothing is cast where master is compute.
-    assert gather_bytes(run_of(llama["8b"], "full", "ddp", 8)) == 2 * PARAMETERS["8b"]
-    fp32 = run_of(llama["8b"], "full", "ddp", 8, precision={"compute": "fp32"})
-    assert gather_bytes(fp32) == 0
-    zero3, zero2 = (gather_bytes(run_of(llama["8b"], "full", s, 8)) for s in ("zero3", "zero2"))
-    assert zero2 == 2 * 2 * 500_000_000
-    assert zero3 == zero2 + 2 * (2 * block + root)
+    """At the loss: under fsdp2 the root and, in its buffer, the last layer; under ZeRO-3 what its knobs allow."""
+    none = {"activation_checkpointing": {"mode": "none"}}
+    gathered = {
+        s: highest(run_of(llama["8b"], "full", s, 8, **none), "gather_buffers") for s in ("ddp", "fsdp2", "zero3")
+    }
+    root = 2 * 128256 * 4096 + 4096
+    assert gathered == {"ddp": 0, "fsdp2": 2 * (root + BLOCK), "zero3": 2 * (10**9 + 5 * 10**7)}
 
 
-def test_the_largest_blocks_are_the_ones_that_are_gathered(llama: dict[str, Path]) -> None:
+def test_a_layer_that_is_not_quantised_is_gathered_whole(llama: dict[str, Path]) -> None:
     """Of a base that is quantised but for one layer, that one is four times as large as each of the others."""
-    method = {"type": "qlora", "quantization": {"skip": ["layers.7"]}}
-    run = run_of(llama["8b"], method, "fsdp2", 8)
-    sizes: Counter[str | None] = Counter()
-    for parameter in run.model.parameters:
-        sizes[parameter.block] += parameter.numel
-    root, (largest, second, *rest) = sizes.pop(None), sorted(sizes.values(), reverse=True)
-    assert largest > 3 * second == 3 * rest[-1]
-    assert gather_bytes(run) == 2 * (largest + second + root)
+    gathered = []
+    for layer in (1, 2, 3):
+        method = {"type": "qlora", "quantization": {"skip": [f"layers.{layer}"]}}
+        run = run_of(llama["4 layers"], method, "fsdp2", 8)
+        sizes: Counter[str | None] = Counter()
+        for parameter in run.model.parameters:
+            sizes[parameter.block] += parameter.numel
+        del sizes[None]
+        gathered.append(highest(run, "gather_buffers"))
+    large, *others = sorted(sizes.values(), reverse=True)
+    assert large > 3 * others[0] == 3 * others[-1]
+    # The peak is in backward of the last layer, while the one before it is being gathered.
+    more = 2 * (large - others[0])
+    assert [size - gathered[0] for size in gathered] == [0, more, more]
 
 
 # The strategy
 
 
 def test_states_in_half_a_device_are_ddp(llama: dict[str, Path]) -> None:
-    choice = chosen(auto(llama["8b"], "lora"), 8)
+    choice = chosen(auto(llama["8b"], "lora", **FULL), 8)
     assert decided(choice)[0] == "ddp"
     assert choice.reasons[0] == (
         "sharding.strategy auto -> ddp: parameters, gradients and optimizer take 15.1 GiB a process under ddp, "
@@ -177,19 +221,19 @@ def test_more_than_half_is_fsdp2(llama: dict[str, Path]) -> None:
 
 def test_the_half_is_exact(llama: dict[str, Path]) -> None:
     needed = state_bytes(run_of(llama["8b"], "lora", "ddp", 2)).total
-    assert decided(chosen(auto(llama["8b"], "lora"), 2, 2 * needed))[0] == "ddp"
-    assert decided(chosen(auto(llama["8b"], "lora"), 2, 2 * needed - 1))[0] == "fsdp2"
+    assert decided(chosen(auto(llama["8b"], "lora", **FULL), 2, 2 * needed))[0] == "ddp"
+    assert decided(chosen(auto(llama["8b"], "lora", **FULL), 2, 2 * needed - 1))[0] == "fsdp2"
 
 
 def test_one_process_is_ddp_whenever_it_fits(llama: dict[str, Path]) -> None:
-    choice = chosen(auto(llama["70b"], "qlora"), 1)
+    choice = chosen(auto(llama["70b"], "qlora", **FULL), 1)
     assert decided(choice)[0] == "ddp"
     assert choice.reasons[0].startswith("sharding.strategy auto -> ddp: one process; parameters, gradients and")
 
 
 def test_what_does_not_fit_says_what_would(llama: dict[str, Path]) -> None:
     with pytest.raises(PlanError) as caught:
-        chosen(auto(llama["70b"]), 8)
+        chosen(auto(llama["70b"], **FULL), 8)
     assert caught.value.exit_code == 3
     assert caught.value.what == (
         "parameters, gradients and optimizer need 131.4 GiB a process even when fsdp2 shards them over 8, and a process "
@@ -199,9 +243,9 @@ def test_what_does_not_fit_says_what_would(llama: dict[str, Path]) -> None:
         "use 16 processes of this memory, or method.type lora or qlora, or sharding.strategy zero3 with "
         "sharding.deepspeed_config configs/deepspeed/zero3_offload.json"
     )
-    assert decided(chosen(auto(llama["70b"]), 16))[0] == "fsdp2"
-    assert decided(chosen(auto(llama["70b"], "lora"), 8))[0] == "fsdp2"
-    assert decided(chosen(auto(llama["70b"], "qlora"), 8))[0] == "ddp"  # 38.6 GiB: NF4 fits in half a device
+    assert decided(chosen(auto(llama["70b"], **FULL), 16))[0] == "fsdp2"
+    assert decided(chosen(auto(llama["70b"], "lora", **FULL), 8))[0] == "fsdp2"
+    assert decided(chosen(auto(llama["70b"], "qlora", **FULL), 8))[0] == "ddp"  # 38.6 GiB: NF4 fits in half a device
 
 
 def test_one_process_that_does_not_fit(llama: dict[str, Path]) -> None:
@@ -218,9 +262,9 @@ def test_another_method_is_named_only_where_it_takes_less(llama: dict[str, Path]
 
 def test_the_share_under_fsdp2_may_fill_a_device(llama: dict[str, Path]) -> None:
     needed = state_bytes(run_of(llama["8b"], "full", "fsdp2", 2)).total
-    assert decided(chosen(auto(llama["8b"]), 2, needed))[0] == "fsdp2"
+    assert decided(chosen(auto(llama["8b"], **FULL), 2, needed))[0] == "fsdp2"
     with pytest.raises(PlanError):
-        chosen(auto(llama["8b"]), 2, needed - 1)
+        chosen(auto(llama["8b"], **FULL), 2, needed - 1)
 
 
 def test_an_explicit_strategy_is_nobodys_business(llama: dict[str, Path]) -> None:
@@ -231,25 +275,167 @@ def test_an_explicit_strategy_is_nobodys_business(llama: dict[str, Path]) -> Non
 # Activation checkpointing
 
 
-def test_checkpointing_only_where_it_is_needed(llama: dict[str, Path]) -> None:
+def test_no_more_is_recomputed_than_is_needed(llama: dict[str, Path]) -> None:
+    """As the device shrinks: none, selective, full, and full where nothing fits."""
+    cfg = auto(llama["8b"], sharding={"strategy": "fsdp2"})
+    needed = {}
+    for mode in ("none", "selective", "full"):
+        needed[mode] = needed_bytes(run_of(llama["8b"], "full", "fsdp2", 8, activation_checkpointing={"mode": mode}))
+    assert needed["none"] > needed["selective"] > needed["full"]
+    for mode, costlier in (("none", "selective"), ("selective", "full"), ("full", "full")):
+        enough = -(-needed[mode] * 10 // 9)
+        choice = chosen(cfg, 8, enough)
+        assert decided(choice)[1] == mode
+        assert f"= {gib(needed[mode])} at the peak" in choice.reasons[0]
+        less = chosen(cfg, 8, enough - 2)
+        assert decided(less)[1] == costlier
+        assert f"{mode} takes {gib(needed[mode])}" in less.reasons[0] or mode == "full"
+    assert "auto -> full, but nothing fits: " in less.reasons[0]
+
+
+def test_the_reason_lists_the_parts_of_the_peak(llama: dict[str, Path]) -> None:
     choice = chosen(auto(llama["8b"]), 8)
     assert decided(choice) == ("fsdp2", "none")
-    assert choice.reasons[1] == (
-        "activation_checkpointing.mode auto -> none: states 15.0 GiB + gathered or cast weights 2.8 GiB + activations "
-        "(at most) 30.5 GiB = 48.2 GiB, within 80 % of 79.1 GiB"
+    run = run_of(llama["8b"], "full", "fsdp2", 8, activation_checkpointing={"mode": "none"})
+    peak = peak_of(run)
+    words = choice.reasons[1].removeprefix("activation_checkpointing.mode auto -> none: ")
+    listed, rest = words.split(" = ")
+    large = {part: size for part, size in peak.parts.items() if size > peak.total_bytes / 100}
+    assert {*listed.split(" + ")} == {f"{PARTS[part][1]} {gib(size)}" for part, size in large.items()}
+    assert rest == f"{gib(peak.total_bytes)} at the peak (forward, backward: {peak.moment}), within 90% of 79.1 GiB"
+
+
+def test_a_mode_that_is_refused_is_passed_over(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = {"none"}
+
+    def unsupported(run: Run) -> Refusal | None:
+        return Refusal("not so", "try") if run.activation_checkpointing.mode in refused else None
+
+    monkeypatch.setattr(registry, "unsupported", unsupported)
+    choice = chosen(auto(tiny_base, sharding={"strategy": "ddp"}), 2)
+    assert decided(choice) == ("ddp", "selective")
+    assert choice.reasons[0].endswith("; none is refused (not so)")
+    assert decided(chosen(auto(tiny_base, sharding={"strategy": "ddp"}), 2, memory_bytes=GIB))[1] == "full"
+    refused |= {"selective", "full"}
+    with pytest.raises(ConfigError, match=r"^not so"):
+        chosen(auto(tiny_base, sharding={"strategy": "ddp"}), 2)
+
+
+# Micro-batches
+
+
+def open_micro_batches(path: Path, batch: int, method: str = "full", mode: str = "full", **sections: Any) -> Config:
+    base = {
+        "sharding": {"strategy": "fsdp2"}, "activation_checkpointing": {"mode": mode},
+        "train": {"global_batch_size": batch, "micro_batch_size": "auto"},
+    }  # fmt: skip
+    return auto(path, method, **(base | sections))
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "data", "size", "why"),
+    [
+        (64, 2, {"max_seq_len": 4096}, 4, "8 have more than 16,384 tokens on a rank"),
+        (64, 2, {"max_seq_len": 40_000}, 1, "2 have more than 16,384 tokens on a rank"),
+        (64, 2, {"max_seq_len": 128}, 32, "a rank has 32 of a step's 64 sequences"),
+        (7, 3, {"max_seq_len": 128}, 2, "a rank has 3 of a step's 7 sequences"),
+        (2, 3, {"max_seq_len": 128}, 1, "a rank has 1 of a step's 2 sequences"),
+    ],
+)
+def test_micro_batches_are_no_larger_than_they_need_be(
+    tiny_base: Path, batch: int, ranks: int, data: dict[str, Any], size: int, why: str
+) -> None:
+    choice = chosen(open_micro_batches(tiny_base, batch, data={"train": [{"path": "unused"}], **data}), ranks)
+    assert choice.config.train.micro_batch_size == size
+    (reason,) = choice.reasons
+    assert reason.startswith(f"train.micro_batch_size auto -> {size}: CUDA and NCCL 2.0 GiB")
+    assert reason.endswith(f", within 90% of 79.1 GiB; {why}")
+
+
+def test_ranks_that_share_sequences_take_more_of_them(tiny_base: Path) -> None:
+    """Each has its part of their tokens. Planned with a group of ranks that are not there, of which nothing stays."""
+    sharding = {"strategy": "fsdp2", "sequence_parallel": 2}
+    cfg = open_micro_batches(tiny_base, 64, mode="auto", sharding=sharding, data={"max_seq_len": 4096})
+    choice = chosen(cfg, 4)
+    assert decided(choice) == ("fsdp2", "none")
+    assert choice.config.train.micro_batch_size == 8
+    assert not dist.is_initialized()
+
+
+def test_virtual_tokens_count_with_their_rows(tiny_base: Path) -> None:
+    method = {"type": "prefix", "num_virtual_tokens": 1000}
+    data = {"max_seq_len": 4096, "packing": "none"}
+    run = chosen(open_micro_batches(tiny_base, 64, method, data=data), 2)  # type: ignore[arg-type]
+    assert run.config.train.micro_batch_size == 2
+
+
+def test_micro_batches_as_large_as_fit(llama: dict[str, Path]) -> None:
+    """Found by halving, and the same as by trying all."""
+    cfg = open_micro_batches(llama["4 layers"], 32, "lora", data={"max_seq_len": 512})
+    needed = {}
+    for size in (1, 2, 4, 8, 16, 32):
+        train = {"global_batch_size": 32, "micro_batch_size": size}
+        run = run_of(llama["4 layers"], "lora", "fsdp2", 1, train=train, data={"max_seq_len": 512})
+        needed[size] = needed_bytes(run)
+    assert sorted(needed, key=lambda size: needed[size]) == list(needed)
+    for size, more in zip([1, *needed], needed, strict=False):
+        choice = chosen(cfg, 1, -(-needed[more] * 10 // 9) - 2)
+        assert choice.config.train.micro_batch_size == size
+        assert ("1, but nothing fits: " if more == 1 else f"; {more} takes {gib(needed[more])}") in choice.reasons[0]
+    assert chosen(cfg, 1, -(-needed[32] * 10 // 9)).config.train.micro_batch_size == 32
+
+
+def test_recomputation_is_decided_with_one_sequence(llama: dict[str, Path]) -> None:
+    """Larger micro-batches do not bring it in: what they save of a step is less than recomputing costs."""
+    modes = {}
+    for size in (1, "auto", 4):
+        cfg = auto(llama["8b"], train={"global_batch_size": 32, "micro_batch_size": size})
+        modes[size] = decided(chosen(cfg, 8))[1]
+    assert modes == {1: "none", "auto": "none", 4: "selective"}
+
+
+def test_a_size_that_is_refused_is_not_taken(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        registry, "unsupported", lambda run: Refusal("not so", "try") if run.batch.micro_batch_size > 2 else None
     )
-    choice = chosen(auto(llama["8b"], train={"micro_batch_size": 2, "global_batch_size": 16}), 8)
-    assert decided(choice) == ("fsdp2", "full")
-    assert "= 78.2 GiB, more than 80 % of 79.1 GiB" in choice.reasons[1]
+    choice = chosen(open_micro_batches(tiny_base, 64, data={"max_seq_len": 128}), 2)
+    assert choice.config.train.micro_batch_size == 2
+    assert choice.reasons[0].endswith("; 4 is refused")
 
 
-def test_the_share_is_exact(llama: dict[str, Path]) -> None:
-    cfg = auto(llama["8b"], "lora", sharding={"strategy": "fsdp2"})
-    run = run_of(llama["8b"], "lora", "fsdp2", 8)
-    total = state_bytes(run).total + gather_bytes(run) + activation_bytes(run)
-    enough = -(-total * 10 // 8)
-    assert decided(chosen(cfg, 8, enough))[1] == "none"
-    assert decided(chosen(cfg, 8, enough - 2))[1] == "full"
+def test_accelerates_accumulation_is_compared_with_what_was_chosen(tiny_base: Path) -> None:
+    choice = chosen(open_micro_batches(tiny_base, 64, data={"max_seq_len": 4096}), 2)
+    run = resolve(choice.config, WorldShape(1, 2))
+    check_accelerate(AccelerateChoice(gradient_accumulation_steps=8), run)
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size 4 that makes 8"):
+        check_accelerate(AccelerateChoice(gradient_accumulation_steps=4), run)
+
+
+# What all of it rests on
+
+
+def test_every_rank_decides_alike(llama: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With what was kept and without, and without drawing a random number, of which ranks draw the same ones later."""
+    cfg = auto(
+        llama["4 layers"], {"type": "lora", "dropout": 0.1}, train={"global_batch_size": 64, "micro_batch_size": "auto"}
+    )
+    choices = []
+    before = torch.get_rng_state()
+    for folder in (tmp_path / "cache", tmp_path / "cache", "/dev/null"):
+        monkeypatch.setenv("SFT_DIST_CACHE", str(folder))
+        choices.append(chosen(cfg, 2))
+    assert choices[0] == choices[1] == choices[2]
+    assert list((tmp_path / "cache/plan").iterdir())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_tiny_model_is_decided_in_no_time(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing fits, so that every mode and several sizes are planned; nothing is kept."""
+    monkeypatch.setenv("SFT_DIST_CACHE", "/dev/null")
+    cfg = auto(tiny_base, train={"global_batch_size": 64, "micro_batch_size": "auto"})
+    started = time.process_time()
+    assert decided(chosen(cfg, 2, memory_bytes=GIB))[1] == "full"
+    assert time.process_time() - started < 3
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
@@ -337,13 +523,19 @@ def test_what_accelerate_chose_must_go_with_the_rest(tiny_base: Path) -> None:
 def test_the_choice_changes_nothing_else(tiny_base: Path) -> None:
     cfg = auto(tiny_base)
     choice = chosen(cfg, 2)
+    assert cfg.train.micro_batch_size == 1
     sections = {"sharding": cfg.sharding, "activation_checkpointing": cfg.activation_checkpointing}
     assert choice.config.model_copy(update=sections) == cfg
     assert chosen(choice.config, 2) == Choice(choice.config, [])
 
 
 @pytest.mark.parametrize(
-    "sections", [{"sharding": {"strategy": "auto"}}, {"activation_checkpointing": {"mode": "auto"}}]
+    "sections",
+    [
+        {"sharding": {"strategy": "auto"}},
+        {"activation_checkpointing": {"mode": "auto"}},
+        {"train": {"micro_batch_size": "auto"}},
+    ],
 )
 def test_resolve_wants_it_concrete(tiny_base: Path, sections: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="is auto"):

@@ -107,11 +107,13 @@ def test_check_with_a_model(exit_code: Run, tiny_base: Path) -> None:
     assert out.splitlines() == [
         "run.yaml: valid",
         f"  checked: every key; {tiny_base}: 160,448 parameters, 4,096 of them trained",
-        "  checked: lora with adamw on 3 processes under fsdp2 with activation checkpointing none or full",
+        "  checked: lora with adamw on 3 processes under fsdp2 with activation checkpointing none, selective or full",
         "  not checked: data, chat template, weights, the memory of the devices",
     ]
     code, out, _ = exit_code("config", "check", "run.yaml", f"model.path={tiny_base}")
-    assert "full with adamw on 1 process under ddp or fsdp2 with activation checkpointing none or full" in out
+    assert (
+        "full with adamw on 1 process under ddp or fsdp2 with activation checkpointing none, selective or full" in out
+    )
 
 
 def test_check_with_a_known_model(exit_code: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +123,7 @@ def test_check_with_a_known_model(exit_code: Run, tmp_path: Path, monkeypatch: p
     assert (code, err) == (0, "")
     assert out.splitlines()[1:4] == [
         "  checked: every key; meta-llama/Llama-3.2-1B: 1,235,814,400 parameters, 1,235,814,400 of them trained",
-        "  checked: full with adamw on 2 processes under fsdp2 with activation checkpointing none or full",
+        "  checked: full with adamw on 2 processes under fsdp2 with activation checkpointing none, selective or full",
         "  not checked: the model's own config.json is not here; in its place: the table of known models (config.json of "
         "meta-llama/Llama-3.2-1B)",
     ]

@@ -77,16 +77,34 @@ def test_pairwise_meets_every_pair_with_few() -> None:
 def test_where_auto_must_not_go_is_told(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a device's memory will decide is not known yet: one of the ways may end in a refusal after all."""
     auto = config(str(tiny_base), "lora", "auto", activation_checkpointing={"mode": "auto"})
-    assert [run.strategy for run in check(auto, WorldShape(1, 2)).runs] == ["ddp", "ddp", "fsdp2", "fsdp2"]
+    assert [run.strategy for run in check(auto, WorldShape(1, 2)).runs] == ["ddp"] * 3 + ["fsdp2"] * 3
     assert check(auto, WorldShape(1, 2)).notes == []
     monkeypatch.setattr(
         registry, "unsupported", lambda run: Refusal("not so", "try") if run.strategy == "fsdp2" else None
     )
     checked = check(auto, WorldShape(1, 2))
-    assert [run.activation_checkpointing.mode for run in checked.runs] == ["none", "full"]
+    modes = ["none", "selective", "full"]
+    assert [run.activation_checkpointing.mode for run in checked.runs] == modes
     assert checked.notes == [
-        f"auto must not become fsdp2 with activation_checkpointing.mode {mode}: not so" for mode in ("none", "full")
+        f"auto must not become fsdp2 with activation_checkpointing.mode {mode}: not so" for mode in modes
+    ]
+    monkeypatch.setattr(
+        registry,
+        "unsupported",
+        lambda run: Refusal("not so", "try") if run.activation_checkpointing.mode == "none" else None,
+    )
+    checked = check(auto, WorldShape(1, 2))
+    assert [run.activation_checkpointing.mode for run in checked.runs] == modes[1:] * 2
+    assert checked.notes == [
+        f"auto will not become {strategy} with activation_checkpointing.mode none: not so"
+        for strategy in ("ddp", "fsdp2")
     ]
     monkeypatch.setattr(registry, "unsupported", lambda run: Refusal(f"not under {run.strategy}", "try"))
     with pytest.raises(ConfigError, match=r"^not under ddp"):
         check(auto, WorldShape(1, 2))
+
+
+def test_open_micro_batches_are_checked_as_the_smallest(tiny_base: Path) -> None:
+    """More than one sequence is taken only where it goes with the rest."""
+    open_size = config(str(tiny_base), train={"micro_batch_size": "auto"})
+    assert [run.batch.micro_batch_size for run in check(open_size, WorldShape(1, 2)).runs] == [1]

@@ -238,6 +238,16 @@ def test_missing_keys_come_all_at_once(error: Callable[..., tuple[str, str]]) ->
         ("train.max_steps=1.5", "train.max_steps is 1.5", "set train.max_steps to a whole number >= 1 or null"),
         ("train.seed='4'", 'train.seed is "4"', "set train.seed to a whole number >= 0"),
         ("train.seed=true", "train.seed is true", "set train.seed to a whole number >= 0"),
+        (
+            "train.micro_batch_size=0",
+            "train.micro_batch_size is 0",
+            "set train.micro_batch_size to a whole number >= 1 or auto",
+        ),
+        (
+            "train.micro_batch_size=all",
+            'train.micro_batch_size is "all"',
+            "set train.micro_batch_size to a whole number >= 1 or auto",
+        ),
         ("optim.lr=0", "optim.lr is 0", "set optim.lr to a number > 0"),
         ("optim.lr=.nan", "optim.lr is NaN", "set optim.lr to a number > 0"),
         ("optim.beta1=1", "optim.beta1 is 1", "set optim.beta1 to a number >= 0 and < 1"),

@@ -250,6 +250,7 @@ WRONG = [
 RIGHT = [
     {},
     train(num_epochs=1, micro_batch_size=4),
+    train(num_epochs=1, micro_batch_size="auto"),
     {"precision": {"compute": "bf16", "master": "bf16"}},
     {"precision": {"reduce": "bf16"}, "sharding": {"strategy": "zero3"}},
     {"precision": {"compute": "fp32"}, "sharding": {"strategy": "zero1"}},
