@@ -52,6 +52,8 @@ def memory_phases(run: Run, tape: Tape, eval_tape: Tape | None) -> tuple[Phase, 
     steps = timeline(run, tape)
     ledger.begin("forward_backward")
     steps.step(ledger)
+    for gone in ("activations", "logits"):  # a scalar of the loss may be left
+        del ledger.now[gone]
     ledger.begin("optimizer_step")
     ledger.touch("temporaries", update_bytes(run), "update")
     ledger.now["gradients"] = held["gradients"]
