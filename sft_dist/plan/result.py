@@ -150,7 +150,7 @@ class TimePlan:
         mfu: model FLOPs (no recomputation) over peak; hfu: with recomputation.
         flops_per_token: model FLOPs, forward and backward.
         efficiency: share of ideal rates (``plan/rates.py``: best product, memory's rate) that all of the GPU's work
-            reaches; 1.0 is eager torch without gaps, fused kernels may exceed it. basis, source: what that rests on.
+            reaches; fused kernels come close to 1.0. basis, source: what that rests on.
     """
 
     step_parts: dict[str, float]
