@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import bitsandbytes  # noqa: F401  registers its operators
@@ -20,9 +20,28 @@ ATTENTION = frozenset(
 PRODUCTS = frozenset({aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm})
 DEQUANTIZE = frozenset({torch.ops.bitsandbytes.dequantize_4bit, torch.ops.bitsandbytes.dequantize_blockwise})
 
-# Copies of the input that an operator makes and frees inside (ATen/native/ReduceOps.cpp: (self - max).exp_()).
-INNER_COPIES = {aten.logsumexp: 1}
 
+def _logsumexp(inputs: Sequence[Tensor]) -> int:
+    """ATen/native/ReduceOps.cpp: (self - max).exp_() is a copy."""
+    return inputs[0].nbytes
+
+
+def _attention_backward(inputs: Sequence[Tensor]) -> int:
+    """FlashAttention-2's ``mha_varlen_bwd``: the query's gradient is added up in fp32, and where query heads share keys
+    and values these have a gradient for each query head first."""
+    query, key = inputs[1], inputs[2]
+    tokens, heads, head_dim = query.shape
+    padded = -(-head_dim // 32) * 32
+    accumulated = 4 * (tokens + 128) * heads * (padded + 1)
+    expanded = 2 * key.shape[0] * heads * head_dim * key.element_size() if key.shape[1] != heads else 0
+    return accumulated + expanded
+
+
+# What the CUDA form of an operator allocates and frees again, from its input tensors.
+INNER: dict[Any, Callable[[Sequence[Tensor]], int]] = {
+    aten.logsumexp: _logsumexp,
+    packed_attention_backward._opoverload.overloadpacket: _attention_backward,
+}
 
 # They start no kernel: what a fake tensor asks of itself, views that are not declared as such, memory without values.
 IDLE = frozenset(
@@ -47,8 +66,8 @@ def moved_bytes(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) 
 
 def inner_bytes(func: Any, inputs: Sequence[Tensor]) -> int:
     """Bytes that an operator's CUDA form allocates and frees before it returns."""
-    copies = INNER_COPIES.get(func.overloadpacket, 0)
-    return copies * inputs[0].nbytes if copies else 0
+    inner = INNER.get(func.overloadpacket)
+    return 0 if inner is None else inner(inputs)
 
 
 def attended_pairs(seq_lens: Sequence[int], window: int) -> int:

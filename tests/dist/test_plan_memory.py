@@ -28,9 +28,9 @@ SCALARS = 16
 
 @pytest.fixture(autouse=True)
 def this_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which rounds no request, and whose logsumexp needs no copy of its input."""
+    """Which rounds no request, and whose operators allocate nothing that nobody sees."""
     monkeypatch.setattr(tape, "ALLOCATION_UNIT", 1)
-    monkeypatch.setattr(operators, "INNER_COPIES", {})
+    monkeypatch.setattr(operators, "INNER", {})
 
 
 @pytest.fixture(scope="module")
