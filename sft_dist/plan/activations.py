@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -99,8 +100,10 @@ def _batch(seq_lens: tuple[int, ...], parts: int, supervised: int | None) -> Mic
 @contextmanager
 def _group_of(size: int) -> Iterator[None]:
     """A process group whose other ranks are not there: what is exchanged has its sizes, and no values."""
+    hook = sys.excepthook  # torch puts one over it that names rank 0, and leaves it there
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook

@@ -136,14 +136,14 @@ def largest_micro_batch_size(config: Config, room: Room) -> tuple[int, str]:
         return found is not None and room.holds(found)
 
     size = _largest(most, fits)
-    taken, more = peak(size), peak(2 * size) if size < most else None
+    taken = peak(size)
     assert taken is not None
-    if size == most:
-        why = limit
-    else:
-        why = f"{2 * size} is refused" if more is None else f"{2 * size} takes {gib(more.total_bytes)}"
     if not room.holds(taken):
         return size, f"{size}, but nothing fits: {_in_parts(taken)}, more than {room.allowed}"
+    why = limit
+    if size < most:
+        more = peak(2 * size)
+        why = f"{2 * size} is refused" if more is None else f"{2 * size} takes {gib(more.total_bytes)}"
     return size, f"{size}: {_in_parts(taken)}, within {room.allowed}; {why}"
 
 
@@ -163,6 +163,8 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     """The largest power of two up to ``most``, which is one, that fits; 1 where none does. What fits halves too."""
     if fits(most):
         return most
+    if not fits(1):
+        return 1
     low, high = 0, most.bit_length() - 1
     while high - low > 1:
         middle = (low + high) // 2

@@ -45,14 +45,18 @@ def train(tmp_path: Path, tiny_base: Path, capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_the_choice_is_told_and_kept(train: Train, tmp_path: Path) -> None:
-    code, out, err = train()
+    code, out, err = train(train={"global_batch_size": 6, "max_steps": 1, "micro_batch_size": "auto"})
     assert code == 0, err
-    first, second = (line for line in out.splitlines() if " auto -> " in line)
+    first, second, third = (line for line in out.splitlines() if " auto -> " in line)
     assert first.startswith("sharding.strategy auto -> ddp: one process; parameters, gradients and optimizer take ")
-    assert second.startswith("activation_checkpointing.mode auto -> none: states ")
-    assert out.index(second) < out.index("sharding  ddp on 1 rank, verified")
+    assert second.startswith("activation_checkpointing.mode auto -> none: CUDA and NCCL 1.1 GiB + ")
+    assert third.startswith("train.micro_batch_size auto -> 4: CUDA and NCCL 1.1 GiB + ")
+    assert third.endswith("; a rank has 6 of a step's 6 sequences")
+    assert out.index(third) < out.index("sharding  ddp on 1 rank, verified")
+    assert "micro-batch of up to 4" in out
     kept = load_config(tmp_path / "run/config.yaml")
     assert (kept.sharding.strategy, kept.activation_checkpointing.mode) == ("ddp", "none")
+    assert kept.train.micro_batch_size == 4
 
 
 def test_an_explicit_configuration_tells_nothing_new(train: Train) -> None:

@@ -26,14 +26,17 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.packing import Packs
 from sft_dist.data.prepared import PreparedData
-from sft_dist.plan.states import gather_bytes, state_bytes
+from sft_dist.plan.activations import trace
+from sft_dist.plan.memory import memory_phases
+from sft_dist.plan.states import state_bytes
 from sft_dist.resolve import resolve
+from sft_dist.run import Run
 from sft_dist.runtime.process_group import process_group
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from sft_dist.train.step import train_step
-from tests.helpers import cells
+from tests.helpers import cells, figures
 from tests.helpers.big_model import write_checkpoint
 from tests.helpers.host_memory import peak_anonymous_memory
 
@@ -77,10 +80,12 @@ def test_a_7b_model_trains(base: tuple[str, Path], method: str) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}-{method}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     assert min(result["losses"][-3:]) < result["losses"][0]
-    # States were counted; with every block recomputed, what comes beside them is small and of a known kind.
-    assert (
-        result["states_bytes"] <= result["peak_device_bytes"] <= result["states_bytes"] + result["gathered_bytes"] + 8e9
+    planned, peak = result["planned_peak_bytes"], result["peak_device_bytes"]
+    figures.lines.append(
+        f"{name} {method}: planned {planned / 2**30:.2f} GiB, allocated {peak / 2**30:.2f} at the peak"
     )
+    assert result["states_bytes"] < peak
+    assert abs(planned / peak - 1) < 0.05
     # Weights pass through host memory, and none stay.
     assert result["host_growth_loading_bytes"] < 3e9
 
@@ -118,10 +123,17 @@ def measure(folder: Path, method: str, device: torch.device, *, seq_len: int = S
         "method": method, "seq_len": seq_len, "losses": losses, "load_s": load_s,
         "tokens_per_s": tokens / sum(durations[WARM_UP:]),
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-        "states_bytes": state_bytes(run).total, "gathered_bytes": gather_bytes(run),
+        "states_bytes": state_bytes(run).total, "planned_peak_bytes": planned_peak_bytes(run, data),
         "host_growth_loading_bytes": host[0],
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")},
     }  # fmt: skip
+
+
+def planned_peak_bytes(run: Run, data: PreparedData) -> int:
+    """What torch's allocator hands out until the steps end, for packs that are all alike; nothing is saved here."""
+    lengths = tuple(len(data.row(row)[0]) for row in data.packs[0])
+    phases = memory_phases(run, trace(run, seq_lens=lengths, supervised=int(data.num_supervised[0])), None)
+    return max(phase.allocated_bytes for phase in phases if phase.name != "save")
 
 
 def packed_data(seq_len: int, vocab: int) -> PreparedData:

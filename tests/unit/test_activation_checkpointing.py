@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from sft_dist.data.loader import collate
-from sft_dist.plan.states import checkpoint_bytes
+from sft_dist.plan.activations import trace
 from sft_dist.sharding import activation_checkpointing as subject
 from tests.helpers.cells import config, start, synthetic_data
 
@@ -174,8 +175,10 @@ def test_offload_moves_the_inputs_of_recomputed_blocks_and_nothing_else(
     )
     batch = collate(synthetic_data(rows=len(ROWS)), ROWS)
     loss = strategy.forward_backward(batch, supervised_in_step=10, is_last_micro_batch=True)
-    planned = checkpoint_bytes(run) * batch.num_tokens // (run.batch.micro_batch_size * run.batch.max_seq_len)
-    assert sum(t.numel() * t.element_size() for t in moved) == planned
+    monkeypatch.setattr(subject, "saved_tensors_hooks", saved_tensors_hooks)
+    here = replace(run, activation_checkpointing=run.activation_checkpointing.model_copy(update={"offload": False}))
+    kept, kept_here = (trace(each, seq_lens=batch.seq_lens, supervised=len(batch.labels)) for each in (run, here))
+    assert sum(t.numel() * t.element_size() for t in moved) == kept_here.kept_bytes - kept.kept_bytes
     assert len(moved) == (1 if "k" in checkpointing else 2)
     _, plain = start(config(str(tiny_base), "lora", "ddp", activation_checkpointing=checkpointing, precision=precision))
     assert float(plain.forward_backward(batch, supervised_in_step=10, is_last_micro_batch=True)) == float(loss)

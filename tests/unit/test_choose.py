@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -20,8 +21,10 @@ from sft_dist.plan.accelerate import check_accelerate
 from sft_dist.plan.activations import trace
 from sft_dist.plan.choose import Choice, choose
 from sft_dist.plan.fit import needed_bytes, peak_of, phases_of
+from sft_dist.plan.ledger import Ledger
 from sft_dist.plan.result import Part
 from sft_dist.plan.states import state_bytes
+from sft_dist.plan.timeline import timeline
 from sft_dist.plan.units import gib
 from sft_dist.plan.words import PARTS
 from sft_dist.resolve import resolve
@@ -171,31 +174,43 @@ def highest(run: Run, *parts: Part) -> int:
 
 
 def test_gathered_weights(llama: dict[str, Path]) -> None:
-    """At the loss: under fsdp2 the root and, in its buffer, the last layer; under ZeRO-3 what its knobs allow."""
+    """At the loss: under fsdp2 the root and, in its buffer, the last layer; under ZeRO-3 what its knobs allow,
+    and the embedding, which is larger than what is fetched ahead, as it is copied."""
     none = {"activation_checkpointing": {"mode": "none"}}
     gathered = {
         s: highest(run_of(llama["8b"], "full", s, 8, **none), "gather_buffers") for s in ("ddp", "fsdp2", "zero3")
     }
-    root = 2 * 128256 * 4096 + 4096
-    assert gathered == {"ddp": 0, "fsdp2": 2 * (root + BLOCK), "zero3": 2 * (10**9 + 5 * 10**7)}
+    embedding = 128256 * 4096
+    root = 2 * embedding + 4096
+    assert gathered == {"ddp": 0, "fsdp2": 2 * (root + BLOCK), "zero3": 2 * (10**9 + 5 * 10**7 + embedding)}
 
 
-def test_a_layer_that_is_not_quantised_is_gathered_whole(llama: dict[str, Path]) -> None:
+class Gathers(Ledger):
+    """Remembers the most that was gathered at a time."""
+
+    most = 0
+
+    def add(self, part: Part, size: int, moment: str = "") -> None:
+        super().add(part, size, moment)
+        self.most = max(self.most, self.now["gather_buffers"])
+
+
+def test_the_largest_layer_decides_what_is_gathered(tmp_path: Path) -> None:
     """Of a base that is quantised but for one layer, that one is four times as large as each of the others."""
-    gathered = []
-    for layer in (1, 2, 3):
-        method = {"type": "qlora", "quantization": {"skip": [f"layers.{layer}"]}}
-        run = run_of(llama["4 layers"], method, "fsdp2", 8)
-        sizes: Counter[str | None] = Counter()
-        for parameter in run.model.parameters:
-            sizes[parameter.block] += parameter.numel
-        del sizes[None]
-        gathered.append(highest(run, "gather_buffers"))
-    large, *others = sorted(sizes.values(), reverse=True)
+    settings = {"model_type": "llama", "vocab_size": 1024, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(settings | LLAMA["4 layers"]))
+    method = {"type": "qlora", "r": 8, "quantization": {"skip": ["layers.2"]}}
+    run = run_of(tmp_path, method, "fsdp2", 8)
+    sizes: Counter[str | None] = Counter()
+    for parameter in run.model.parameters:
+        sizes[parameter.block] += parameter.numel
+    root, (large, *others) = sizes.pop(None), sorted(sizes.values(), reverse=True)
     assert large > 3 * others[0] == 3 * others[-1]
-    # The peak is in backward of the last layer, while the one before it is being gathered.
-    more = 2 * (large - others[0])
-    assert [size - gathered[0] for size in gathered] == [0, more, more]
+    gathers = Gathers()
+    timeline(run, trace(run)).micro_batch(gathers, first=True, last=True)
+    # The layer is copied out of the buffer that it was gathered into.
+    assert gathers.most == 2 * (root + 2 * large)
+    assert gathers.now["gather_buffers"] == 0
 
 
 # The strategy
@@ -356,7 +371,9 @@ def test_ranks_that_share_sequences_take_more_of_them(tiny_base: Path) -> None:
     """Each has its part of their tokens. Planned with a group of ranks that are not there, of which nothing stays."""
     sharding = {"strategy": "fsdp2", "sequence_parallel": 2}
     cfg = open_micro_batches(tiny_base, 64, mode="auto", sharding=sharding, data={"max_seq_len": 4096})
+    hook = sys.excepthook
     choice = chosen(cfg, 4)
+    assert sys.excepthook is hook
     assert decided(choice) == ("fsdp2", "none")
     assert choice.config.train.micro_batch_size == 8
     assert not dist.is_initialized()

@@ -12,7 +12,7 @@ import yaml
 from sft_dist import cli
 from sft_dist.errors import ConfigError
 from sft_dist.model.prequantized import split_key
-from sft_dist.plan.states import activation_bytes
+from sft_dist.plan.activations import trace
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -126,7 +126,7 @@ def test_the_description_is_that_of_the_files(tmp_path: Path) -> None:
     shapes = {p.name.rsplit(".", 3)[1]: p.shape for p in int8.model.parameters if "base_layer" in p.name}
     assert shapes["down_proj"] == (64, 128 // 4)
     # Activations do not know how the base is stored.
-    assert len({activation_bytes(run) for run in (now, skipped, int8, *kinds.values())}) == 1
+    assert len({trace(run).kept_bytes for run in (now, skipped, int8, *kinds.values())}) == 1
 
 
 @pytest.mark.parametrize(

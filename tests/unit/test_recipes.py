@@ -16,9 +16,11 @@ import pytest
 from sft_dist.config.load import load_config
 from sft_dist.config.schema import FullMethod
 from sft_dist.config.validate import validate
+from sft_dist.hardware.gpus import Gpu, find_gpu
 from sft_dist.model.describe import describe_model
-from sft_dist.model.spec import DTYPE_BYTES
-from sft_dist.plan.states import GIB, activation_bytes, gather_bytes, state_bytes
+from sft_dist.plan.activations import trace
+from sft_dist.plan.memory import TIGHT_SHARE, memory_phases
+from sft_dist.plan.states import GIB, state_bytes
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -42,34 +44,30 @@ PARAMETERS = {
     "google/gemma-3-1b-it": 999_885_952,
 }
 
-# The rest is for buckets, the fp32 gradients of a layer on their way, and the allocator.
-USABLE_SHARE = 0.9
-
 
 @dataclass(frozen=True)
 class Header:
     """What the comment of a recipe says.
 
     Args:
-        memory_bytes: of one GPU, as sold: 10^9 a GB, somewhat less than it has.
         states_gib: of one GPU.
     """
 
     world: WorldShape
-    memory_bytes: float
+    gpu: Gpu
     states_gib: float
     command: list[str]
 
 
 def header(recipe: Path) -> Header:
     comment = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
-    found = re.search(r" on (?:(\d+) x )?(\d+) x [AH]100 (\d+) GB\. States: ([\d.]+) GiB a GPU\.", comment)
+    found = re.search(r" on (?:(\d+) x )?(\d+) x ([AH]100 \d+ GB)\. States: ([\d.]+) GiB a GPU\.", comment)
     assert found, f"{recipe.name}: the first line says model, GPUs and states"
-    nodes, gpus, memory, states = found.groups()
+    nodes, gpus, gpu, states = found.groups()
     command = re.search(r"#   (launch/(?:.*\\\n#)?.*)", comment)
     assert command, f"{recipe.name}: the second line is the command"
     words = shlex.split(command[1].replace("\\\n#", " "))
-    return Header(WorldShape(int(nodes or 1), int(gpus)), float(memory) * 1e9, float(states), words)
+    return Header(WorldShape(int(nodes or 1), int(gpus)), find_gpu(gpu), float(states), words)
 
 
 def architecture(model: str) -> Path:
@@ -88,18 +86,14 @@ def resolved(recipe: Path) -> Run:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_its_states_fit_the_gpus_that_it_names(recipe: Path) -> None:
     run, said = resolved(recipe), header(recipe)
-    states, gathered = state_bytes(run).total, gather_bytes(run)
+    states = state_bytes(run).total
     assert run.activation_checkpointing.mode == "full"
-    # Every layer's input stays, and one layer is recomputed at a time.
-    tokens = run.batch.micro_batch_size * run.batch.max_seq_len
-    inputs = run.model.num_layers * tokens * run.model.hidden_size * DTYPE_BYTES[run.model.compute]
-    activations = inputs + activation_bytes(run) / run.model.num_layers
-    needed = states + gathered + activations
+    peak = max(memory_phases(run, trace(run), None), key=lambda phase: phase.total_bytes)
     figures.lines.append(
-        f"recipe {recipe.stem}: states {states / GIB:.1f} + gathered {gathered / GIB:.1f} + activations about "
-        f"{activations / GIB:.1f} = {needed / GIB:.1f} GiB of {said.memory_bytes / GIB:.1f} a GPU"
+        f"recipe {recipe.stem}: states {states / GIB:.1f}, peak {peak.total_bytes / GIB:.1f} GiB of "
+        f"{said.gpu.usable_bytes / GIB:.1f} a GPU ({peak.name}: {peak.moment})"
     )
-    assert needed <= USABLE_SHARE * said.memory_bytes
+    assert peak.total_bytes <= TIGHT_SHARE * said.gpu.usable_bytes
     assert said.states_gib == round(states / GIB, 1), "the comment tells the states of a GPU"
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,10 +18,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sft_dist.data.batch import BatchPlan, MicroBatch
 from sft_dist.data.loader import Part, collate, empty_micro_batch, micro_batches
+from sft_dist.data.packing import Packs
+from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import ConfigError
 from sft_dist.model.sequence_parallel import shared_kv_heads
+from sft_dist.plan.activations import trace
 from sft_dist.plan.choose import choose
-from sft_dist.plan.states import activation_bytes
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -162,8 +166,14 @@ def test_key_and_value_heads_are_repeated_as_little_as_needed(kv_heads: int, siz
 # On tensors without values
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fake_group_of_four() -> Iterator[None]:
+    with group_of_four():
+        yield
+
+
+@contextmanager
+def group_of_four() -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     yield
     dist.destroy_process_group()
@@ -189,45 +199,46 @@ LLAMA_8B: dict[str, Any] = {
 }  # fmt: skip
 
 
-def kept_by_a_layer(folder: Path, run: Run) -> float:
-    """Bytes that forward keeps for backward, one layer's share; parameters are not among them."""
-    kept = []
-    for layers in (1, 2):
-        (folder / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": layers}))
-        storages: dict[int, int] = {}
-        alive: list[Any] = []
+def kept_by_autograd(run: Run, length: int) -> int:
+    """Bytes that forward keeps for backward of one row; what is there anyway is not among them."""
+    storages: dict[int, int] = {}
+    alive: list[Tensor] = []
 
-        def keep(tensor: Tensor, storages: dict[int, int] = storages, alive: list[Any] = alive) -> Tensor:
-            alive.append(tensor)
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-            return tensor
+    def keep(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
 
-        with FakeTensorMode():
-            model = fake_model(run)
-            model.sequence_group = sequence_group(run)
-            part = Part(0, run.batch.sequence_parallel)
-            data = synthetic_data(rows=1, max_len=4097, capacity=4096, seed=0)
-            length = len(data.row(0)[0])
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                model(collate(data, [0], part))
-            for parameter in model.parameters():
-                storages.pop(parameter.untyped_storage()._cdata, None)
-            kept.append(sum(storages.values()) / length)
-    return (kept[1] - kept[0]) * run.batch.max_seq_len
+    with FakeTensorMode():
+        model = fake_model(run)
+        model.sequence_group = sequence_group(run)
+        batch = collate(one_row(length), [0], Part(0, run.batch.sequence_parallel))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(batch)
+        for tensor in (*model.parameters(), *model.buffers(), *vars(batch).values()):
+            if isinstance(tensor, Tensor):
+                storages.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storages.values())
 
 
-def test_activations_are_shared_as_estimated(tmp_path: Path, fake_group_of_four: None) -> None:
+def one_row(length: int) -> PreparedData:
+    """Every token is trained on."""
+    return PreparedData.of([(np.arange(length) % 1000, np.ones(length, dtype=bool))], Packs.single(1))
+
+
+def test_activations_are_shared_as_planned(tmp_path: Path) -> None:
     """Four ranks keep a quarter each, attention's output once more, and two key and value heads as four."""
     sections = {"data": {"train": [{"path": "unused"}], "max_seq_len": 4096}, "precision": {"compute": "bf16"}}
     train = {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": 1}
-    estimated, measured = {}, {}
-    for size in (1, 4):
-        (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": 1}))
-        run = run_of(tmp_path, size, 4, **sections, train=train)
-        chunk_of_logits = 2 * 4 * 4096 // size * LLAMA_8B["vocab_size"]
-        estimated[size] = activation_bytes(run) - chunk_of_logits
-        measured[size] = kept_by_a_layer(tmp_path, run)
-        assert measured[size] < estimated[size] < 1.25 * measured[size]
-    more = 1024 * 128 * 2 * (32 + 2 * 2)
-    assert measured[4] - measured[1] / 4 == pytest.approx(more, rel=0.02)
-    assert estimated[4] - estimated[1] / 4 == 1.5 * more
+    none = {"activation_checkpointing": {"mode": "none"}}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": 3}))
+    runs = {size: run_of(tmp_path, size, 4, **sections, **none, train=train) for size in (1, 4)}
+    # The first of a row's tokens has no label.
+    tapes = {size: trace(run, supervised=4095) for size, run in runs.items()}
+    assert not dist.is_initialized()
+    with group_of_four():
+        for size, run in runs.items():
+            assert kept_by_autograd(run, 4096) == tapes[size].kept_bytes
+    # Of a layer that is neither the first nor the last.
+    shared, alone = tapes[4].saved_bytes[1], tapes[1].saved_bytes[1]
+    assert shared - alone / 4 == 1024 * 128 * 2 * (32 + 2 * 2)
