@@ -6,6 +6,7 @@ from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.plan.activations import seq_lens_of
 from sft_dist.plan.disk import save_host_bytes
+from sft_dist.plan.states import state_bytes
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
 from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
@@ -21,6 +22,7 @@ def host_parts(run: Run) -> dict[str, int]:
         "processes": ranks * PROCESS_BYTES,
         "weights on their way": ranks * _largest_part(run),
         "offloaded states": ranks * offloaded_bytes(run),
+        "paged states": ranks * state_bytes(run).paged,
         "offloaded activations": ranks * _offloaded_activations(run),
         "saving": save_host_bytes(run),
     }

@@ -76,7 +76,8 @@ def resident_parts(run: Run) -> Counter[Part]:
     parts["buffers"] = run.model.buffer_bytes - run.model.quantization_bytes
     # FSDP2 makes gradients as it reduces them, and drops them with the update.
     parts["gradients"] = 0 if run.strategy == "fsdp2" else states.gradients
-    parts["optimizer"] = states.optimizer + states.paged
+    # Paged states leave the device when it is full: they are counted where they go, in host memory.
+    parts["optimizer"] = states.optimizer
     return parts
 
 
