@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from benchmarks.peers.kernels import FusedLora, FusedMlpLora, FusedRope, FusedSwiglu, RmsNorm
@@ -18,7 +23,7 @@ from benchmarks.peers.setup import Setup
 from benchmarks.peers.unmapped import Unmapped
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.attention import packed_attention
-from sft_dist.sharding.activation_checkpointing import _keep_the_dearest, wide_products
+from sft_dist.sharding.activation_checkpointing import ATTENTION, PRODUCTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RECORDED_LAYERS = 3
@@ -96,8 +101,8 @@ class PeerModel(nn.Module):
             )
 
 
-def hf_model(setup: Setup) -> tuple[PeerModel, int]:
-    """The model with its first few layers on the meta device, and how many layers it really has."""
+def hf_model(setup: Setup) -> tuple[PeerModel, tuple[int, ...]]:
+    """The model with a few of its layers on the meta device, and for each real one the index of its like."""
     config = dict(setup.config)
     kind = config.pop("model_type")
     config.pop("layer_types", None)
@@ -123,7 +128,7 @@ def hf_model(setup: Setup) -> tuple[PeerModel, int]:
         # Transformers' enable_input_require_grads, which reentrant checkpoints need.
         model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
     _checkpoint(blocks, setup)
-    return peer, count
+    return peer, (0, *[1] * (count - 2), 2)
 
 
 def _compute(setup: Setup) -> str:
@@ -143,7 +148,7 @@ def _linears(blocks: list[nn.Module], setup: Setup) -> None:
             if setup.quant:
                 base = Linear4bit(
                     module.in_features, module.out_features, nested=setup.quant == "nf4-dq", compute_dtype=compute,
-                    bias=module.bias is not None,
+                    bias=module.bias is not None, keeps_input=setup.keeps_inputs,
                 )  # fmt: skip
             elif setup.lora_kernel == "fused":
                 module.__class__ = Dense
@@ -209,11 +214,24 @@ def _checkpoint(blocks: list[nn.Module], setup: Setup) -> None:
         return
     for block in blocks:
         if setup.checkpointing == "selective":
-            products = wide_products(block)
-            block.forward = _wrapped(block.forward, reentrant=False, context_fn=lambda n=products: _keep_the_dearest(n))
+            block.forward = _wrapped(block.forward, reentrant=False, context_fn=every_second_product)
         else:
             reentrant = setup.reentrant or setup.checkpointing == "offload"
             block.forward = _wrapped(block.forward, reentrant=reentrant)
+
+
+def every_second_product() -> tuple[Any, Any]:
+    """torchtitan's ``selective`` with ``op``: attention's results stay, and those of the first, third, ... product."""
+    seen = {False: 0, True: 0}
+
+    def policy(context: SelectiveCheckpointContext, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        if op in PRODUCTS:
+            seen[context.is_recompute] += 1
+            if seen[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.MUST_SAVE if op in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def _wrapped(forward: Any, *, reentrant: bool, **options: Any) -> Any:

@@ -43,10 +43,13 @@ class Inventory:
 
 
 def inventory(model: nn.Module, blocks: list[nn.Module], layers: int) -> Inventory:
-    """Counts the second recorded layer, which stands for all, and what is in no layer."""
+    """Counts the last but one recorded layer, which stands for all, and what is in no layer."""
     inside = {id(t) for block in blocks for t in (*block.parameters(), *block.buffers())}
     root = [(n, p) for n, p in model.named_parameters() if id(p) not in inside]
-    return Inventory(_group(list(blocks[1].named_parameters()), list(blocks[1].named_buffers())), _group(root, []), layers)
+    rest = [(n, b) for n, b in model.named_buffers() if id(b) not in inside]
+    alike = blocks[-2]
+    layer = _group(list(alike.named_parameters()), list(alike.named_buffers()))
+    return Inventory(layer, _group(root, rest), layers)
 
 
 def _group(parameters: Iterable, buffers: Iterable) -> Group:

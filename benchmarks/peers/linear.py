@@ -24,11 +24,14 @@ class Dense(nn.Linear):
 
 
 class _MatMul4Bit(Function):
-    """Dequantises for the product, and again in backward; keeps nothing."""
+    """Dequantises for the product, and again in backward; before 0.42 bitsandbytes kept the input for nothing,
+    and dequantised to fp16 whatever the product was in."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
+        if layer.keeps_input:
+            ctx.save_for_backward(x)
         return F.linear(x, layer.dequantize(x))
 
     @staticmethod
@@ -39,8 +42,10 @@ class _MatMul4Bit(Function):
 class Linear4bit(nn.Module):
     """bitsandbytes ``Linear4bit``: computes in ``compute_dtype`` and answers in the dtype of its input."""
 
-    def __init__(self, in_features: int, out_features: int, *, nested: bool, compute_dtype: torch.dtype, bias: bool):
+    def __init__(self, in_features: int, out_features: int, *, nested: bool, compute_dtype: torch.dtype, bias: bool,
+                 keeps_input: bool = False) -> None:  # fmt: skip
         super().__init__()
+        self.keeps_input = keeps_input
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, compute_dtype
         numel = in_features * out_features
         scales = -(-numel // NF4_BLOCK)
@@ -56,9 +61,10 @@ class Linear4bit(nn.Module):
 
     def dequantize(self, like: Tensor) -> Tensor:
         scales = like.new_empty(self.nested_scales, dtype=torch.float32) if self.nested_scales else None
-        weight = like.new_empty(self.out_features, self.in_features)
+        dtype = torch.float16 if self.keeps_input else like.dtype
+        weight = like.new_empty(self.out_features, self.in_features, dtype=dtype)
         del scales
-        return weight
+        return weight.to(like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):

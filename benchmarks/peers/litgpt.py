@@ -49,15 +49,18 @@ class Shape:
 
 
 class RmsNorm(nn.Module):
-    """Keeps the dtype of its input throughout, which it multiplies by itself."""
+    """In fp32 throughout, and cast at the end."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = x.float()
         norm = torch.mean(x * x, dim=-1, keepdim=True)
-        return self.weight * (x * torch.rsqrt(norm + 1e-5))
+        x = x * torch.rsqrt(norm + 1e-5)
+        return (self.weight * x).to(dtype)
 
 
 class AdapterLinear(nn.Module):
@@ -223,7 +226,10 @@ class LitModel(nn.Module):
             bias = shape.bias
             layer: nn.Module = nn.Linear(inside, out, bias=bias, dtype=dtype)
             if setup.quant and quantise:
-                layer = Linear4bit(inside, out, nested=setup.quant == "nf4-dq", compute_dtype=dtype, bias=bias)
+                layer = Linear4bit(
+                    inside, out, nested=setup.quant == "nf4-dq", compute_dtype=dtype, bias=bias,
+                    keeps_input=setup.keeps_inputs,
+                )  # fmt: skip
             return AdapterLinear(layer, out, dtype) if setup.method == "adapter_v2" else layer
 
         def norm() -> nn.Module:
@@ -232,7 +238,7 @@ class LitModel(nn.Module):
         prompts = setup.method.startswith("adapter")
         self.wte = nn.Embedding(shape.vocabulary, shape.width, dtype=dtype)
         self.h = nn.ModuleList(
-            LitBlock(shape, make, norm, setup, prompt=prompts and i > 0) for i in range(RECORDED_LAYERS)
+            LitBlock(shape, make, norm, setup, prompt=prompts and i > 0) for i in range(RECORDED_LAYERS + prompts)
         )
         self.ln_f = norm()
         self.lm_head = make(shape.width, shape.vocabulary)
@@ -250,11 +256,15 @@ class LitModel(nn.Module):
         for block in self.h:
             x = block(x, cos, sin, batch.seq_lens)
         assert tokens == x.shape[1]
-        return head_loss("litgpt", self.lm_head, self.ln_f(x), batch.labels, outputs_to_fp32=False, rows=repeats)
+        converted = not self.setup.sharding.startswith("fsdp")
+        return head_loss("litgpt", self.lm_head, self.ln_f(x), batch.labels, outputs_to_fp32=converted, rows=repeats)
 
 
-def litgpt_model(setup: Setup) -> tuple[LitModel, int]:
-    """The model with its first few layers on the meta device, and how many layers it really has."""
+def litgpt_model(setup: Setup) -> tuple[LitModel, tuple[int, ...]]:
+    """The model with a few of its layers on the meta device, and for each real one the index of its like.
+
+    Adapters begin at the third layer: before it nothing has a gradient, so that the first one there is of its own kind.
+    """
     shape = Shape(setup.config)
     with torch.device("meta"):
         model = LitModel(setup, shape)
@@ -267,4 +277,6 @@ def litgpt_model(setup: Setup) -> tuple[LitModel, int]:
         for block in model.h:
             run = block.forward
             block.forward = lambda *args, run=run: checkpoint(run, *args, use_reentrant=False)
-    return model, shape.layers
+    if setup.method.startswith("adapter"):
+        return model, (0, 0, 1, *[2] * (shape.layers - 4), 3)
+    return model, (0, *[1] * (shape.layers - 2), 2)

@@ -25,7 +25,7 @@ def head_loss(kind: str, head: nn.Module, hidden: Tensor, labels: Tensor, *, out
         case "cce":
             return FusedLinearCrossEntropy.apply(hidden[0], head.weight, False)
         case "litgpt":
-            return _litgpt(head, hidden, labels)
+            return _litgpt(head, hidden, labels, rows, outputs_to_fp32)
         case "chunked":
             return _chunked(head, hidden, labels)
         case "plain":
@@ -66,14 +66,19 @@ def _shifted(kind: str, logits: Tensor, labels: Tensor, rows: int) -> Tensor:
     return F.cross_entropy(shifted, labels[1:])
 
 
-def _litgpt(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """lit-gpt ``chunked_cross_entropy``, 128 tokens at a time, in the dtype of the logits."""
-    logits = [head(part) for part in hidden[0].split(128)]
-    losses = [
-        F.cross_entropy(part, target, reduction="none")
-        for part, target in zip(logits, labels.split(128), strict=True)
-    ]
-    return torch.cat(losses).float().mean()
+def _litgpt(head: nn.Module, hidden: Tensor, labels: Tensor, rows: int, outputs_to_fp32: bool) -> Tensor:
+    """lit-gpt ``chunked_cross_entropy``, 128 tokens of every row at a time.
+
+    Fabric makes what a 16-bit model returns fp32, but for FSDP's; the training loop's ``logits`` live until backward has ended.
+    """
+    half = [head(part) for part in hidden[0].split(128 * rows)]
+    logits = [part.float() for part in half] if outputs_to_fp32 else half
+    del half
+    targets = labels.split(128 * rows)
+    losses = [F.cross_entropy(part, t, reduction="none") for part, t in zip(logits, targets, strict=True)]
+    loss = torch.cat(losses).mean()
+    loss.logits = logits  # type: ignore[attr-defined]
+    return loss
 
 
 def _chunked(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:

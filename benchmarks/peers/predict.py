@@ -64,7 +64,8 @@ def predict(setup: Setup) -> Prediction:
     gradients = ledger.now["gradients"]
     if setup.accumulates:
         ledger.now = before + Counter({"gradients": gradients})
-        steps.micro_batch(ledger, first=False, last=True)
+        steps.micro_batch(ledger, first=False, last=False)
+        gradients = steps.reduced_bytes(gradients)
     ledger.now = before + Counter({"gradients": gradients})
     ledger.begin("optimizer_step")
     ledger.touch("temporaries", _update(setup, counted), "update")
@@ -95,19 +96,18 @@ def _recorded(setup: Setup) -> Recorded:
     if setup.stack == "litgpt":
         from benchmarks.peers.litgpt import litgpt_model
 
-        model, layers = litgpt_model(setup)
+        model, alike = litgpt_model(setup)
     else:
-        model, layers = hf_model(setup)
+        model, alike = hf_model(setup)
     blocks = list(model.blocks().values())
-    counted = inventory(model, blocks, layers)
+    counted = inventory(model, blocks, len(alike))
     seen: list[int] = []
     blocks[1].register_forward_hook(lambda _m, _a, out: seen.append((out if isinstance(out, Tensor) else out[0]).nbytes))
-    parts = setup.context_parallel
+    # Tensor parallelism with sharded sequences and vocabulary splits what is kept as evenly as context parallelism does.
+    parts = setup.context_parallel * setup.tensor_parallel
     with _mask_of_one_byte(), rope_in_place(setup):
-        tape = record(model, lambda: _batch(setup.seq_lens, parts), kinds=[0, 1, 2])
-    first, middle, last = tape.recorded
-    tape = replace(tape, recorded=(first, *[middle] * (layers - 2), last))
-    return Recorded(tape, counted, seen[0])
+        tape = record(model, lambda: _batch(setup.seq_lens, parts), kinds=range(len(blocks)))
+    return Recorded(replace(tape, recorded=alike), counted, seen[0])
 
 
 def _batch(seq_lens: tuple[int, ...], parts: int) -> MicroBatch:

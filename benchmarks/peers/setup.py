@@ -28,6 +28,8 @@ class Setup:
         weights: dtype of everything else of the base.
         autocast: dtype of mixed precision, empty without.
         adapters: dtype of adapter weights.
+        keeps_inputs: 4-bit layers keep theirs (bitsandbytes before 0.42).
+        adapters_ignored: FSDP has nothing to do with the adapters.
         upcast_rest: what of a quantised model is fp32: ``all`` that is not packed (PEFT
             ``prepare_model_for_kbit_training``), ``norms`` where TRL's SFTTrainer makes the embeddings bf16 again.
         seq_lens: tokens of each sequence of a micro-batch.
@@ -70,6 +72,7 @@ class Setup:
     state_bytes: float = 8.0
     paged: bool = False
     adapters_ignored: bool = False
+    keeps_inputs: bool = False
     compiled: bool = False
     float8: bool = False
 
@@ -108,6 +111,9 @@ def setup_of(row: Row) -> Setup:
     values |= _kernels(row, text, stack) | _optimizer(row) | _checkpointing(row, text, stack)
     if method == "lora":
         values |= _lora(row, text, stack)
+    values["keeps_inputs"] = bool(quant) and _version(text, r"(?:bitsandbytes|bnb)", (0, 43)) < (0, 42)
+    if stack == "litgpt" and row.get("grad_accum") is None:
+        values["accumulates"] = True  # its scripts make a batch of 128 of smaller ones
     setup = Setup(**values)
     return _combine(setup, text)
 
@@ -141,8 +147,12 @@ def _repeats_heads(setup: Setup, text: str) -> bool:
 
 def _transformers(text: str) -> tuple[int, int]:
     """The version a row names; where it does not, one behind both changes."""
-    version = re.search(r"transformers[ =v]*(\d+)\.(\d+)", text)
-    return (int(version[1]), int(version[2])) if version else (4, 49)
+    return _version(text, "transformers", (4, 49))
+
+
+def _version(text: str, package: str, unnamed: tuple[int, int]) -> tuple[int, int]:
+    version = re.search(rf"\b{package}[ =v]*(\d+)\.(\d+)", text)
+    return (int(version[1]), int(version[2])) if version else unnamed
 
 
 def _stack(text: str) -> str:

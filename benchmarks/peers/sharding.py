@@ -26,6 +26,10 @@ class PeerTimeline(Timeline):
     def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
         ledger.play(segment, moment, gradients_stay=not self.accumulating)
 
+    def reduced_bytes(self, gradients: int) -> int:
+        """Of accumulated gradients after the last micro-batch."""
+        return gradients
+
 
 class Ddp(PeerTimeline):
     """Gradients and buckets of their size: ``gradient_as_bucket_view`` is off where nobody sets it."""
@@ -46,6 +50,8 @@ class Sharded(PeerTimeline):
     together from those of its weights, which are there until then; BACKWARD_PRE prefetches a unit whose forward ran with
     gradients, which no reentrantly checkpointed one did. A hook that waits for the gradient of a frozen unit's inputs
     is removed when backward ends: until then it holds the input of every reentrant checkpoint, and its gradient.
+    Without synchronisation, in all micro-batches but the last, gradients stay whole. Fabric puts frozen and trained
+    parameters into one flat parameter, whose gradient is as large as it is.
     FSDP2: gathers are copied out of a buffer; the reduce-scatter of one layer is alive while the next one runs.
     """
 
@@ -56,6 +62,7 @@ class Sharded(PeerTimeline):
         self.whole = {name: self._whole(group) for name, group in (("layer", counted.layer), ("root", counted.root))}
         self.reduced = {name: self._reduced(g) for name, g in (("layer", counted.layer), ("root", counted.root))}
         self.kept = 0
+        self.stays_whole = setup.accumulates and setup.stack in ("hf", "litgpt")
         reentrant = setup.reentrant and setup.checkpointing == "full"
         self.keeps_inputs = self.flat and setup.method != "full" and reentrant
         self.prefetches = not (self.flat and reentrant)
@@ -69,6 +76,8 @@ class Sharded(PeerTimeline):
         return (group.frozen_bytes + group.packed_bytes + (group.trained + adapters) * width) // parts
 
     def _reduced(self, group: Group) -> int:
+        if self.setup.stack == "litgpt":
+            return self._whole(group) if group.adapters + group.trained else 0
         adapters = 0 if self.setup.adapters_ignored else group.adapters
         return (group.trained + adapters) * WIDTHS[_seen(self.setup)] // self.setup.tensor_parallel
 
@@ -93,8 +102,8 @@ class Sharded(PeerTimeline):
             self.fetched = block - 1
 
     def after_backward(self, ledger: Ledger, block: int) -> None:
-        ledger.add("gather_buffers", -self.whole["layer"])
         self._reduce(ledger, "layer", f"reducing layer {block}")
+        ledger.add("gather_buffers", -self.whole["layer"])
         if self.keeps_inputs:
             # The gradient of this input is that of the next layer's output, which the tape counts while it runs.
             more = self.hidden_bytes * (2 if self.held else 1)
@@ -107,20 +116,33 @@ class Sharded(PeerTimeline):
         ledger.add("activations", -self.held)
         self.held = 0
 
+    def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
+        ledger.play(segment, moment)  # what is there already is of flat parameters: these are their parts
+
+    def reduced_bytes(self, gradients: int) -> int:
+        if not self.stays_whole:
+            return gradients
+        numel = self.counted.total("trained") + self.counted.total("adapters")
+        return numel * self._gradient_width() // self.setup.sharded_by
+
+    def _gradient_width(self) -> int:
+        return WIDTHS[self.setup.stored if self.setup.method == "full" else self.setup.adapters]
+
     def _reduce(self, ledger: Ledger, name: str, moment: str) -> None:
         size = self.reduced[name]
         if self.setup.adapters_ignored:
             return
-        ledger.touch("communication", size, moment)
-        whole = ledger.now["gradients"] - self.kept
-        ledger.add("gradients", -whole)
-        width = WIDTHS[self.setup.stored if self.setup.method == "full" else self.setup.adapters]
-        chunk = size // WIDTHS[_seen(self.setup)] * width // self.setup.sharded_by
-        if self.accumulating:
-            ledger.touch("gradients", chunk, moment)
-        else:
-            ledger.add("gradients", chunk, moment)
-            self.kept += chunk
+        # Zeros stand in for the gradients of frozen weights until all are one.
+        parts = ledger.now["gradients"] - self.kept
+        ledger.touch("communication", max(2 * size - parts, size) if self.setup.stack == "litgpt" else size, moment)
+        ledger.add("gradients", self.kept - ledger.now["gradients"])
+        if not self.stays_whole:
+            size = size // WIDTHS[_seen(self.setup)] * self._gradient_width() // self.setup.sharded_by
+        if not self.accumulating:
+            ledger.add("gradients", size, moment)
+            self.kept += size
+        elif not self.stays_whole:
+            ledger.touch("gradients", size, moment)
 
 
 class Fsdp2(Sharded):
