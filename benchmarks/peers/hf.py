@@ -124,7 +124,7 @@ def hf_model(setup: Setup) -> tuple[PeerModel, tuple[int, ...]]:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad and (setup.upcast_rest == "all" or "norm" in name):
                 parameter.data = parameter.data.to(torch.float32)
-    if setup.method != "full" and (setup.reentrant or setup.checkpointing == "offload") and setup.checkpointing != "none":
+    if setup.method != "full" and setup.reentrant and setup.checkpointing == "full":
         # Transformers' enable_input_require_grads, which reentrant checkpoints need.
         model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
     _checkpoint(blocks, setup)
@@ -216,8 +216,7 @@ def _checkpoint(blocks: list[nn.Module], setup: Setup) -> None:
         if setup.checkpointing == "selective":
             block.forward = _wrapped(block.forward, reentrant=False, context_fn=every_second_product)
         else:
-            reentrant = setup.reentrant or setup.checkpointing == "offload"
-            block.forward = _wrapped(block.forward, reentrant=reentrant)
+            block.forward = _wrapped(block.forward, reentrant=setup.reentrant)
 
 
 def every_second_product() -> tuple[Any, Any]:

@@ -15,6 +15,14 @@ Counter = Literal["allocated", "reserved", "nvml", "unknown"]
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEARS = (*ATTENTION_LINEARS, "gate_proj", "up_proj", "down_proj")
 
+# Megatron's fused layers, in Transformers' names.
+FUSED_LINEARS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "proj": ("o_proj",),
+    "fc1": ("gate_proj", "up_proj"),
+    "fc2": ("down_proj",),
+}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -164,8 +172,6 @@ def _stack(text: str) -> str:
     }.items():
         if re.search(pattern, text) and not (name == "unsloth" and "foak" in text):
             return name
-    if re.search(r"nemo|megatron", text):
-        raise Unmapped("NeMo or Megatron modules")
     return "hf"
 
 
@@ -223,6 +229,8 @@ def _sharding(row: Row) -> dict[str, Any]:
     if kind == "none" and re.search(r"shard_grad|grad_op", text):
         raise Unmapped("SHARD_GRAD_OP")
     parts = set()
+    if re.search(r"offload|unsloth", words(row, "grad_ckpt")):
+        parts.add("activations")
     if offload and not re.match(r"(none|no|false)\b", offload):
         if "activation" in offload:
             parts.add("activations")
@@ -230,7 +238,7 @@ def _sharding(row: Row) -> dict[str, Any]:
             parts.add("optimizer")
         if re.search(r"param|cpu offload|cpuoffload|fsdp|cpu_offload|^cpu|weights", offload):
             parts |= {"parameters", "optimizer"}
-        if not parts:
+        if not parts - ({"activations"} if "activation" not in offload else set()):
             raise Unmapped(f"offload {row.get('offload')}")
     return found | {"sharding": kind, "offload": frozenset(parts)}
 
@@ -250,6 +258,9 @@ def _precision(row: Row, text: str, stack: str, method: str, quant: str) -> dict
     found: dict[str, Any] = {"weights": weights, "stored": weights, "autocast": ""}
     if stack == "titan":
         return found | {"weights": "bf16", "stored": "fp32", "adapters": "bf16"}
+    fused_engine = re.search(r"nemo|transformer ?engine|megatron", text)
+    if fused_engine:
+        return found | {"adapters": weights}
     if stack == "hf" and (mixed or quant):  # quantised models are trained under autocast, whatever is said of it
         found["autocast"] = _dtype(compute or stored)
     if stack in ("litgpt", "torchtune"):
@@ -268,10 +279,12 @@ def _precision(row: Row, text: str, stack: str, method: str, quant: str) -> dict
 def _kernels(row: Row, text: str, stack: str) -> dict[str, Any]:
     kernels = words(row, "kernels")
     found: dict[str, Any] = {"loss": {"litgpt": "litgpt", "torchtune": "chunked", "titan": "plain"}.get(stack, "hf")}
+    if re.search(r"nemo|transformer ?engine|megatron|\bte\b", kernels):
+        found |= {"norm": "fused", "rope": "fused", "mlp": "fused"}
     compiled = "compile" in kernels and not re.search(r"no[t]? compile|compile[=: ]*(false|off|no)", kernels)
     unsloth = stack == "unsloth" or "unsloth" in kernels
     liger = "liger" in kernels and "flce" not in kernels
-    if re.search(r"rmsnorm|rms", kernels) or unsloth or liger or compiled or re.search(r"transformer ?engine", kernels):
+    if re.search(r"rmsnorm|rms", kernels) or unsloth or liger or compiled or compiled:
         found["norm"] = "fused"
     if "rope" in kernels or unsloth or liger or compiled:
         found["rope"] = "fused"
@@ -307,12 +320,11 @@ def _checkpointing(row: Row, text: str, stack: str) -> dict[str, Any]:
     if re.match(r"(none|no|off|false)\b", given):
         return {"checkpointing": "none"}
     kind = "selective" if "selective" in given else "full"
-    offloads = "offload" in given or "unsloth" in given
-    reentrant = stack == "hf" and not re.search(r"reentrant[^|]*(false|=no)|non-?reentrant", given)
-    found: dict[str, Any] = {"checkpointing": kind, "reentrant": reentrant}
-    if offloads:
-        found["checkpointing"] = "offload"
-    return found
+    own = re.search(r"fsdp_qlora|nemo|transformer ?engine|megatron", text)
+    reentrant = stack in ("hf", "unsloth") and not own
+    if re.search(r"reentrant[^|]{0,12}(false|=no)|non?[- _]?reentrant", given):
+        reentrant = False
+    return {"checkpointing": kind, "reentrant": reentrant}
 
 
 def _optimizer(row: Row) -> dict[str, Any]:
@@ -343,11 +355,15 @@ def _lora(row: Row, text: str, stack: str) -> dict[str, Any]:
     elif stack == "litgpt":
         targets = ("q", "v")
     else:
-        short = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "output_proj": "o_proj", "gate": "gate_proj",
-                 "up": "up_proj", "down": "down_proj", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}  # fmt: skip
+        short = {
+            "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "output_proj": "o_proj", "gate": "gate_proj",
+            "up": "up_proj", "down": "down_proj", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+            "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
+        }  # fmt: skip
         parts = re.findall(r"[a-z_0-9]+", asked)
-        targets = tuple(dict.fromkeys(t for p in parts for t in ([short.get(p, p)] if short.get(p, p) in ALL_LINEARS else ())))
-        if re.search(r"mlp|ffn", asked):
+        named = [t for p in parts for t in FUSED_LINEARS.get(p.removeprefix("linear_"), (short.get(p, p),))]
+        targets = tuple(dict.fromkeys(t for t in named if t in ALL_LINEARS))
+        if re.search(r"mlp|ffn|feed_?forward", asked):
             targets = tuple(dict.fromkeys((*targets, "gate_proj", "up_proj", "down_proj")))
         if re.search(r"attn|attention", asked):
             targets = tuple(dict.fromkeys((*ATTENTION_LINEARS, *targets)))

@@ -19,6 +19,24 @@ class PeerTimeline(Timeline):
         super().__init__(tape)
         self.setup, self.counted, self.hidden_bytes = setup, counted, hidden_bytes
         self.accumulating = False
+        self.on_host: dict[int, int] = {}
+
+    def after_forward(self, ledger: Ledger, block: int) -> None:
+        """With activation offload what a layer keeps leaves as the next one runs."""
+        if "activations" in self.setup.offload and block:
+            self._to_host(ledger, block - 1)
+
+    def before_backward(self, ledger: Ledger, block: int | None) -> None:
+        """It is back one layer ahead."""
+        for needed in (block, block - 1) if block is not None else ():
+            if needed in self.on_host:
+                ledger.add("activations", self.on_host.pop(needed), f"fetching what layer {needed} kept")
+
+    def _to_host(self, ledger: Ledger, block: int) -> None:
+        kept = self.tape.saved_bytes[self.tape.recorded[block]]
+        kept = min(kept, self.hidden_bytes) if self.setup.checkpointing != "none" else kept
+        self.on_host[block] = kept
+        ledger.add("activations", -kept)
 
     def begin(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         self.accumulating = not first
@@ -62,7 +80,8 @@ class Sharded(PeerTimeline):
         self.whole = {name: self._whole(group) for name, group in (("layer", counted.layer), ("root", counted.root))}
         self.reduced = {name: self._reduced(g) for name, g in (("layer", counted.layer), ("root", counted.root))}
         self.kept = 0
-        self.stays_whole = setup.accumulates and setup.stack in ("hf", "litgpt")
+        self.offloaded = "parameters" in setup.offload  # and gradients with them, as they are reduced
+        self.stays_whole = setup.accumulates and setup.stack in ("hf", "litgpt") and not self.offloaded
         reentrant = setup.reentrant and setup.checkpointing == "full"
         self.keeps_inputs = self.flat and setup.method != "full" and reentrant
         self.prefetches = not (self.flat and reentrant)
@@ -90,9 +109,11 @@ class Sharded(PeerTimeline):
         ledger.add("gather_buffers", self.whole["layer"], f"gathering layer {block}")
 
     def after_forward(self, ledger: Ledger, block: int) -> None:
+        super().after_forward(ledger, block)
         ledger.add("gather_buffers", -self.whole["layer"])
 
     def before_backward(self, ledger: Ledger, block: int | None) -> None:
+        super().before_backward(ledger, block)
         if block is None:
             return
         if self.fetched != block:
@@ -136,6 +157,8 @@ class Sharded(PeerTimeline):
         parts = ledger.now["gradients"] - self.kept
         ledger.touch("communication", max(2 * size - parts, size) if self.setup.stack == "litgpt" else size, moment)
         ledger.add("gradients", self.kept - ledger.now["gradients"])
+        if self.offloaded:
+            return
         if not self.stays_whole:
             size = size // WIDTHS[_seen(self.setup)] * self._gradient_width() // self.setup.sharded_by
         if not self.accumulating:
@@ -160,6 +183,7 @@ class Fsdp2(Sharded):
         ledger.add("gather_buffers", size, f"gathering layer {block}")
 
     def before_backward(self, ledger: Ledger, block: int | None) -> None:
+        PeerTimeline.before_backward(self, ledger, block)
         size = self.whole["layer"]
         if block is None:
             ledger.add("gather_buffers", size - self.buffered, "gathering the last layer ahead")
