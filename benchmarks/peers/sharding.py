@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.peers.inventory import WIDTHS, Group, Inventory
 from benchmarks.peers.setup import Setup
 from sft_dist.plan.ledger import Ledger
-from sft_dist.plan.tape import PARTS, Segment, Tape
+from sft_dist.plan.tape import Segment, Tape
 from sft_dist.plan.timeline import Timeline
 
 # DeepSpeed's defaults, in elements.
@@ -16,7 +16,8 @@ class PeerTimeline(Timeline):
     """Nothing between the segments; with accumulation, gradients are there already."""
 
     def __init__(self, setup: Setup, counted: Inventory, tape: Tape, hidden_bytes: int) -> None:
-        super().__init__(tape)
+        # Not the base's: it wants a run of our own.
+        self.tape, self.num_blocks = tape, len(tape.recorded)
         self.setup, self.counted, self.hidden_bytes = setup, counted, hidden_bytes
         self.accumulating = False
         self.on_host: dict[int, int] = {}
@@ -42,7 +43,7 @@ class PeerTimeline(Timeline):
         self.accumulating = not first
 
     def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
-        ledger.play(segment, moment, gradients_stay=not self.accumulating)
+        ledger.play(segment.gradients_move if self.accumulating else segment, moment)
 
     def reduced_bytes(self, gradients: int) -> int:
         """Of accumulated gradients after the last micro-batch."""
@@ -221,7 +222,7 @@ class Zero(PeerTimeline):
         ledger.add("gather_buffers", self.live, "gathered")
 
     def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
-        ledger.play(segment, moment, gradients_stay=False)
+        ledger.play(segment.gradients_move, moment)
 
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         ledger.add("communication", -self.buckets)
@@ -247,5 +248,3 @@ def _seen(setup: Setup) -> str:
         return "bf16"
     return setup.stored if setup.method == "full" else setup.adapters
 
-
-__all__ = ["PARTS", "gradient_bytes", "timeline_of"]

@@ -38,8 +38,8 @@ class Unit:
 class Timeline:
     """Forward and backward of micro-batches; here with nothing between the segments."""
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+    def __init__(self, run: Run, tape: Tape) -> None:
+        self.run, self.tape = run, tape
         self.num_blocks = len(tape.recorded)
 
     def step(self, ledger: Ledger) -> None:
@@ -107,10 +107,6 @@ class DdpTimeline(Timeline):
     """Gradients live in DDP's buckets, which are there from the first step on; autograd's own copy of each goes as it
     comes. In micro-batches that do not reduce, gradients are of their own, and move into the buckets with the last."""
 
-    def __init__(self, run: Run, tape: Tape) -> None:
-        super().__init__(tape)
-        self.run = run
-
     def begin(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         self.reduces = last
         self.accumulates = not first
@@ -135,7 +131,7 @@ class Fsdp2Timeline(Timeline):
     while one runs, and what is reduced stays until the next unit reduces."""
 
     def __init__(self, run: Run, tape: Tape) -> None:
-        super().__init__(tape)
+        super().__init__(run, tape)
         assert isinstance(run.sharding, Fsdp2Sharding)
         self.sharding = run.sharding
         self.shards = run.world.size // run.sharding.dp_replicate
@@ -227,10 +223,6 @@ class ZeroTimeline(Timeline):
     reduced. A bucket is reduced from copies: when it is full, or at the end of backward where it holds all gradients.
     What stage 3 keeps gathered depends on the order of use; the bound is what its knobs allow.
     """
-
-    def __init__(self, run: Run, tape: Tape) -> None:
-        super().__init__(tape)
-        self.run = run
 
     def begin(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         run, knobs = self.run, self.run.deepspeed
