@@ -5,8 +5,8 @@
 FILE is a YAML list of rows: model, method, GPUs, sharding, lengths, kernels, versions in words, and what was measured
 (``peak_mem_gib`` with ``peak_mem_kind``, ``tokens_per_s_per_gpu``, ``oom``). For each row the other trainer's model is
 built from Transformers' modules with its kernels, adapters and loss (``benchmarks/peers``), recorded on tensors without
-data as a run's own model is, and played with its sharding. Nothing is fitted to the rows. A row that cannot be mapped is
-counted with its reason.
+data as a run's own model is, and played with its sharding. Nothing is fitted to the rows. A row that cannot be mapped
+is counted with its reason.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def text(result: dict[str, Any]) -> str:
     for name, f in result["families"].items():
         band = f"{f['within_band']:.0%}" if "within_band" in f else ""
         lines.append(
-            f"{name:{width}}  {f['rows']:4}  {f['mapped']:6}  {percent(f['median_abs_error']):>6}  {percent(f['p90']):>6}"
-            f"  {percent(f['worst']):>6}  {band:>7}"
+            f"{name:{width}}  {f['rows']:4}  {f['mapped']:6}  {percent(f['median_abs_error']):>6}"
+            f"  {percent(f['p90']):>6}  {percent(f['worst']):>6}  {band:>7}"
         )
     overall, fits, speed = result["allocated"], result["fits"], result["throughput"]
     if "median_abs_error" in overall:

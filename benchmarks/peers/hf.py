@@ -31,13 +31,15 @@ RECORDED_LAYERS = 3
 
 def _attention(name: str) -> Any:
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
-        seq_lens: tuple[int, ...] = (), compute: torch.dtype = torch.bfloat16, **_: Any,
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
+        scaling: float | None = None, seq_lens: tuple[int, ...] = (), compute: torch.dtype = torch.bfloat16, **_: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if name == "eager":
             return _eager(query, key, value, scale, seq_lens), None
-        if name in ("sdpa", "flash repeated") and key.shape[1] != query.shape[1]:  # heads that are shared are copied out
+        if (
+            name in ("sdpa", "flash repeated") and key.shape[1] != query.shape[1]
+        ):  # heads that are shared are copied out
             key, value = (_repeated(t, query.shape[1] // t.shape[1]) for t in (key, value))
         if name.startswith("flash") and query.dtype == torch.float32:
             query, key, value = (t.to(compute) for t in (query, key, value))
@@ -250,7 +252,9 @@ def rope_in_place(setup: Setup) -> Iterator[None]:
         return
     import importlib
 
-    module = importlib.import_module(f"transformers.models.{setup.config['model_type']}.modeling_{setup.config['model_type']}")
+    module = importlib.import_module(
+        f"transformers.models.{setup.config['model_type']}.modeling_{setup.config['model_type']}"
+    )
     before = getattr(module, "apply_rotary_pos_emb", None)
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

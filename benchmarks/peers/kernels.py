@@ -1,4 +1,4 @@
-"""Stand-ins for fused kernels: autograd functions that allocate and keep what the Triton kernel does, and compute nothing.
+"""Stand-ins for fused kernels: autograd functions that allocate and keep what a Triton kernel does.
 
 Sources: unsloth ``kernels/{rms_layernorm,rope_embedding,swiglu,cross_entropy_loss,fast_lora}.py`` as carried by
 fms-acceleration's fused-ops-and-kernels plugin, and Liger-Kernel ``ops/*.py``.

@@ -1,7 +1,7 @@
-"""lit-gpt's own model, adapters and LoRA (Lightning-AI/lit-gpt 8641822 of 2023-10: ``lit_gpt/{model,lora,adapter}.py``).
+"""lit-gpt's own model, adapters and LoRA: Lightning-AI/lit-gpt 8641822 of 2023-10, ``lit_gpt/{model,lora,adapter}.py``.
 
-Where one module serves several architectures, attention is one fused product, rotary angles are applied in fp32's place
-of the model's dtype, and heads are copied together again with ``torch.cat``.
+One module serves several architectures: query, key and value are one product, and rotated heads are put together again
+with ``torch.cat``.
 """
 
 from __future__ import annotations
@@ -132,9 +132,7 @@ class Attention(nn.Module):
             v = v.expand(1, shape.groups, per_group, tokens, shape.head_size)
         q, k, v = (t.reshape(1, -1, tokens, shape.head_size) for t in (q, k, v))
         rotated = [_rope(t[..., : shape.rotary], cos, sin) for t in (q, k)]
-        q, k = (
-            torch.cat((r, t[..., shape.rotary :]), dim=-1) for r, t in zip(rotated, (q, k), strict=True)
-        )
+        q, k = (torch.cat((r, t[..., shape.rotary :]), dim=-1) for r, t in zip(rotated, (q, k), strict=True))
         heads = [t[0].transpose(0, 1) for t in (q, k, v)]
         y, _ = packed_attention(*heads, seq_lens, shape.head_size**-0.5, 0)
         y = y.unsqueeze(0)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from benchmarks.peers.kernels import FusedCrossEntropy, FusedLinearCrossEntropy
 
 
-def head_loss(kind: str, head: nn.Module, hidden: Tensor, labels: Tensor, *, outputs_to_fp32: bool, rows: int) -> Tensor:
+def head_loss(
+    kind: str, head: nn.Module, hidden: Tensor, labels: Tensor, *, outputs_to_fp32: bool, rows: int
+) -> Tensor:
     """The loss of [1, T, h] hidden states.
 
     Args:
@@ -69,7 +71,8 @@ def _shifted(kind: str, logits: Tensor, labels: Tensor, rows: int) -> Tensor:
 def _litgpt(head: nn.Module, hidden: Tensor, labels: Tensor, rows: int, outputs_to_fp32: bool) -> Tensor:
     """lit-gpt ``chunked_cross_entropy``, 128 tokens of every row at a time.
 
-    Fabric makes what a 16-bit model returns fp32, but for FSDP's; the training loop's ``logits`` live until backward has ended.
+    Fabric makes what a 16-bit model returns fp32, but for FSDP's; the training loop's ``logits`` live until backward has
+    ended.
     """
     half = [head(part) for part in hidden[0].split(128 * rows)]
     logits = [part.float() for part in half] if outputs_to_fp32 else half

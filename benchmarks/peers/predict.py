@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +86,12 @@ def _what_is_recorded(setup: Setup) -> Setup:
     """Rows that differ in what a tape does not see share one."""
     keep = setup.sharding if setup.sharding.startswith(("fsdp", "zero")) else "none"
     return replace(
-        setup, world=1, sharded_by=1, sharding=keep, offload=frozenset(), accumulates=False, optimizer="", foreach=False,
-        state_bytes=0, paged=False, at_most=False, adapters_ignored=False,
+        setup, world=1, sharded_by=1, sharding=keep, offload=frozenset(), accumulates=False, optimizer="",
+        foreach=False, state_bytes=0, paged=False, at_most=False, adapters_ignored=False,
     )  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def _recorded(setup: Setup) -> Recorded:
     if setup.stack == "litgpt":
         from benchmarks.peers.litgpt import litgpt_model
@@ -102,8 +102,10 @@ def _recorded(setup: Setup) -> Recorded:
     blocks = list(model.blocks().values())
     counted = inventory(model, blocks, len(alike))
     seen: list[int] = []
-    blocks[1].register_forward_hook(lambda _m, _a, out: seen.append((out if isinstance(out, Tensor) else out[0]).nbytes))
-    # Tensor parallelism with sharded sequences and vocabulary splits what is kept as evenly as context parallelism does.
+    blocks[1].register_forward_hook(
+        lambda _m, _a, out: seen.append((out if isinstance(out, Tensor) else out[0]).nbytes)
+    )
+    # Tensor parallelism with sharded sequences and vocabulary splits what is kept as evenly as context parallelism.
     parts = setup.context_parallel * setup.tensor_parallel
     with _mask_of_one_byte(), rope_in_place(setup):
         tape = record(model, lambda: _batch(setup.seq_lens, parts), kinds=range(len(blocks)))

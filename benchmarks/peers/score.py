@@ -136,7 +136,11 @@ def _context(setup: Setup) -> int:
 def _usable(row: Row) -> int | None:
     """Bytes of the row's GPU; None where it is not known."""
     name = str(row.get("gpu", ""))
-    for spoken in (name, re.sub(r"[-_ ]?(hbm\w*|\d+w)\b", "", name, flags=re.I), re.sub(r"\(.*|\b\d+\s*x\s*", "", name)):
+    for spoken in (
+        name,
+        re.sub(r"[-_ ]?(hbm\w*|\d+w)\b", "", name, flags=re.I),
+        re.sub(r"\(.*|\b\d+\s*x\s*", "", name),
+    ):
         try:
             return find_gpu(spoken).usable_bytes
         except PlanError:
@@ -238,7 +242,7 @@ def throughput(scores: Scores) -> dict[str, Any]:
 
 
 def _like(row: Row, setup: Setup) -> tuple[str, ...]:
-    return (str(row.get("gpu")), setup.method, setup.quant, setup.stack, words(row, "kernels"))
+    return (str(row.get("gpu")), setup.method, setup.quant, setup.upcast_rest, setup.stack, words(row, "kernels"))
 
 
 __all__ = ["Compared", "Range", "Scores", "family", "score", "summary"]

@@ -199,7 +199,11 @@ def _batch(row: Row) -> dict[str, Any]:
         raise Unmapped("micro-batch or sequence length not given")
     accumulation = row.get("grad_accum")
     vary = bool(re.search(r"lengths? var(y|ies)", words(row, "packing", "notes", "seq_len")))
-    return {"seq_lens": (int(seq),) * int(micro), "at_most": vary, "accumulates": isinstance(accumulation, int) and accumulation > 1}
+    return {
+        "seq_lens": (int(seq),) * int(micro),
+        "at_most": vary,
+        "accumulates": isinstance(accumulation, int) and accumulation > 1,
+    }
 
 
 def _sharding(row: Row) -> dict[str, Any]:
@@ -284,7 +288,7 @@ def _kernels(row: Row, text: str, stack: str) -> dict[str, Any]:
     compiled = "compile" in kernels and not re.search(r"no[t]? compile|compile[=: ]*(false|off|no)", kernels)
     unsloth = stack == "unsloth" or "unsloth" in kernels
     liger = "liger" in kernels and "flce" not in kernels
-    if re.search(r"rmsnorm|rms", kernels) or unsloth or liger or compiled or compiled:
+    if re.search(r"rmsnorm|rms", kernels) or unsloth or liger or compiled:
         found["norm"] = "fused"
     if "rope" in kernels or unsloth or liger or compiled:
         found["rope"] = "fused"
@@ -333,7 +337,10 @@ def _optimizer(row: Row) -> dict[str, Any]:
         raise Unmapped("optimizer not given")
     if re.search(r"adafactor|lion|sgd|galore|muon|lomo|shampoo|apollo|badam", text):
         raise Unmapped(f"optimizer {row['optimizer']}")
-    found: dict[str, Any] = {"paged": "paged" in text, "foreach": not re.search(r"fused|paged|bnb|8-?bit|deepspeed", text)}
+    found: dict[str, Any] = {
+        "paged": "paged" in text,
+        "foreach": not re.search(r"fused|paged|bnb|8-?bit|deepspeed", text),
+    }
     if re.search(r"8-?bit", text):
         found["state_bytes"] = 2.03
     elif "fused/foreach" in text:
@@ -350,7 +357,7 @@ def _lora(row: Row, text: str, stack: str) -> dict[str, Any]:
     given = row.get("lora_targets") or []
     asked = " ".join(given) if isinstance(given, list) else str(given)
     asked = asked.lower()
-    if re.search(r"all|linear", asked):
+    if re.search(r"\ball\b|all[-_ ]linear|^linear$", asked):
         targets = ALL_LINEARS
     elif stack == "litgpt":
         targets = ("q", "v")

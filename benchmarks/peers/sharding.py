@@ -66,9 +66,9 @@ class Sharded(PeerTimeline):
     """A layer's weights are gathered while it runs, in backward the next one's too; the root's all the time.
 
     FSDP1 (torch ``fsdp/_runtime_utils.py``): gathers go straight into the unit; the gradient of a flat parameter is put
-    together from those of its weights, which are there until then; BACKWARD_PRE prefetches a unit whose forward ran with
-    gradients, which no reentrantly checkpointed one did. A hook that waits for the gradient of a frozen unit's inputs
-    is removed when backward ends: until then it holds the input of every reentrant checkpoint, and its gradient.
+    together from those of its weights, which are there until then; BACKWARD_PRE prefetches a unit whose forward ran
+    with gradients, which no reentrantly checkpointed one did. A hook that waits for the gradient of a frozen unit's
+    inputs is removed when backward ends: until then it holds the input of every reentrant checkpoint, and its gradient.
     Without synchronisation, in all micro-batches but the last, gradients stay whole. Fabric puts frozen and trained
     parameters into one flat parameter, whose gradient is as large as it is.
     FSDP2: gathers are copied out of a buffer; the reduce-scatter of one layer is alive while the next one runs.
@@ -247,4 +247,3 @@ def _seen(setup: Setup) -> str:
     if setup.stack == "titan":
         return "bf16"
     return setup.stored if setup.method == "full" else setup.adapters
-
