@@ -71,8 +71,7 @@ def _shifted(kind: str, logits: Tensor, labels: Tensor, rows: int) -> Tensor:
 def _litgpt(head: nn.Module, hidden: Tensor, labels: Tensor, rows: int, outputs_to_fp32: bool) -> Tensor:
     """lit-gpt ``chunked_cross_entropy``, 128 tokens of every row at a time.
 
-    Fabric makes what a 16-bit model returns fp32, but for FSDP's; the training loop's ``logits`` live until backward has
-    ended.
+    Fabric makes what a 16-bit model returns fp32, but for FSDP's; the loop's ``logits`` live until backward has ended.
     """
     half = [head(part) for part in hidden[0].split(128 * rows)]
     logits = [part.float() for part in half] if outputs_to_fp32 else half

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.predict import Prediction, predict
-from benchmarks.peers.setup import Counter, Row, Setup, counter, setup_of, words
+from benchmarks.peers.setup import Counter, Row, Setup, counter, setup_of
+from benchmarks.peers.speed import Timed, throughput
 from benchmarks.peers.unmapped import Unmapped
 from sft_dist.errors import PlanError
-from sft_dist.hardware.gpus import find_gpu
+from sft_dist.hardware.gpus import Gpu, find_gpu
 from sft_dist.plan.memory import (
     ALLOCATED_ERROR,
     CONTEXT_BYTES,
@@ -27,6 +28,9 @@ from sft_dist.plan.memory import (
 from sft_dist.plan.result import Range
 
 GIB = 2**30
+
+# Of the memory that a GPU is sold with, where the table of GPUs does not have it.
+USABLE_SHARE = 0.98
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Scores:
         compared: by family.
         fits: (published, called) -> rows; published ``fits`` or ``oom``.
         unmapped: reason -> rows.
-        speeds: (setup, tokens/s a GPU, FLOPs a token) of every mapped row with a throughput.
+        speeds: every mapped row with a throughput.
     """
 
     rows: Tally[tuple[str, Counter]] = field(default_factory=Tally)
@@ -68,7 +72,7 @@ class Scores:
     fits: Tally[tuple[str, str]] = field(default_factory=Tally)
     miscalled: list[str] = field(default_factory=list)
     unmapped: Tally[str] = field(default_factory=Tally)
-    speeds: list[tuple[Row, Setup, float, float]] = field(default_factory=list)
+    speeds: list[Timed] = field(default_factory=list)
     total: int = 0
     mapped: int = 0
 
@@ -102,10 +106,10 @@ def score(rows: Sequence[Row]) -> Scores:
         for kind, measured in figures:
             scores.compared[family(row), kind].append(_compare(row, setup, prediction, kind, measured))
         _call(scores, row, setup, prediction)
-        speed = row.get("tokens_per_s_per_gpu")
-        if isinstance(speed, int | float) and not setup.at_most:
-            tokens = sum(setup.seq_lens)
-            scores.speeds.append((row, setup, float(speed), prediction.recorded.tape.work().flops / tokens))
+        speed, gpu = row.get("tokens_per_s_per_gpu"), _gpu(row)
+        if isinstance(speed, int | float) and gpu is not None and not setup.at_most:
+            measured = sum(setup.seq_lens) / setup.tensor_parallel / setup.context_parallel / speed
+            scores.speeds.append(Timed(row, setup, prediction, gpu, measured))
     return scores
 
 
@@ -133,20 +137,25 @@ def _context(setup: Setup) -> int:
     return CONTEXT_BYTES + (NCCL_BYTES if setup.world > 1 else 0)
 
 
-def _usable(row: Row) -> int | None:
-    """Bytes of the row's GPU; None where it is not known."""
+def _gpu(row: Row) -> Gpu | None:
+    """The row's GPU; None where the table does not have it."""
     name = str(row.get("gpu", ""))
-    for spoken in (
-        name,
-        re.sub(r"[-_ ]?(hbm\w*|\d+w)\b", "", name, flags=re.I),
-        re.sub(r"\(.*|\b\d+\s*x\s*", "", name),
-    ):
+    plain = re.sub(r"[-_ ]?(hbm\w*|\d+w)\b", "", name, flags=re.I)
+    for spoken in (name, plain, re.sub(r"\(.*|\b\d+\s*x\s*", "", name).strip()):
         try:
-            return find_gpu(spoken).usable_bytes
+            return find_gpu(spoken)
         except PlanError:
             continue
-    size = re.search(r"(\d+)\s*gi?b", name, re.I)
-    return int(int(size[1]) * GIB * 0.98) if size else None
+    return None
+
+
+def _usable(row: Row) -> int | None:
+    """Bytes of the row's GPU, by its name if need be; None where that does not say it either."""
+    gpu = _gpu(row)
+    if gpu is not None:
+        return gpu.usable_bytes
+    size = re.search(r"(\d+)\s*gi?b", str(row.get("gpu", "")), re.I)
+    return int(int(size[1]) * GIB * USABLE_SHARE) if size else None
 
 
 def _call(scores: Scores, row: Row, setup: Setup, prediction: Prediction) -> None:
@@ -211,38 +220,11 @@ def summary(scores: Scores) -> dict[str, Any]:
         "families": family_table(scores),
         "allocated": overall,
         "fits": fits,
-        "throughput": throughput(scores),
+        "throughput": throughput(scores.speeds),
         "unmapped": dict(scores.unmapped.most_common()),
         "rows": scores.total,
         "mapped": scores.mapped,
     }
-
-
-def throughput(scores: Scores) -> dict[str, Any]:
-    """One efficiency for (GPU, method, kernels) from rows of one GPU, and what it says of rows of several.
-
-    FLOPs are those that the recorded operators do, recomputation included.
-    """
-    groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for row, setup, speed, flops in scores.speeds:
-        if setup.world == 1:
-            groups[_like(row, setup)].append(speed * flops)
-    rates = {key: float(np.median(found)) for key, found in groups.items()}
-    several = [s for s in scores.speeds if s[1].world > 1]
-    off = [
-        abs(rates[_like(row, setup)] / flops / speed - 1)
-        for row, setup, speed, flops in several
-        if _like(row, setup) in rates
-    ]
-    result: dict[str, Any] = {"rows": len(several), "mapped": len(off)}
-    if off:
-        result |= {"median_abs_error": round(float(np.median(off)), 5), "p90": round(float(np.quantile(off, 0.9)), 5),
-                   "worst": round(float(max(off)), 5)}  # fmt: skip
-    return result
-
-
-def _like(row: Row, setup: Setup) -> tuple[str, ...]:
-    return (str(row.get("gpu")), setup.method, setup.quant, setup.upcast_rest, setup.stack, words(row, "kernels"))
 
 
 __all__ = ["Compared", "Range", "Scores", "family", "score", "summary"]

@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks import plan_accuracy
 from benchmarks.peers.predict import predict
-from benchmarks.peers.score import family, score
+from benchmarks.peers.score import family, score, summary
 from benchmarks.peers.setup import counter, setup_of
 from benchmarks.peers.unmapped import Unmapped
 
@@ -157,9 +157,7 @@ def test_a_table_without_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_throughput_of_several_gpus_from_that_of_one() -> None:
     one = FMS | {"tokens_per_s_per_gpu": 3324.155}
     several = FSDP | {"micro_batch": 4, "tokens_per_s_per_gpu": 3168.613, "peak_mem_gib": 20.4517}
-    from benchmarks.peers.score import throughput
-
-    result = throughput(score([one, several]))
+    result = summary(score([one, several]))["throughput"]
     assert (result["rows"], result["mapped"]) == (1, 1)
     assert result["median_abs_error"] < 0.06
 
