@@ -138,10 +138,13 @@ def _context(setup: Setup) -> int:
 
 
 def _gpu(row: Row) -> Gpu | None:
-    """The row's GPU; None where the table does not have it."""
-    name = str(row.get("gpu", ""))
-    plain = re.sub(r"[-_ ]?(hbm\w*|\d+w)\b", "", name, flags=re.I)
-    for spoken in (name, plain, re.sub(r"\(.*|\b\d+\s*x\s*", "", name).strip()):
+    """The row's GPU, whatever the order of the words in its name; None where the table does not have it."""
+    name = re.sub(r"\(.*", "", str(row.get("gpu", ""))).strip()
+    model = re.search(r"[a-z]{1,3}\d{1,4}\w?|\d{4}", name, re.I)
+    form = re.search(r"sxm|pcie|nvl", name, re.I)
+    size = re.search(r"\d+\s*gi?b", name, re.I)
+    words = [part[0] for part in (model, form, size) if part]
+    for spoken in (name, "-".join(words), "-".join(w for w in words if not form or w != form[0]), "-".join(words[:2])):
         try:
             return find_gpu(spoken)
         except PlanError:
@@ -150,11 +153,11 @@ def _gpu(row: Row) -> Gpu | None:
 
 
 def _usable(row: Row) -> int | None:
-    """Bytes of the row's GPU, by its name if need be; None where that does not say it either."""
+    """Bytes of the row's GPU, by the size in its name where that is another; None where neither is known."""
     gpu = _gpu(row)
-    if gpu is not None:
-        return gpu.usable_bytes
     size = re.search(r"(\d+)\s*gi?b", str(row.get("gpu", "")), re.I)
+    if gpu is not None and (size is None or abs(int(size[1]) / gpu.sold_gb - 1) < 0.05):
+        return gpu.usable_bytes
     return int(int(size[1]) * GIB * USABLE_SHARE) if size else None
 
 
