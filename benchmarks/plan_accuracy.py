@@ -71,8 +71,9 @@ def text(result: dict[str, Any]) -> str:
     lines.append(f"out of memory: {fits['oom_called_oom']} called so, {fits['oom_called_fits']} called fits")
     lines += [f"  {miss}" for miss in fits["miscalled"]]
     if "median_abs_error" in speed:
-        lines.append(f"throughput on several GPUs, {speed['mapped']} of {speed['rows']} rows: median "
-                     f"{percent(speed['median_abs_error'])}, p90 {percent(speed['p90'])}")  # fmt: skip
+        lines.append(f"throughput on several GPUs, {speed['mapped']} of {speed['rows']} rows:")
+        for name, found in (("by the plan's step", speed), ("by FLOPs alone", speed["by_flops"])):
+            lines.append(f"  {name}: median {percent(found['median_abs_error'])}, p90 {percent(found['p90'])}")
     lines.append(f"mapped: {result['mapped']} of {result['rows']} rows")
     lines += [f"  {count} not: {reason}" for reason, count in result["unmapped"].items()]
     return "\n".join(lines)

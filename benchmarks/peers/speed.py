@@ -40,6 +40,11 @@ class Timed:
         kernels = words(self.row, "kernels")
         return (self.gpu.name, setup.method, setup.quant, setup.upcast_rest, setup.stack, kernels)
 
+    @property
+    def flops(self) -> int:
+        """Of a micro-batch, recomputation included."""
+        return self.prediction.recorded.tape.work().flops
+
     def seconds(self, efficiency: float) -> float:
         """Of a step of one micro-batch."""
         rates = self._rates(efficiency)
@@ -98,26 +103,35 @@ def throughput(rows: Sequence[Timed]) -> dict[str, Any]:
     """One efficiency for (GPU, method, kernels) from rows of one GPU, and what it says of rows of several.
 
     Returns:
-        Rows of several GPUs, how many have rows of one GPU to go by, and the errors of their tokens/s as shares.
+        Rows of several GPUs, how many have rows of one GPU to go by, and the errors of their tokens/s as shares: by the
+        plan's step, and under ``by_flops`` as if a step were its FLOPs at one rate.
     """
-    groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    alone = defaultdict(list)
     for timed in rows:
         if timed.setup.world == 1:
-            groups[timed.like].append(timed.efficiency())
+            alone[timed.like].append(timed)
     several = [timed for timed in rows if timed.setup.world > 1]
-    known = [timed for timed in several if timed.like in groups]
-    error = [t.measured_s / t.seconds(float(np.median(groups[t.like]))) - 1 for t in known]
-    result: dict[str, Any] = {"rows": len(several), "mapped": len(known)}
-    if known:
-        off = np.abs(error)
-        worst = known[int(off.argmax())]
-        result |= {
-            "median_abs_error": round(float(np.median(off)), 5),
-            "p90": round(float(np.quantile(off, 0.9)), 5),
-            "worst": round(float(off.max()), 5),
-            "worst_row": str(worst.row.get("id", "")),
-            "efficiencies": {" | ".join(filter(None, like)): round(float(np.median(found)), 3)
-                             for like, found in groups.items()},
-            "without_rows_of_one_gpu": len(several) - len(known),
-        }  # fmt: skip
+    known = [timed for timed in several if timed.like in alone]
+    result: dict[str, Any] = {
+        "rows": len(several), "mapped": len(known), "without_rows_of_one_gpu": len(several) - len(known)
+    }  # fmt: skip
+    if not known:
+        return result
+    efficiency = {like: float(np.median([t.efficiency() for t in group])) for like, group in alone.items()}
+    rate = {like: float(np.median([t.flops / t.measured_s for t in group])) for like, group in alone.items()}
+    by_step = [t.measured_s / t.seconds(efficiency[t.like]) - 1 for t in known]
+    by_flops = [t.measured_s / (t.flops / rate[t.like]) - 1 for t in known]
+    result |= _errors(known, by_step)
+    result["by_flops"] = _errors(known, by_flops)
+    result["efficiencies"] = {" | ".join(filter(None, like)): round(value, 3) for like, value in efficiency.items()}
     return result
+
+
+def _errors(rows: Sequence[Timed], error: Sequence[float]) -> dict[str, Any]:
+    off = np.abs(error)
+    return {
+        "median_abs_error": round(float(np.median(off)), 5),
+        "p90": round(float(np.quantile(off, 0.9)), 5),
+        "worst": round(float(off.max()), 5),
+        "worst_row": str(rows[int(off.argmax())].row.get("id", "")),
+    }
