@@ -81,7 +81,9 @@ def _throughput(speed: dict[str, Any]) -> list[str]:
         "",
         "One efficiency for each GPU, method and set of kernels, from rows of one GPU, says of "
         f"{speed['mapped']} rows of several:",
-        f"by the plan's step, median error {step}; by FLOPs alone, {flops['median_abs_error']:.2%} and {flops['p90']:.2%}.",
+        f"by the plan's step, median error {step};",
+        f"by FLOPs alone, {flops['median_abs_error']:.2%} and {flops['p90']:.2%}.",
         "The worst rows are LoRA under FSDP1 with few tokens. There every adapter is a unit of its own, and the rate",
-        "limiter lets the host run two of them ahead, so that its work is probably not hidden; the plan has no such units.",
+        "limiter lets the host run two of them ahead, so that its work is probably not hidden; the plan has no such",
+        "units.",
     ]
