@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from benchmarks.peers.kernels import FusedLora, FusedMlpLora, FusedRope, FusedSwiglu, RmsNorm
 from benchmarks.peers.linear import Dense, Linear4bit, LoraLinear
 from benchmarks.peers.losses import head_loss
-from benchmarks.peers.setup import Setup
+from benchmarks.peers.setup import ALL_LINEARS, Setup
 from benchmarks.peers.unmapped import Unmapped
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.attention import packed_attention
@@ -121,6 +122,8 @@ def hf_model(setup: Setup) -> tuple[PeerModel, tuple[int, ...]]:
     if len(blocks) != RECORDED_LAYERS:
         raise Unmapped(f"architecture {kind}: its layers are not found")
     _linears(blocks, setup)
+    if setup.method == "lora" and not any(isinstance(m, LoraLinear) for m in model.modules()):
+        raise Unmapped(f"architecture {kind}: it has none of the LoRA targets")
     _kernels(model, setup)
     if setup.upcast_rest:
         for name, parameter in model.named_parameters():
@@ -154,7 +157,8 @@ def _linears(blocks: list[nn.Module], setup: Setup) -> None:
                 )  # fmt: skip
             elif setup.lora_kernel == "fused":
                 module.__class__ = Dense
-            if setup.method == "lora" and name.rpartition(".")[2] in setup.targets:
+            named = name.rpartition(".")[2] in setup.targets or setup.targets == ALL_LINEARS
+            if setup.method == "lora" and named:
                 base = LoraLinear(base, r=setup.r, dropout=setup.dropout, dtype=DTYPES[setup.adapters])
             if base is not module:
                 parent, _, last = name.rpartition(".")
@@ -245,24 +249,17 @@ def _wrapped(forward: Any, *, reentrant: bool, **options: Any) -> Any:
 
 
 @contextmanager
-def rope_in_place(setup: Setup) -> Iterator[None]:
-    """Within it Transformers' rotary function is the fused one."""
-    if setup.rope != "fused" or setup.stack == "litgpt":
+def rope_in_place(model: nn.Module, setup: Setup) -> Iterator[None]:
+    """Within it the rotary function of the model's module is the fused one."""
+    module = sys.modules[type(model.hf).__module__] if isinstance(model, PeerModel) else None
+    before = getattr(module, "apply_rotary_pos_emb", None)
+    if setup.rope != "fused" or module is None or before is None:
         yield
         return
-    import importlib
-
-    module = importlib.import_module(
-        f"transformers.models.{setup.config['model_type']}.modeling_{setup.config['model_type']}"
-    )
-    before = getattr(module, "apply_rotary_pos_emb", None)
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return FusedRope.apply(q, cos, sin), FusedRope.apply(k, cos, sin)
 
-    if before is None:
-        yield
-        return
     module.apply_rotary_pos_emb = rotate
     try:
         yield

@@ -53,7 +53,12 @@ class Prediction:
 def predict(setup: Setup) -> Prediction:
     """The peaks of a training step of a row, on rank 0."""
     setup = _as_seen(setup)
-    recorded = _recorded(_what_is_recorded(setup))
+    try:
+        recorded = _recorded(_what_is_recorded(setup))
+    except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        # The modules of whatever architecture a row names: what stops them is the row's reason.
+        kind = setup.config["model_type"]
+        raise Unmapped(f"architecture {kind} is not recorded: {str(error).splitlines()[0][:120]}") from error
     counted = recorded.counted
     held = _resident(setup, counted)
     ledger = Ledger(now=Counter(held))
@@ -107,7 +112,7 @@ def _recorded(setup: Setup) -> Recorded:
     )
     # Tensor parallelism with sharded sequences and vocabulary splits what is kept as evenly as context parallelism.
     parts = setup.context_parallel * setup.tensor_parallel
-    with _mask_of_one_byte(), rope_in_place(setup):
+    with _mask_of_one_byte(), rope_in_place(model, setup):
         tape = record(model, lambda: _batch(setup.seq_lens, parts), kinds=range(len(blocks)))
     return Recorded(replace(tape, recorded=alike), counted, seen[0])
 

@@ -108,6 +108,11 @@ def setup_of(row: Row) -> Setup:
     Raises:
         Unmapped: with the reason.
     """
+    for key in ("model", "method"):
+        if not row.get(key):
+            raise Unmapped(f"{key} not given")
+    if not isinstance(row.get("n_gpus", 1), int):
+        raise Unmapped("number of GPUs not given")
     text = words(row, "source", "kernels", "versions", "notes", "id")
     config = model_config(str(row["model"]))
     if "num_local_experts" in config or "num_experts" in config:
