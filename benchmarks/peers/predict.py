@@ -19,8 +19,9 @@ from benchmarks.peers.sharding import timeline_of
 from benchmarks.peers.unmapped import Unmapped
 from sft_dist.data.batch import MicroBatch
 from sft_dist.plan.ledger import Ledger
+from sft_dist.plan.record import record
 from sft_dist.plan.result import Phase
-from sft_dist.plan.tape import Tape, record
+from sft_dist.plan.tape import Tape
 
 GIB = 2**30
 

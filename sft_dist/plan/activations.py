@@ -13,7 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
-from sft_dist.plan.tape import Tape, on_the_host, record
+from sft_dist.plan.record import on_the_host, record
+from sft_dist.plan.tape import Tape
 from sft_dist.run import Run
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing, checkpointed_blocks, to_host
 from sft_dist.sharding.ddp import cast_while_running

@@ -11,7 +11,10 @@ from sft_dist.plan.ledger import Ledger
 from sft_dist.plan.result import Assumption, Part, Phase, PhaseName, Range, Verdict
 from sft_dist.plan.states import state_bytes
 from sft_dist.plan.tape import Tape
-from sft_dist.plan.timeline import timeline
+from sft_dist.plan.timeline import Timeline
+from sft_dist.plan.timeline_ddp import DdpTimeline
+from sft_dist.plan.timeline_fsdp2 import Fsdp2Timeline
+from sft_dist.plan.timeline_zero import Bf16OptimizerTimeline, ZeroTimeline
 from sft_dist.plan.update import update_bytes
 from sft_dist.run import Run
 from sft_dist.sharding import registry
@@ -66,6 +69,19 @@ def memory_phases(run: Run, tape: Tape, eval_tape: Tape | None) -> tuple[Phase, 
     ledger.begin("save")
     ledger.touch("gather_buffers", _save_bytes(run), "gathering the largest parameter")
     return tuple(ledger.highest[name] for name in PHASES if name in ledger.highest)
+
+
+def timeline(run: Run, tape: Tape) -> Timeline:
+    """That of the run's strategy."""
+    match run.strategy:
+        case "ddp":
+            return DdpTimeline(run, tape)
+        case "fsdp2":
+            return Fsdp2Timeline(run, tape)
+        case "zero1" if run.precision.compute == "bf16":
+            return Bf16OptimizerTimeline(run, tape)
+        case _:
+            return ZeroTimeline(run, tape)
 
 
 def resident_parts(run: Run) -> Counter[Part]:

@@ -10,7 +10,7 @@ from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.config.schema import AdamWConfig
 from sft_dist.model.build import TORCH_DTYPES
 from sft_dist.model.spec import DTYPE_BYTES
-from sft_dist.plan.tape import recording
+from sft_dist.plan.record import recording
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import build_optimizer

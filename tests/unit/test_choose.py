@@ -22,9 +22,9 @@ from sft_dist.plan.activations import trace
 from sft_dist.plan.choose import Choice, choose
 from sft_dist.plan.fit import needed_bytes, peak_of, phases_of
 from sft_dist.plan.ledger import Ledger
+from sft_dist.plan.memory import timeline
 from sft_dist.plan.result import Part
 from sft_dist.plan.states import state_bytes
-from sft_dist.plan.timeline import timeline
 from sft_dist.plan.units import gib
 from sft_dist.plan.words import PARTS
 from sft_dist.resolve import resolve
