@@ -30,7 +30,9 @@ _stand_ins: ContextVar[Path | None] = ContextVar("sft_dist_known_models", defaul
 
 
 class ModelNotKnown(PlanError):
-    """The model is neither on this machine nor in the table."""
+    """The model is neither on this machine nor in the table: a mistake of usage."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
