@@ -83,11 +83,15 @@ class RunLogger:
         # soft_wrap: a narrow terminal wraps a line, a log file keeps it whole.
         self._bar.console.print(text, soft_wrap=True)
 
-    def training_step(self, metrics: Metrics) -> None:
-        """One line of training metrics; see docs/architecture.md for the keys."""
+    def training_step(self, metrics: Metrics, *, bill: str = "") -> None:
+        """One line of training metrics; see docs/architecture.md for the keys.
+
+        Args:
+            bill: shown beside them; empty where no price is known.
+        """
         self._write(metrics)
         assert self._task is not None
-        status = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s"
+        status = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s" + (f"  {bill}" if bill else "")
         self._bar.update(self._task, completed=metrics["step"], status=status)
         interval = max(1, self._num_steps // LINES_WITHOUT_TERMINAL)
         step = int(metrics["step"])

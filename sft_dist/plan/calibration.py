@@ -69,8 +69,6 @@ def lookup(gpu: str, key: str, *, folder: Path | None = None) -> Calibration | N
 def record(calibration: Calibration, *, folder: Path | None = None) -> bool:
     """Keeps a measurement in the place of the last one of its kind; whether it was worth keeping.
 
-    The file is replaced in one step: who reads it meanwhile sees the old one or the new one.
-
     Raises:
         OSError: the folder cannot be written.
     """
@@ -80,15 +78,24 @@ def record(calibration: Calibration, *, folder: Path | None = None) -> bool:
     entries = _read(path) | {calibration.key: calibration}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "entries": [asdict(entries[key]) for key in sorted(entries)]}, indent=1)
+    replace_file(path, text + "\n")
+    return True
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file in one step: who reads it meanwhile sees the old one or the new one, whole.
+
+    Raises:
+        OSError: its folder cannot be written.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with open(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return True
 
 
 def _path(gpu: str, folder: Path | None) -> Path:

@@ -63,7 +63,7 @@ def plan_cost(
         UnknownHardware: ``hardware.provider`` has no prices, or none of this GPU.
         ConfigError: the file ``hardware.prices`` is wrong, or ``hardware.owned`` has no price of a kWh.
     """
-    rate, rate_as_of = _exchange_rate(hardware)
+    rate, rate_as_of = exchange_rate(hardware)
     gpu_hours = total_s.scaled(num_gpus / SECONDS_PER_HOUR)
     energy_kwh = gpu_hours.value * gpu.tdp_w * POWER_OVER_TDP.value / 1000
     rentals = _rentals(gpu, hardware=hardware, num_gpus=num_gpus, nodes=nodes, gpus_per_node=gpus_per_node)
@@ -100,7 +100,7 @@ def cost_assumptions(gpu: Gpu, hardware: HardwareConfig) -> tuple[Assumption, ..
     return power, Assumption(whole, "hardware/prices.yaml")
 
 
-def _exchange_rate(hardware: HardwareConfig) -> tuple[float, str]:
+def exchange_rate(hardware: HardwareConfig) -> tuple[float, str]:
     """(JPY per USD, what it rests on)."""
     if hardware.fx is not None:
         return hardware.fx, "hardware.fx"

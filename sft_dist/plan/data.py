@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sft_dist.config.schema import Config
 from sft_dist.data.mixing import Side
 from sft_dist.data.prepare import Cache, cache_path, find_set, sources_of
-from sft_dist.data.prepared import open_prepared, open_stores
+from sft_dist.data.prepared import PreparedData, open_prepared, open_stores
 from sft_dist.data.sources import files_here
 from sft_dist.errors import CheckpointError, PlanError
 from sft_dist.model.hub import ModelNotHere
@@ -91,21 +92,33 @@ def _prepared(run: Run, cache: Cache) -> DataPlan | None:
     if len(there) < len(folders):
         return None
     train = open_prepared(there[0])
-    eval_tokens = int(open_prepared(there[1]).lengths.sum()) if len(there) > 1 else 0
+    held_out = open_prepared(there[1]) if len(there) > 1 else None
+    return counted_plan(run, train, held_out, cache_bytes=folder_bytes(there), source=f"counted in {there[0]}")
+
+
+def counted_plan(
+    run: Run, train: PreparedData, held_out: PreparedData | None, *, cache_bytes: int = 0, source: str
+) -> DataPlan:
+    """What is trained on, counted: steps and tokens are exactly those of the trainer.
+
+    Args:
+        held_out: what is evaluated on, or None.
+        cache_bytes: of both on disk.
+    """
     epoch = Epoch.of(train.lengths, int(train.num_supervised.sum()), train.packs)
     return data_plan(
         run,
         epoch,
         basis="prepared",
         tokens=Range(epoch.tokens, epoch.tokens, epoch.tokens),
-        eval_tokens=eval_tokens,
-        cache_bytes=_folder_bytes(there),
-        source=f"counted in {there[0]}",
+        eval_tokens=0 if held_out is None else int(held_out.lengths.sum()),
+        cache_bytes=cache_bytes,
+        source=source,
         tokens_of_run=tokens_of_run(run, train),
     )
 
 
-def _folder_bytes(sets: list[Path]) -> int:
+def folder_bytes(sets: Sequence[Path]) -> int:
     """Of prepared sets and the token stores that they share."""
     stores = {store.folder.resolve() for folder in sets for store in open_stores(folder)}
     folders = [*(folder.resolve() for folder in sets), *stores]

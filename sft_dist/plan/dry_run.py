@@ -11,7 +11,7 @@ from sft_dist.model.hub import config_source
 from sft_dist.model.known import known_models_allowed
 from sft_dist.plan.assumed import AssumedData, assumed_plan
 from sft_dist.plan.cache import cached_describe, cached_trace
-from sft_dist.plan.calibration import calibration_key, lookup
+from sft_dist.plan.calibration import Calibration, calibration_key, lookup
 from sft_dist.plan.choose import choose
 from sft_dist.plan.cost import cost_assumptions, plan_cost
 from sft_dist.plan.data import plan_data
@@ -19,6 +19,7 @@ from sft_dist.plan.disk import disk_bytes
 from sft_dist.plan.fit import evaluates
 from sft_dist.plan.host import PROCESS_BYTES, host_parts
 from sft_dist.plan.machines import Machines
+from sft_dist.plan.measured_rates import as_measured, lookup_rates
 from sft_dist.plan.memory import (
     allocated_range,
     assumptions_of_memory,
@@ -27,7 +28,7 @@ from sft_dist.plan.memory import (
     resident_parts,
     verdict,
 )
-from sft_dist.plan.result import Assumption, DataPlan, MemoryPlan, Plan
+from sft_dist.plan.result import Assumption, DataPlan, MemoryPlan, Plan, TimePlan
 from sft_dist.plan.time import plan_time, time_assumptions
 from sft_dist.plan.units import count, gib
 from sft_dist.resolve import resolve
@@ -84,19 +85,8 @@ def plan_run(
             f"data.train is not here: planned for {STAND_IN.rows:,} examples of {STAND_IN.tokens_per_row:g} tokens; "
             "say --examples N --tokens-per-example T"
         )
-    tape = cached_trace(run)
-    eval_tape = cached_trace(run, backward=False) if evaluates(run) else None
     memory = memory_plan(config, run, machines.gpu, data)
-    time = plan_time(
-        run,
-        tape,
-        data=data,
-        gpu=machines.gpu,
-        network=machines.network,
-        eval_tape=eval_tape,
-        calibration=lookup(machines.gpu.name, calibration_key(run)),
-        model_tape=cached_trace(replace(run, activation_checkpointing=ActivationCheckpointingConfig(mode="none"))),
-    )
+    time = time_plan(run, machines, data, calibration=lookup(machines.gpu.name, calibration_key(run)))
     cost = plan_cost(
         machines.gpu,
         hardware=config.hardware,
@@ -125,6 +115,27 @@ def plan_run(
         ),
         proposals=(),
         warnings=tuple(warnings),
+    )
+
+
+def time_plan(run: Run, machines: Machines, data: DataPlan, *, calibration: Calibration | None) -> TimePlan:
+    """How long a resolved run takes.
+
+    Args:
+        calibration: what a run like it measured on this machine; None: as published, with the rates that
+            ``sft-dist calibrate`` measured where it did. A measured step says more than measured products.
+    """
+    gpu = machines.gpu
+    rates = None if calibration is not None else lookup_rates(gpu.name)
+    return plan_time(
+        run,
+        cached_trace(run),
+        data=data,
+        gpu=gpu if rates is None else as_measured(gpu, rates, gpus_per_node=machines.gpus_per_node),
+        network=machines.network,
+        eval_tape=cached_trace(run, backward=False) if evaluates(run) else None,
+        calibration=calibration,
+        model_tape=cached_trace(replace(run, activation_checkpointing=ActivationCheckpointingConfig(mode="none"))),
     )
 
 

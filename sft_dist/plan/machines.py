@@ -68,6 +68,26 @@ def machines_of(hardware: HardwareConfig, *, launched: WorldShape | None = None)
     )
 
 
+def machines_here(hardware: HardwareConfig, shape: WorldShape, device_name: str) -> Machines:
+    """What a run that was launched has, whatever the configuration plans for.
+
+    Args:
+        device_name: of its GPU, as the driver says it. Where that is not in the table, or may be one of several,
+            ``hardware.gpu`` says which it is.
+
+    Raises:
+        UnknownHardware: the GPU is not known, or the network.
+    """
+    try:
+        name = find_gpu(device_name).name
+    except UnknownHardware:
+        if hardware.gpu is None:
+            raise
+        name = hardware.gpu
+    here = {"gpu": name, "nodes": shape.num_nodes, "gpus_per_node": shape.ranks_per_node}
+    return machines_of(hardware.model_copy(update=here))
+
+
 def usual_network(gpu: Gpu) -> Network:
     """What joins machines with this GPU where nobody says it."""
     kinds = (network for kind, network in USUAL_NETWORKS.items() if gpu.name.startswith(kind))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sft_dist.hardware.gpus import ComputeDtype, Gpu
+from sft_dist.hardware.gpus import ComputeDtype, Gpu, Link
 from sft_dist.hardware.networks import Network
 from sft_dist.plan.tape import Work
 from sft_dist.sharding.collectives import Collective, Group, ring_factor
@@ -118,6 +118,11 @@ class Rates:
         return size_bytes / self.memory_bytes_per_s / self.efficiency
 
 
+def link_share(link: Link) -> float:
+    """Of a link's rate, what collectives reach."""
+    return NVLINK_SHARE if link.kind != "pcie" else PCIE_SHARE * (1.0 if link.peer_to_peer else NO_PEER_SHARE)
+
+
 def gpu_rates(
     gpu: Gpu, *, dtype: ComputeDtype, gpus_per_node: int, network: Network | None = None, efficiency: float = 1.0
 ) -> Rates:
@@ -128,8 +133,7 @@ def gpu_rates(
         network: between nodes; None where there is one node.
     """
     best = gpu.achievable_flops[dtype]
-    link = gpu.link_among(gpus_per_node)
-    share = NVLINK_SHARE if link.kind != "pcie" else PCIE_SHARE * (1.0 if link.peer_to_peer else NO_PEER_SHARE)
+    share = link_share(gpu.link_among(gpus_per_node))
     return Rates(
         product_flops_per_s=best,
         attention_flops_per_s=best * ATTENTION_SHARE,

@@ -28,6 +28,18 @@ def least_memory_bytes(world: World, device: torch.device, store: dist.Store) ->
     return min(int(store.get(f"memory of {rank}")) for rank in range(world.size))
 
 
+def most_allocated_bytes(device: torch.device) -> int | None:
+    """Most bytes that torch's allocator of any rank has handed out; None on a CPU, which does not count them.
+
+    Every rank calls it.
+    """
+    if device.type != "cuda":
+        return None
+    most = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
 def release_freed_memory() -> None:
     """Hands freed host memory back to the system.
 

@@ -22,6 +22,7 @@ from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
+from sft_dist.train.account import Account, TrainedStep
 from sft_dist.train.step import StepOutcome, evaluate, train_step
 
 # Of the peak learning rate.
@@ -37,6 +38,7 @@ class _Finished:
     outcome: StepOutcome
     lr: float
     elapsed_s: float
+    is_steady: bool
 
 
 class Training:
@@ -45,7 +47,7 @@ class Training:
     Args:
         spec: what this rank holds between steps.
         eval_data: held-out rows, or None.
-        logger: on rank 0; None elsewhere.
+        logger, account: on rank 0; None elsewhere.
         completed: steps that are behind ``strategy``'s state; more than 0 when the run is resumed.
     """
 
@@ -59,13 +61,15 @@ class Training:
         order: TrainingOrder,
         eval_data: PreparedData | None,
         logger: RunLogger | None,
+        account: Account | None,
         checkpointer: Checkpointer,
         *,
         num_steps: int,
         completed: int,
     ) -> None:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
-        self.order, self.eval_data, self.logger, self.checkpointer = order, eval_data, logger, checkpointer
+        self.order, self.eval_data, self.checkpointer = order, eval_data, checkpointer
+        self.logger, self.account = logger, account
         self.num_steps, self.completed = num_steps, completed
         self._unread: _Finished | None = None
 
@@ -76,6 +80,8 @@ class Training:
             TrainingDiverged: a loss or a gradient norm is not finite.
             ShardingMismatch: the first step moved nothing, or left something gathered.
         """
+        if self.account is not None:
+            self.account.begin_training()
         if self.run.eval.before_training and self.completed == 0:
             self._evaluate()
         if self.completed < self.num_steps:
@@ -83,6 +89,8 @@ class Training:
         while self.completed < self.num_steps:
             self._step()
         self._read()
+        if self.account is not None:
+            self.account.end_training()
 
     def _first_step(self) -> None:
         """A step with its checks: parameters must move, and what a step gathers must be gone when it ends."""
@@ -120,12 +128,15 @@ class Training:
     def _save(self) -> None:
         # A step that diverged must not become a checkpoint.
         self._read()
+        started = time.perf_counter()
         is_end = self.completed == self.num_steps
         saved = self.checkpointer.save(
             self.strategy,
             completed_steps=self.completed,
             next_sequences=() if is_end else tuple(self.order.step(self.completed).sequences.tolist()),
         )
+        if self.account is not None:
+            self.account.saved(time.perf_counter() - started)
         if self.logger is not None:
             self.logger.say(f"saved and read back {saved}")
 
@@ -139,8 +150,9 @@ class Training:
         )
         # Reading the numbers of this step would wait for it; those of the one before have arrived by now. Waiting for
         # them is part of the time of this step: the host runs one step ahead, so the average over steps is right.
+        is_steady = self._unread is not None or self.device.type == "cpu"
         self._read()
-        self._unread = _Finished(number, step, outcome, lr, time.perf_counter() - started)
+        self._unread = _Finished(number, step, outcome, lr, time.perf_counter() - started, is_steady)
 
     def _read(self) -> None:
         """Reads and reports the step whose numbers were left on the device."""
@@ -148,8 +160,19 @@ class Training:
             return
         done, self._unread = self._unread, None
         loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
-        if self.logger is not None:
-            self.logger.training_step(self._metrics(done, loss, grad_norm))
+        if self.logger is not None and self.account is not None:
+            metrics = self._metrics(done, loss, grad_norm)
+            of_account, bill = self.account.trained(
+                TrainedStep(
+                    number=done.number + 1,
+                    sequences=done.step.sequences.tolist(),
+                    tokens=done.step.num_tokens,
+                    elapsed_s=done.elapsed_s,
+                    data_wait_s=done.outcome.data_wait_s,
+                    is_steady=done.is_steady,
+                )
+            )
+            self.logger.training_step(metrics | of_account, bill=bill)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingDiverged(
                 f"step {done.number + 1}: loss {loss}, gradient norm {grad_norm}",
@@ -178,7 +201,10 @@ class Training:
         if self.eval_data is None:
             return
         self._read()
+        started = time.perf_counter()
         result = evaluate(self.strategy, self.eval_data, self.run.batch, rank=self.world.rank, device=self.device)
+        if self.account is not None:
+            self.account.evaluated(time.perf_counter() - started)
         if self.logger is not None:
             by_source = {f"eval_loss/{name}": loss for name, loss in result.by_source.items()}
             self.logger.evaluation(

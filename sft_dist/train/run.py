@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from sft_dist.checkpoint.artefact import prove_artefact, take_probes
 from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.fresh_process import digest
 from sft_dist.checkpoint.identity import identity_of
+from sft_dist.checkpoint.manifest import Identity
 from sft_dist.checkpoint.store import sweep
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.load import dump_config
@@ -43,7 +44,7 @@ from sft_dist.plan.choose import choose
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.accelerate_environment import read_accelerate_environment
-from sft_dist.runtime.memory import least_memory_bytes
+from sft_dist.runtime.memory import least_memory_bytes, most_allocated_bytes
 from sft_dist.runtime.process_group import device_of, join, process_group, run_on_main_first
 from sft_dist.runtime.world import World
 from sft_dist.sharding import registry
@@ -51,9 +52,12 @@ from sft_dist.sharding.optim import unsupported_on
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.audit import audit_prepared
+from sft_dist.train.books import Books
 from sft_dist.train.data import showing, told_of_rows
 from sft_dist.train.loop import Training
+from sft_dist.train.outlook import look_ahead
 from sft_dist.train.preflight import NEVER, check_run_directory
+from sft_dist.train.receipt import made_with
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
 from sft_dist.train.summary import long_rows_notice, summary, untrained_notice
 
@@ -88,11 +92,16 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """This process: its place among its peers, its accelerator, and the store that all of them share."""
+    """This process: its place among its peers, its accelerator, and the store that all of them share.
+
+    Args:
+        started: on ``time.perf_counter``; its machine is paid for from then on.
+    """
 
     world: World
     device: torch.device
     store: dist.Store
+    started: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
         if world.is_main:
             print(f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there")
         return
+    books = _books(run, config, process, inputs, identity, num_steps, completed) if world.is_main else None
     with _loading(world) as on_bytes:
         strategy = registry.apply(run, process.device, on_bytes=on_bytes)
     spec = registry.describe(run, world.rank)
@@ -172,7 +182,7 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
     if start is not None:
         checkpointer.load(start, strategy)
     with _logger(run, world, config, num_steps, completed) as logger:
-        if logger is not None:
+        if logger is not None and books is not None:
             logger.say(summary(run, spec, inputs.train_data, inputs.eval_data, num_steps=num_steps))
             if start is not None:
                 logger.say(f"resumed   {start}: {completed:,} steps are behind it")
@@ -180,14 +190,34 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
                     logger.say(f"{final} is of the shorter run, until this one ends")
                 for line in changed_settings(start, config):
                     logger.say(f"[yellow]changed   {escape(line)}")
+            books.begin(logger)
         Training(
-            run, world, process.device, strategy, spec, order, inputs.eval_data, logger, checkpointer,
-            num_steps=num_steps, completed=completed,
+            run, world, process.device, strategy, spec, order, inputs.eval_data, logger,
+            None if books is None else books.account, checkpointer, num_steps=num_steps, completed=completed,
         ).train()  # fmt: skip
+        peak_bytes = most_allocated_bytes(process.device)
         _write_artefact(final, run, process, inputs, strategy)
-        if logger is not None:
+        if logger is not None and books is not None:
             logger.say(f"saved {final}{_proven(run)}")
+            books.close(logger, peak_allocated_bytes=peak_bytes)
     strategy.close()
+
+
+def _books(
+    run: Run, config: Config, process: Process, inputs: Inputs, identity: Identity, num_steps: int, completed: int
+) -> Books:
+    """What this session is planned to take, and its account, before anything is loaded."""
+    outlook = look_ahead(config, run, process.device, inputs.train_data, inputs.eval_data)
+    template = str(inputs.renderer.tokenizer.chat_template)
+    return Books.open(
+        run,
+        inputs.train_data,
+        outlook,
+        made_with(run, identity, process.device, template),
+        num_steps=num_steps,
+        completed=completed,
+        started=process.started,
+    )
 
 
 @contextmanager
