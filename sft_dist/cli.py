@@ -103,12 +103,24 @@ def train(
             help="auto: go on from the newest checkpoint in output_dir, or begin; PATH: go on from that checkpoint.",
         ),
     ] = "never",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing: say whether it fits, how long it takes and what it costs, as the command plan does; "
+            "hardware.gpu=NAME, hardware.gpus_per_node=N and the like say on what. Ends with 3 where it does not fit.",
+        ),
+    ] = False,
 ) -> None:
     """Train. Under a launcher (torchrun, accelerate, deepspeed) each process runs this; without one, this process does.
 
-    Paths in the configuration count from the current directory.
+    Paths in the configuration count from the current directory. See `plan` and --dry-run for what a run will take;
+    receipt.json in output_dir says in the end what it took.
     """
     checked = _load(config, overrides)
+    if dry_run:
+        _plan(checked)
+        return
     from sft_dist.train.preflight import preflight
 
     preflight(checked, resume=resume)
@@ -148,6 +160,16 @@ def plan(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="With the parts of all phases and all assumptions.")
     ] = False,
+    probe: Annotated[
+        int | None,
+        typer.Option(
+            "--probe",
+            min=3,
+            metavar="N",
+            help="Then train N steps on what is here, under a launcher or in this process, and compare; on a GPU the "
+            "next plan starts from what 5 steps or more measured. Needs the weights; keeps nothing of the model.",
+        ),
+    ] = None,
 ) -> None:
     """The dry run: does it fit, how long does it take, what does it cost. Needs no GPU, no weights and no network.
 
@@ -156,18 +178,65 @@ def plan(
     machines = {"gpu": gpu, "gpus_per_node": gpus, "nodes": nodes, "fx": fx}
     stated = [f"hardware.{key}={value}" for key, value in machines.items() if value is not None]
     checked = _load(config, [*(overrides or []), *stated])
+    if probe is None:
+        _plan(
+            checked,
+            examples=examples,
+            tokens_per_example=tokens_per_example,
+            html=html,
+            as_json=as_json,
+            verbose=verbose,
+        )
+        return
+    _put_own_tools_on_path()
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    from sft_dist.plan.command import Views, stated_data
+    from sft_dist.train.probe import probe as run_probe
+
+    views = Views(html=html, as_json=as_json, verbose=verbose)
+    run_probe(checked, steps=probe, stated=stated_data(examples, tokens_per_example), views=views)
+
+
+def _plan(
+    config: Config,
+    *,
+    examples: str | None = None,
+    tokens_per_example: str | None = None,
+    html: Path | None = None,
+    as_json: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Makes and shows a plan; ends with 3 where the run does not fit."""
     from sft_dist.runtime.quiet import quiet_libraries
 
     quiet_libraries()
     from sft_dist.plan.command import Views, make_plan, stated_data
 
-    made = make_plan(
-        checked,
-        stated=stated_data(examples, tokens_per_example),
-        views=Views(html=html, as_json=as_json, verbose=verbose),
-    )
+    views = Views(html=html, as_json=as_json, verbose=verbose)
+    made = make_plan(config, stated=stated_data(examples, tokens_per_example), views=views)
     if made.memory.verdict == "does not fit":
         raise typer.Exit(PlanError.exit_code)
+
+
+@app.command()
+def calibrate(
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help="What this GPU is in the table; else as its driver calls it."),
+    ] = None,
+) -> None:
+    """Measure this machine's GPU, so that plans count with it: matrix products, memory and, under a launcher, links.
+
+    Takes under a minute and shows what was measured beside the table's figures.
+    """
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    from sft_dist.plan.calibrate import calibrate as measure_gpu
+
+    measure_gpu(gpu)
 
 
 def _put_own_tools_on_path() -> None:

@@ -36,8 +36,8 @@ def hourly_price(hardware: HardwareConfig, machines: Machines | None, *, num_pro
     """The price that the plan counts with; None where none is known.
 
     Args:
-        machines: None: a CPU, or a GPU that is not in the table. It has a price only if the user says what it costs, which
-            then is of each process.
+        machines: None: a CPU, or a GPU that is not in the table. It has a price only if the user says what it costs: of
+            each process.
 
     Raises:
         ConfigError, UnknownHardware: as ``plan_cost``.

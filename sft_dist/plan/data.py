@@ -51,7 +51,7 @@ def plan_data(
         return assumed_plan(run, assumed)
     if max_sample_rows < 1:
         raise ValueError(f"a sample has at least one row, got {max_sample_rows}")
-    files = {side: _files(run, side) for side in ("train", "eval")}
+    files = {side: source_files(run, side) for side in ("train", "eval")}
     try:
         load = renderer_of(config.model, run.data)
         renderer = load()
@@ -72,7 +72,7 @@ def plan_data(
     return sampled_plan(run, renderer, files, max_sample_rows=max_sample_rows, seed=seed)  # type: ignore[arg-type]
 
 
-def _files(run: Run, side: Side) -> list[list[str]] | None:
+def source_files(run: Run, side: Side) -> list[list[str]] | None:
     """Those of each source of a set; None where one is missing, or there is no source."""
     found: list[list[str]] = []
     for source in sources_of(run.data, side):

@@ -1,4 +1,4 @@
-"""What ``sft-dist calibrate`` measured of a GPU, kept on this machine: plans take it in the place of the table's figures.
+"""What ``sft-dist calibrate`` measured of a GPU, kept on this machine: plans take it in place of the table's figures.
 
 One JSON file for each GPU, beside those of ``plan/calibration.py``. A file that is damaged or of another format counts
 as absent: all of it can be measured again.

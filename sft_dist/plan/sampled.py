@@ -16,7 +16,7 @@ from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.chunk import tokenise_chunk
 from sft_dist.data.mixing import Side, weights_of
 from sft_dist.data.prepare import row_settings, source_names, sources_of
-from sft_dist.data.prepared import ChosenRows, PreparedData
+from sft_dist.data.prepared import ChosenRows, PreparedData, Tokens
 from sft_dist.data.rejected import none_left
 from sft_dist.data.sampling import Sample, draw_rows
 from sft_dist.data.selection import Counts, NamedStore, Selection, choose_rows, fit, mix, pack, refuse_long_rows
@@ -106,6 +106,25 @@ def sampled_plan(
         tokens_of_run=trained,
         source=_told(train) + ("; data.eval is not here" if data.eval and files["eval"] is None else ""),
     )
+
+
+def sampled_set(
+    run: Run, renderer: ChatRenderer, files: list[list[str]], *, max_sample_rows: int, seed: int
+) -> tuple[PreparedData, str]:
+    """Rows of the training set in packs, as training would have them, in memory; and how many they are, for people.
+
+    Args:
+        files: of each source.
+
+    Raises:
+        DataError: as ``sampled_plan``.
+    """
+    train = _sampled(run.data, renderer, files, "train", run.seed, max_sample_rows, seed)
+    chosen, _ = _chosen(train, run.data, "train", run.seed, seed)
+    named = [source.named for source in train]
+    stores = tuple(Tokens(each.store.input_ids, each.store.supervised) for each in named)
+    names = tuple(each.name for each in named)
+    return PreparedData(stores, chosen.rows, chosen.packs, "", {}, names), _told(train)
 
 
 def _sampled(

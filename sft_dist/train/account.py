@@ -164,7 +164,8 @@ class Account:
 
     def waste(self) -> Waste:
         """Of the session, which has ended its training."""
-        assert self._begun is not None and self._ended is not None, "training has begun and ended"
+        assert self._begun is not None
+        assert self._ended is not None
         training_s = self._ended - self._begun - sum(self._beside.values())
         taken, run = self._occupancy, self.run
         is_packed = run.data.packing == "best_fit" and taken.sequences > 0
