@@ -22,7 +22,7 @@ USAGE = "train CONFIG [--resume auto|PATH|never] [KEY.PATH=VALUE ...]"
 WHAT_FOLLOWS = (
     "What stands after the command belongs to it: a configuration file, --resume and key.path=value overrides."
 )
-RESUME = "--resume"
+RESUME, DRY_RUN, PROBE = "--resume", "--dry-run", "--probe"
 
 
 def split_debug(arguments: Sequence[str] | None) -> tuple[list[str], bool]:
@@ -49,20 +49,49 @@ def start(
     """
     arguments = [*command, "--debug"] if debug else list(command)
     try:
+        if measures_with_all(command):
+            return _launched(arguments, prepare, launch)
         resume, rest = split_resume(command)
+        if rest[0] == "train" and DRY_RUN in rest:
+            rest.remove(DRY_RUN)
+            return subprocess.run([sys.executable, "-m", MODULE, *arguments, *_machines(rest, prepare)]).returncode
         if rest[0] != "train" or len(rest) == 1 or any(word.startswith("-") for word in rest):
             # Help or a usage error: one process says it once.
             return subprocess.run([sys.executable, "-m", MODULE, *arguments]).returncode
         config = load_config(rest[1], rest[2:])
         validate(config, source=rest[1])
         preflight(config, resume=resume)
-        num_processes = prepare()
-        _share_cores(num_processes)
-        print(f"starting {num_processes} process{'es' if num_processes > 1 else ''} on this machine", flush=True)
-        return launch(arguments)
+        return _launched(arguments, prepare, launch)
     except SftError as error:
         report(error, debug=debug)
         return error.exit_code
+
+
+def measures_with_all(command: Sequence[str]) -> bool:
+    """Whether a command other than ``train`` runs in all processes: ``plan --probe N`` and ``calibrate``."""
+    if "--help" in command:
+        return False
+    probes = any(word.partition("=")[0] == PROBE for word in command)
+    return command[0] == "calibrate" or (command[0] == "plan" and probes)
+
+
+def _launched(arguments: list[str], prepare: Callable[[], int], launch: Callable[[list[str]], int]) -> int:
+    num_processes = prepare()
+    _share_cores(num_processes)
+    print(f"starting {num_processes} process{'es' if num_processes > 1 else ''} on this machine", flush=True)
+    return launch(arguments)
+
+
+def _machines(rest: Sequence[str], prepare: Callable[[], int]) -> list[str]:
+    """What a dry run is to be told of the processes that would be started: nothing where the configuration says it.
+
+    Args:
+        rest: ``train``, the configuration and overrides; with options a usage error, which the command itself tells.
+    """
+    if len(rest) == 1 or any(word.startswith("-") for word in rest):
+        return []
+    hardware = load_config(rest[1], rest[2:]).hardware
+    return [] if hardware.gpus_per_node is not None else [f"hardware.gpus_per_node={prepare()}"]
 
 
 def split_resume(command: Sequence[str]) -> tuple[str, list[str]]:

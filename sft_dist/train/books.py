@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from sft_dist.data.prepared import PreparedData
 from sft_dist.metrics.logger import RunLogger
+from sft_dist.plan.expected import Expected
 from sft_dist.plan.money import format_usd
 from sft_dist.plan.units import duration, gib, step_seconds
 from sft_dist.run import Run
@@ -77,8 +78,7 @@ class Books:
         actual = measured(self.folder, account, sessions, peak_allocated_bytes=peak_allocated_bytes)
         self._write(logger, sessions, actual=measures(outlook.expected, actual, waste))
         logger.say(waste_lines(waste, outlook.price))
-        if outlook.expected is not None:
-            logger.say(f"planned   {_compared(outlook, actual)}")
+        logger.say(f"receipt   {'; '.join([str(self.folder / RECEIPT), *_compared(outlook.expected, actual)])}")
         if outlook.price is not None and actual.cost_usd is not None:
             logger.say(
                 f"bill      {outlook.price.both(actual.cost_usd)} for {duration(actual.total_s)} at "
@@ -110,16 +110,15 @@ def _told(outlook: Outlook) -> str:
     return "; ".join(parts)
 
 
-def _compared(outlook: Outlook, actual: Actual) -> str:
+def _compared(expected: Expected | None, actual: Actual) -> list[str]:
     """Plan and measurement where both have a figure."""
-    expected = outlook.expected
-    assert expected is not None
+    if expected is None:
+        return []
     found = ratios(expected, actual)
     texts = {"peak_allocated_bytes": gib, "step_s": step_seconds, "total_s": duration}
     words = {"peak_allocated_bytes": "peak", "step_s": "a step", "total_s": "in all"}
-    parts = [
+    return [
         f"{words[key]} {text(getattr(actual, key))}, planned {text(getattr(expected, key))} ({found[key]:.2f} times)"
         for key, text in texts.items()
         if found[key] is not None
     ]
-    return "; ".join([*parts, f"all figures: {RECEIPT}"])

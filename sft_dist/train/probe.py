@@ -208,10 +208,9 @@ def tell(run: Run, expected: Expected, found: Probe, machines: Machines | None, 
     """Prints the comparison, and keeps it where the GPU is known."""
     figures = found.figures
     where = f"{run.world.size} x {'CPU process' if machines is None else machines.gpu.name}"
-    table = Table(
-        title=f"probe: {figures.steps} steps on {where} under {run.strategy}, after {WARM_UP_STEPS} that warm up",
-        caption=f"data: {escape(found.data)}", title_justify="left", caption_justify="left", box=None,
-    )  # fmt: skip
+    told = f"probe: {figures.steps} steps on {where} under {run.strategy}, after {WARM_UP_STEPS} that warm up; data: "
+    console.print(told + escape(found.data), soft_wrap=True)
+    table = Table(box=None)
     for heading in ("", "planned", "measured", "measured/planned"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = (

@@ -110,6 +110,8 @@ def waste_lines(waste: Waste, price: HourlyPrice | None) -> str:
 
     lines = [f"waste     of {duration(waste.session_s)}{paid(waste.session_s)}:"]
     for what, seconds in waste.shares():
+        if not seconds:
+            continue
         share = seconds / waste.session_s
         lines.append(f"  {what:<30}{percent(share):>6}  {duration(seconds):>8}{paid(seconds)}")
     if waste.fill is not None:
