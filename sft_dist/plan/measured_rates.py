@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from sft_dist.hardware.gpus import ComputeDtype, Gpu, normal_name
 from sft_dist.plan.calibration import calibration_folder, replace_file
@@ -77,10 +77,10 @@ def lookup_rates(gpu: str, *, folder: Path | None = None) -> MeasuredRates | Non
     """
     try:
         content = json.loads(_path(gpu, folder).read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             return None
-        rates = _RATES.validate_json(json.dumps(content))
-    except (OSError, ValueError, ValidationError, AttributeError, KeyError):
+        rates = _RATES.validate_python(content)
+    except (OSError, ValueError):  # pydantic's own error is a ValueError
         return None
     return rates if _is_sound(rates) else None
 

@@ -109,36 +109,31 @@ class Account:
         self._occupancy += occupancy(of_step, self.run.batch, self.run.strategy)
         if step.is_steady and self._num_steps > WARM_UP_STEPS and len(step.sequences) == self._full_size:
             self._steady.append((step.elapsed_s, step.tokens))
-        return self._metrics(step), self._bill(step.number)
-
-    def _metrics(self, step: TrainedStep) -> Metrics:
-        metrics: Metrics = {"elapsed_s": sum(session.elapsed_s for session in self.sessions())}
-        spent = self.spent_usd
+        sessions = self.sessions()
+        spent = total_usd(sessions) if self.outlook.price is not None else None
+        metrics: Metrics = {"elapsed_s": sum(session.elapsed_s for session in sessions)}
         if spent is not None:
             metrics["cost_usd"] = spent
-        expected = self.outlook.expected
-        if expected is not None and expected.flops_per_token is not None and expected.peak_flops_per_s is not None:
-            per_device = step.tokens / step.elapsed_s / self.run.world.size
-            metrics["mfu"] = expected.flops_per_token * per_device / expected.peak_flops_per_s
-        return metrics
+        return metrics | self._mfu(step), "" if spent is None else self._bill(step.number, spent)
 
-    def _bill(self, step: int) -> str:
-        spent, price = self.spent_usd, self.outlook.price
-        if spent is None or price is None:
-            return ""
+    def _mfu(self, step: TrainedStep) -> Metrics:
+        expected = self.outlook.expected
+        if expected is None or expected.flops_per_token is None or expected.peak_flops_per_s is None:
+            return {}
+        per_device = step.tokens / step.elapsed_s / self.run.world.size
+        return {"mfu": expected.flops_per_token * per_device / expected.peak_flops_per_s}
+
+    def _bill(self, step: int, spent_usd: float) -> str:
+        price = self.outlook.price
+        assert price is not None
         assert self._begun is not None
         took_s = self._clock() - self._begun
         return running_bill(
             price,
-            spent_usd=spent,
+            spent_usd=spent_usd,
             to_finish_s=took_s / self._num_steps * (self.num_steps - step),
             usd_per_million_tokens=price.usd_of(took_s) / self._occupancy.tokens * 1e6,
         )
-
-    @property
-    def spent_usd(self) -> float | None:
-        """By the whole run until now; None without a price."""
-        return None if self.outlook.price is None else total_usd(self.sessions())
 
     def sessions(self, *, ended: bool = False) -> tuple[Session, ...]:
         """All of the run, this one as it is now. One whose price nobody knew is billed at the price of this one."""

@@ -184,7 +184,8 @@ def test_saving_changes_nothing(world: Worlds, tiny_base: Path, tmp_path: Path) 
 
 
 def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
-    text = config(tiny_base, tmp_path / "a", "full", "ddp")
+    price = {"price_per_hour": 3600.0, "fx": 150.0}
+    text = config(tiny_base, tmp_path / "a", "full", "ddp", hardware=price)
     (whole,) = world(1).run(run_part, text, None)
     before = final_bytes(tmp_path / "a")
     (again,) = world(1).run(run_part, text, checkpoint(tmp_path / "a", STEPS))
@@ -197,6 +198,16 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(world: Worlds, ti
     (more,) = world(1).run(run_part, yaml.safe_dump(longer), checkpoint(tmp_path / "a", STEPS))
     assert [step for step, _, _ in more.metrics] == list(range(1, STEPS + 2))
     assert final_bytes(tmp_path / "a") != before
+    receipt = json.loads((tmp_path / "a/receipt.json").read_text())
+    # One session found everything done: it began nothing.
+    assert [(s["first_step"], s["ended"]) for s in receipt["sessions"]] == [(1, True), (STEPS + 1, True), (STEPS + 1, True)]
+    paid = [s["cost_usd"] for s in receipt["sessions"]]
+    assert paid == pytest.approx([s["elapsed_s"] for s in receipt["sessions"]]), "a dollar a second"
+    actual = receipt["actual"]
+    assert (actual["steps"], actual["first_step"]) == (STEPS + 1, 1)
+    assert actual["cost_usd"] == pytest.approx(sum(paid))
+    assert metrics(tmp_path / "a")[-1]["cost_usd"] > paid[0] + paid[1], "the bill goes on"
+    assert receipt["ratio"]["tokens"] == 1
 
 
 def refusal(cfg_yaml: str, start: str) -> tuple[str, str]:

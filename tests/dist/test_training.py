@@ -25,7 +25,7 @@ from sft_dist.runtime.seeding import step_seed
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
-from sft_dist.train import loop
+from sft_dist.train import loop, outlook
 from sft_dist.train import run as train_run
 from sft_dist.train.step import StepOutcome
 from tests.helpers import cells
@@ -75,6 +75,28 @@ def test_a_run_is_the_steps_and_nothing_else(
     for name, weight in reference.weights.items():
         saved = final[name.removeprefix("hf.").replace(".default", "")]
         np.testing.assert_allclose(saved, weight, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def without_a_plan(cfg_yaml: str) -> None:
+    with patch.object(outlook, "expect", side_effect=RuntimeError("a library has changed")):
+        train(cfg_yaml)
+
+
+def test_a_run_needs_no_plan(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """Nor a price, here of a file that is not there, nor a receipt, whose place is taken."""
+    nowhere = {"price_per_hour_jpy": 300.0, "prices": str(tmp_path / "nowhere.yaml")}
+    cfg = config(tiny_base, tmp_path / "run", "lora", "ddp", train={"max_steps": 2}, hardware=nowhere)
+    world(1).run(without_a_plan, cells.dump(cfg))
+    assert (tmp_path / "run/final").exists()
+    receipt = json.loads((tmp_path / "run/receipt.json").read_text())
+    _, plan, bill = receipt["not_planned"]
+    assert plan == "no plan to compare with: RuntimeError: a library has changed"
+    assert "nowhere.yaml" in bill
+    assert (receipt["planned"], receipt["ratio"], receipt["actual"]["cost_usd"]) == (None, None, None)
+    assert receipt["actual"]["steps"] == 2
+    (tmp_path / "taken/receipt.json").mkdir(parents=True)
+    world(1).run(train, cells.dump(config(tiny_base, tmp_path / "taken", "lora", "ddp", train={"max_steps": 1})))
+    assert (tmp_path / "taken/final").exists()
 
 
 def message_of_broken_run(cfg_yaml: str, breakage: str) -> str:

@@ -45,6 +45,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> 
         "train": {"global_batch_size": 3, "num_epochs": 4},
         "eval": {"every_steps": 3},
         "logging": {"wandb": {"mode": "offline", "project": "tests"}},
+        "hardware": {"price_per_hour": 1800.0, "fx": 150.0},
         "output_dir": str(folder / "out"),
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -55,6 +56,8 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "", "a run that goes well has nothing to say on stderr"
     assert "fsdp2 on 2 ranks, verified" in done.stdout
+    assert "waste     of " in done.stdout
+    assert "$3,600 an hour (your price)" in done.stdout
     return folder / "out"
 
 
@@ -76,6 +79,57 @@ def test_every_step_is_written(run_directory: Path) -> None:
         assert line["tokens_per_s_per_device"] == pytest.approx(line["tokens_per_s"] / 2)
         assert 0 <= line["data_wait_s"] < line["step_time_s"]
         assert line["peak_memory_gib"] > 0
+
+
+def test_the_bill_is_in_every_line(run_directory: Path) -> None:
+    steps = metrics(run_directory, "loss")
+    spent = [line["cost_usd"] for line in steps]
+    assert spent == sorted(spent)
+    # Two processes at $1800 an hour: a dollar a second.
+    assert spent == pytest.approx([line["elapsed_s"] for line in steps])
+    assert 0 < sum(line["step_time_s"] for line in steps) < steps[-1]["elapsed_s"]
+    assert not any("mfu" in line for line in steps), "of what peak?"
+
+
+def test_the_receipt_has_what_was_planned_and_what_came_out(run_directory: Path) -> None:
+    receipt = json.loads((run_directory / "receipt.json").read_text())
+    planned, actual = receipt["planned"], receipt["actual"]
+    steps = metrics(run_directory, "loss")
+    assert receipt["finished"]
+    for key, value in (
+        ("steps", len(steps)), ("tokens", sum(line["num_tokens"] for line in steps)),
+        ("evaluations", len(metrics(run_directory, "eval_loss"))),
+    ):  # fmt: skip
+        assert planned[key] == actual[key] == value
+        assert receipt["ratio"][key] == 1
+    kept = sorted((run_directory / "checkpoints").iterdir())
+    assert is_near(planned["checkpoint_bytes"], kept[-1])
+    assert is_near(planned["final_bytes"], run_directory / "final", but=("tokenizer", "special", "chat"))
+    assert is_near(actual["checkpoint_bytes"], kept[-1])
+    assert is_near(actual["final_bytes"], run_directory / "final", but=("tokenizer", "special", "chat"))
+    assert (planned["step_s"], actual["peak_allocated_bytes"]) == (None, None)
+    assert receipt["not_planned"] == ["trained on a CPU: no seconds are planned, and device memory is not counted"]
+    taken = [line["step_time_s"] for line in steps if line["epoch"] >= 0]
+    assert min(taken) <= actual["step_s"] <= max(taken[2:])
+    assert actual["total_s"] == actual["cost_usd"] > steps[-1]["elapsed_s"], "with final/ and its proof"
+    assert receipt["identity"]["the training data"].startswith("17 rows in ")
+    assert receipt["topology"] == {
+        "device": "cpu", "processes": 2, "nodes": 1, "strategy": "fsdp2", "sequence_parallel": 1
+    }  # fmt: skip
+    assert receipt["versions"]["torch"] == torch.__version__
+    (session,) = receipt["sessions"]
+    assert session["ended"]
+    waste = receipt["waste"]
+    beside = sum(waste[key] for key in ("starting_s", "evaluating_s", "saving_s", "finishing_s"))
+    assert beside + sum(taken) <= waste["session_s"] * 1.001
+    assert waste["saving_s"] > 0 < waste["evaluating_s"]
+    assert not (run_directory / "plan.json").exists(), "no GPU is planned for"
+
+
+def is_near(planned: int, folder: Path, *, but: tuple[str, ...] = ()) -> bool:
+    """Within 1 % and 64 KiB a file."""
+    sizes = [path.stat().st_size for path in folder.iterdir() if not (but and path.name.startswith(but))]
+    return abs(planned - sum(sizes)) <= 0.01 * sum(sizes) + 65_536 * len(sizes)
 
 
 def test_evaluations_are_where_they_should_be(run_directory: Path) -> None:
