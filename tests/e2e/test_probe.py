@@ -106,7 +106,13 @@ def test_a_dry_run_of_train_is_the_plan(cli_of: Cli, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_that_does_not_fit_ends_with_3(cli_of: Cli) -> None:
-    long = ("data.max_seq_len=4000000", "hardware.gpu=rtx4090", "train.micro_batch_size=8", *EXPLICIT)
+    long = (
+        "data.max_seq_len=4000000",
+        "hardware.gpu=rtx4090",
+        "train.micro_batch_size=8",
+        "train.global_batch_size=8",
+        *EXPLICIT,
+    )
     code, out, _ = cli_of("train", "--dry-run", *long)
     assert code == 3
     assert out.startswith("Does not fit")
