@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sft_dist.launch import accelerate, deepspeed, torchrun
-from sft_dist.launch.command import _share_cores, split_debug, split_resume, start
+from sft_dist.launch.command import _share_cores, measures_with_all, split_debug, split_resume, start
 from tests.helpers.checkpoints import make_checkpoint
 from tests.launch.conftest import REPOSITORY, SMALLEST
 
@@ -66,6 +67,42 @@ def test_what_is_checked_and_what_the_processes_get(
     assert started == [
         ["train", "--resume=auto", "run.yaml"],
         ["train", "run.yaml", "--resume", "runs/x/checkpoints/step-00000001", "train.seed=7", "--debug"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "command", ["calibrate --gpu h100", "plan run.yaml --probe 5", "plan --probe=5 run.yaml a.b=1"]
+)
+def test_what_measures_runs_in_all_processes(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    started: list[list[str]] = []
+    assert start(command.split(), debug=False, prepare=lambda: 2, launch=lambda all: started.append(all) or 0) == 0
+    assert started == [command.split()]
+    assert capfd.readouterr().out == "starting 2 processes on this machine\n"
+
+
+@pytest.mark.parametrize("command", ["plan run.yaml", "plan --help --probe 3", "train c.yaml --probe 3"])
+def test_a_plan_without_steps_needs_one(command: str) -> None:
+    assert not measures_with_all(command.split())
+
+
+def test_a_dry_run_is_told_how_many_would_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process plans for those that the launcher would start, unless the configuration says how many there are."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(SMALLEST, encoding="utf-8")
+    ran: list[list[str]] = []
+
+    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        ran.append(arguments[3:])
+        return subprocess.CompletedProcess(arguments, 3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for said in ([], ["hardware.gpus_per_node=8"], ["--nonsense"]):
+        code = start(["train", "run.yaml", "--dry-run", *said], debug=False, prepare=lambda: 2, launch=lambda _: 9)
+        assert code == 3
+    assert ran == [
+        ["train", "run.yaml", "--dry-run", "hardware.gpus_per_node=2"],
+        ["train", "run.yaml", "--dry-run", "hardware.gpus_per_node=8"],
+        ["train", "run.yaml", "--dry-run", "--nonsense"],
     ]
 
 
