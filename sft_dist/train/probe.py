@@ -96,13 +96,12 @@ def probe(config: Config, *, steps: int, stated: AssumedData | None, views: View
             show(plan, Path(config.output_dir), views)
     check_weights(run.model)
     data, source = probe_data(config, run)
+    # Before there is a process group: a plan of ranks that share sequences makes one of its own.
+    whole, _ = expect(config, run, machines, counted_plan(run, data, None, source=source))
+    expected = replace(whole, peak_allocated_bytes=planned_peak_bytes(run))
     with process_group(world, process.device, store):
         found = train_some(run, data, process, steps=steps, source=source)
         if world.is_main:
-            expected = replace(
-                expect(config, run, machines, counted_plan(run, data, None, source=source))[0],
-                peak_allocated_bytes=planned_peak_bytes(run),
-            )
             tell(run, expected, found, machines, Console(highlight=False))
         dist.barrier()
 

@@ -55,7 +55,7 @@ from sft_dist.train.audit import audit_prepared
 from sft_dist.train.books import Books
 from sft_dist.train.data import showing, told_of_rows
 from sft_dist.train.loop import Training
-from sft_dist.train.outlook import look_ahead
+from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.receipt import made_with
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
@@ -85,8 +85,13 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
     told = run_on_main_first(world, process.store, "prepare", lambda: prepare_run(run, config, renderer, load, resume))
     found = Found(**json.loads(told or ""))
     inputs = open_inputs(run, renderer, found, is_main=world.is_main)
+    # Before there is a process group: a plan of ranks that share sequences makes one of its own.
+    outlook = None
+    if world.is_main:
+        outlook = look_ahead(config, run, process.device, inputs.train_data, inputs.eval_data)
+    start = None if found.checkpoint is None else Path(found.checkpoint)
     with process_group(world, process.device, store):
-        train(run, config, process, inputs, start=None if found.checkpoint is None else Path(found.checkpoint))
+        train(run, config, process, inputs, outlook, start=start)
         dist.barrier()
 
 
@@ -151,11 +156,14 @@ def decide(config: Config, process: Process) -> tuple[Config, Run]:
     return choice.config, run
 
 
-def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: Path | None = None) -> None:
+def train(
+    run: Run, config: Config, process: Process, inputs: Inputs, outlook: Outlook | None, *, start: Path | None = None
+) -> None:
     """Build -> shard -> verify -> resume -> loop -> export -> proof.
 
     Args:
         config: that ``run`` was resolved from.
+        outlook: on rank 0; None elsewhere.
         start: the checkpoint to go on from.
     """
     world, final = process.world, Path(run.output_dir) / "final"
@@ -167,7 +175,7 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
         if world.is_main:
             print(f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there")
         return
-    books = _books(run, config, process, inputs, identity, num_steps, completed) if world.is_main else None
+    books = None if outlook is None else _books(run, process, inputs, outlook, identity, num_steps, completed)
     with _loading(world) as on_bytes:
         strategy = registry.apply(run, process.device, on_bytes=on_bytes)
     spec = registry.describe(run, world.rank)
@@ -204,10 +212,9 @@ def train(run: Run, config: Config, process: Process, inputs: Inputs, *, start: 
 
 
 def _books(
-    run: Run, config: Config, process: Process, inputs: Inputs, identity: Identity, num_steps: int, completed: int
+    run: Run, process: Process, inputs: Inputs, outlook: Outlook, identity: Identity, num_steps: int, completed: int
 ) -> Books:
-    """What this session is planned to take, and its account, before anything is loaded."""
-    outlook = look_ahead(config, run, process.device, inputs.train_data, inputs.eval_data)
+    """The account of this session, opened before ``metrics.jsonl`` is shortened."""
     template = str(inputs.renderer.tokenizer.chat_template)
     return Books.open(
         run,

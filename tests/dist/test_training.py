@@ -43,7 +43,8 @@ def train(cfg_yaml: str, sample: Any = None) -> None:
     renderer = load_renderer(run.model.path, None, None)
     held_out = cells.synthetic_data(rows=5, seed=99) if cfg.eval.every_steps is not None else None
     inputs = train_run.Inputs(cells.synthetic_data(), held_out, renderer, sample)
-    train_run.train(run, cfg, train_run.Process(world, cells.CPU, cells.store()), inputs)
+    seen = outlook.look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
+    train_run.train(run, cfg, train_run.Process(world, cells.CPU, cells.store()), inputs, seen)
 
 
 def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any) -> Config:

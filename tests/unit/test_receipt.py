@@ -83,6 +83,13 @@ def test_a_known_gpu_has_the_same_and_the_rest(tiny_base: Path, tmp_path: Path, 
     assert whole.flops_per_token * whole.tokens_per_s / 989e12 == pytest.approx(plan.time.mfu, rel=0.01)
 
 
+def test_ranks_that_share_sequences_are_planned_too(tiny_base: Path, tmp_path: Path) -> None:
+    cfg = cells.config(str(tiny_base), "lora", "fsdp2", sharding={"sequence_parallel": 2})
+    seen = look_ahead(cfg, resolve(cfg, WorldShape(1, 2)), cells.CPU, cells.synthetic_data(), None)
+    assert seen.missing == (NO_GPU,)
+    assert seen.expected is not None
+
+
 def test_a_plan_that_fails_stops_nothing(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, run = parts(tiny_base, tmp_path)
     # A file of prices that is not there is needed for the rate of the yen.
