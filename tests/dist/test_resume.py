@@ -66,8 +66,8 @@ def run_part(cfg_yaml: str, start: str | None) -> Part:
             cells.synthetic_data(rows=60, packing=run.data.packing != "none"), held_out, load_renderer(run.model.path, None, None), None
         )
         process = train_run.Process(world, cells.CPU, cells.store())
-        seen = look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
-        train_run.train(run, cfg, process, inputs, seen, start=None if start is None else Path(start))
+        outlook = look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
+        train_run.train(run, cfg, process, inputs, outlook, start=None if start is None else Path(start))
     steps = [line for line in metrics(Path(run.output_dir)) if "loss" in line]
     return Part(seen, [(line["step"], line["loss"], line["grad_norm"]) for line in steps])
 
