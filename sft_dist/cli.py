@@ -47,15 +47,19 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # Rich's renderer of Markdown would be half of the time that help takes.
+    rich_markup_mode=None,
     epilog=EPILOG,
     help="Supervised fine-tuning of causal language models on any number of GPUs.",
 )
-config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration without running it.")
+config_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at a configuration without running it."
+)
 app.add_typer(config_app, name="config")
-model_app = typer.Typer(no_args_is_help=True, help="Models of the Hugging Face hub.")
+model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models of the Hugging Face hub.")
 app.add_typer(model_app, name="model")
 
-data_app = typer.Typer(no_args_is_help=True, help="Training data, on a machine without GPUs.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Training data, on a machine without GPUs.")
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
@@ -141,7 +145,7 @@ GpuName = Annotated[
 ]
 
 
-@app.command()
+@app.command(short_help="The dry run: does it fit, how long, how much money.")
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -220,7 +224,7 @@ def _plan(
         raise typer.Exit(PlanError.exit_code)
 
 
-@app.command()
+@app.command(short_help="Measure this machine's GPU for plans.")
 def calibrate(
     gpu: Annotated[
         str | None,
