@@ -28,12 +28,7 @@ class Timeline:
         """One forward and backward; between two of them ``ledger`` holds what is accumulated."""
         tape = self.tape
         self.begin(ledger, first=first, last=last)
-        ledger.play(tape.embed, "embedding")
-        for i in range(self.num_blocks):
-            self.before_forward(ledger, i)
-            ledger.play(tape.forward[tape.recorded[i]], f"forward of layer {i}")
-            self.after_forward(ledger, i)
-        ledger.play(tape.head, "loss")
+        self._forward(ledger, tape)
         self.before_backward(ledger, None)
         self.play_backward(ledger, tape.head_backward, "backward of the loss")
         for i in reversed(range(self.num_blocks)):
@@ -50,6 +45,9 @@ class Timeline:
             tape: recorded without gradients.
         """
         self.begin(ledger, first=True, last=True)
+        self._forward(ledger, tape)
+
+    def _forward(self, ledger: Ledger, tape: Tape) -> None:
         ledger.play(tape.embed, "embedding")
         for i in range(self.num_blocks):
             self.before_forward(ledger, i)
