@@ -1,6 +1,6 @@
 # Every target sets up .venv first and does nothing about it when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ci test-full lint format clean
+.PHONY: help setup demo plan-table test test-ci test-full lint format clean
 
 # ninja, which DeepSpeed calls to compile its operators, is a program of the environment.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -12,13 +12,16 @@ PYTEST := .venv/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadf
 test test-ci test-full: export OMP_NUM_THREADS ?= 1
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## make or update .venv
 	@scripts/setup_venv.sh
 
 demo: setup  ## train a small model from nothing on this machine and show what it learned
 	.venv/bin/python -m sft_dist.demo
+
+plan-table: setup  ## what usual runs take and cost: memory, hours and money, without a GPU
+	.venv/bin/python benchmarks/plan_table.py
 
 test: lint  ## everything that must pass before a change is merged: the whole project, in some minutes
 	$(PYTEST) -m "not ci and not full"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from sft_dist.config.schema import MethodConfig
@@ -29,7 +30,7 @@ class ParameterSpec:
     trainable: bool
     block: str | None
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -105,16 +106,24 @@ class ModelSpec:
     quantization_bytes: int = 0
     tokens: Tokens = NO_TOKENS
 
-    @property
+    @cached_property
     def trainable(self) -> tuple[ParameterSpec, ...]:
         return tuple(p for p in self.parameters if p.trainable)
 
-    @property
+    @cached_property
     def num_trainable(self) -> int:
         """Elements that the optimizer updates."""
         return sum(p.numel for p in self.trainable)
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[str, ...]:
         """Names of the decoder blocks, first to last."""
         return tuple(dict.fromkeys(p.block for p in self.parameters if p.block is not None))
+
+    @cached_property
+    def members(self) -> dict[str | None, list[ParameterSpec]]:
+        """Parameters of each decoder block by its name; None: of what is before and behind the blocks."""
+        found: dict[str | None, list[ParameterSpec]] = {None: [], **{block: [] for block in self.blocks}}
+        for parameter in self.parameters:
+            found[parameter.block].append(parameter)
+        return found

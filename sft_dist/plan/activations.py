@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
-from sft_dist.plan.record import on_the_host, record
+from sft_dist.model.spec import ModelSpec
+from sft_dist.plan.record import on_the_host, record_short, shorten
 from sft_dist.plan.tape import Tape
 from sft_dist.run import Run
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing, checkpointed_blocks, to_host
@@ -38,17 +40,45 @@ def trace(
     lens = seq_lens or seq_lens_of(run)
     parts = run.batch.sequence_parallel if backward else 1
     with _group_of(parts) if parts > 1 else nullcontext():
-        model = build_model(run.model)
+        model, recorded = _short_model(run)
         if parts > 1:
             model.sequence_group = dist.group.WORLD
-        kinds = _kinds(run, model)
-        _apply_from_outside(run, model)
-        return record(model, lambda: _batch(lens, parts, supervised), kinds=kinds, backward=backward)
+        return record_short(model, lambda: _batch(lens, parts, supervised), recorded=recorded, backward=backward)
 
 
 def seq_lens_of(run: Run) -> tuple[int, ...]:
     """Lengths of the rows of the longest micro-batch: full ones, which cost attention most."""
     return (run.batch.max_seq_len,) * min(run.batch.micro_batch_size, run.batch.global_batch_size)
+
+
+def _short_model(run: Run) -> tuple[SftModel, tuple[int, ...]]:
+    """The run's model with the blocks to record alone, as it is before it is sharded; and what ``shorten`` says."""
+    if run.activation_checkpointing.mode == "every_k":  # which blocks are recomputed depends on those that are left out
+        model = build_model(run.model)
+        recomputed = set(checkpointed_blocks(run.activation_checkpointing, run.model.blocks))
+        kinds = [(kind, name in recomputed) for kind, name in zip(_kinds(model), model.blocks(), strict=True)]
+        _apply_from_outside(run, model)
+        return model, shorten(model, kinds)
+    model, recorded = _shortened(run.model)
+    _apply_from_outside(run, model)
+    return model, recorded
+
+
+# The last models that were built; a search records the same one many times.
+_MOST_BUILT = 4
+_built: tuple[tuple[ModelSpec, SftModel, tuple[int, ...]], ...] = ()
+
+
+def _shortened(spec: ModelSpec) -> tuple[SftModel, tuple[int, ...]]:
+    """A copy of the model with the blocks to record: those that are left out take most of the time to build."""
+    global _built
+    for other, model, recorded in _built:
+        if other is spec:
+            return deepcopy(model), recorded
+    model = build_model(spec)
+    recorded = shorten(model, _kinds(model))
+    _built = ((spec, model, recorded), *_built[: _MOST_BUILT - 1])
+    return deepcopy(model), recorded
 
 
 def _apply_from_outside(run: Run, model: SftModel) -> None:
@@ -60,17 +90,15 @@ def _apply_from_outside(run: Run, model: SftModel) -> None:
             cast_while_running(model, TORCH_DTYPES[run.precision.compute])
 
 
-def _kinds(run: Run, model: SftModel) -> list[object]:
-    """What each block is like: its parameters, what it sees, and whether it is recomputed."""
-    recomputed = set(checkpointed_blocks(run.activation_checkpointing, run.model.blocks))
+def _kinds(model: SftModel) -> list[object]:
+    """What each block is like: its parameters, and what it sees."""
     return [
         (
             tuple((n, tuple(p.shape), p.requires_grad) for n, p in block.named_parameters()),
             tuple((n, tuple(b.shape)) for n, b in block.named_buffers()),
             tuple(_windows(block)),
-            name in recomputed,
         )
-        for name, block in model.blocks().items()
+        for block in model.blocks().values()
     ]
 
 

@@ -50,6 +50,10 @@ DDP_SHARE = 0.5  # the other half is for activations, buckets and the allocator
 MOST_RANKS = 1024
 
 
+class NothingFits(PlanError):
+    """Not even the strategy that takes least of a device fits it."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A configuration without ``auto``, and one line for each decision that was made; none where none was."""
@@ -78,7 +82,7 @@ def choose(
     Raises:
         ConfigError: the model's configuration or accelerate's DeepSpeed file cannot be read, or what accelerate chose
             does not go with another key.
-        PlanError: not even fsdp2's share of the states fits.
+        NothingFits: not even fsdp2's share of the states fits.
     """
     room = Room(shape, memory_bytes, described_once(describe))
     reasons: list[str] = []
@@ -96,6 +100,21 @@ def choose(
         reasons.append(f"train.micro_batch_size auto -> {reason}")
     if reasons:
         validate(config)
+    return Choice(config, reasons)
+
+
+def nearest(config: Config, why: NothingFits) -> Choice:
+    """What comes nearest to fitting: every ``auto`` as what takes least of a device."""
+    sharding = Fsdp2Sharding(sequence_parallel=config.sharding.sequence_parallel)
+    config = config.model_copy(update={"sharding": sharding})
+    reasons = [f"sharding.strategy auto -> fsdp2, but nothing fits: {why.what}"]
+    if config.activation_checkpointing.mode == "auto":
+        config = with_mode(config, "full")
+        reasons.append("activation_checkpointing.mode auto -> full: it takes least")
+    if config.train.micro_batch_size == "auto":
+        config = with_micro_batch_size(config, 1)
+        reasons.append("train.micro_batch_size auto -> 1: it takes least")
+    validate(config)
     return Choice(config, reasons)
 
 
@@ -156,7 +175,7 @@ def _by_memory(config: Config, room: Room) -> tuple[ConcreteSharding, str]:
     return Fsdp2Sharding(), reason
 
 
-def _does_not_fit(run: Run, needed: int, memory_bytes: int) -> PlanError:
+def _does_not_fit(run: Run, needed: int, memory_bytes: int) -> NothingFits:
     """``run`` is under fsdp2."""
     helps = []
     size = run.world.size
@@ -168,7 +187,7 @@ def _does_not_fit(run: Run, needed: int, memory_bytes: int) -> PlanError:
     if run.model.method.type != "qlora":
         helps.append("method.type lora or qlora" if run.model.method.type == "full" else "method.type qlora")
     helps.append("sharding.strategy zero3 with sharding.deepspeed_config configs/deepspeed/zero3_offload.json")
-    return PlanError(
+    return NothingFits(
         f"parameters, gradients and optimizer need {gib(needed)} a process even when fsdp2 shards them over "
         f"{run.world.size}, and a process has {gib(memory_bytes)}",
         fix="use " + ", or ".join(helps),

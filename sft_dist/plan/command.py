@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
 
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
 from sft_dist.plan.assumed import AssumedData, parse_count
+from sft_dist.plan.candidates import DEFAULT_MAX_GPUS, Space, gpus_to_search, parse_methods
 from sft_dist.plan.dry_run import dry_run
+from sft_dist.plan.front import Budget, check_wishes, parse_budget, parse_deadline, picks_of
 from sft_dist.plan.html import render
-from sft_dist.plan.machines import machines_of
-from sft_dist.plan.result import ParetoPoint, Plan
+from sft_dist.plan.machines import Machines, machines_of
+from sft_dist.plan.result import Plan, Search
+from sft_dist.plan.search import search
 from sft_dist.plan.terminal import render_plan
+from sft_dist.plan.terminal_search import render_search
 from sft_dist.plan.to_json import plan_json
 
 # In the run directory.
@@ -54,18 +59,92 @@ def stated_data(examples: str | None, tokens_per_example: str | None) -> Assumed
     return AssumedData(rows=round(parse_count(examples)), tokens_per_row=parse_count(tokens_per_example))
 
 
-def make_plan(config: Config, *, stated: AssumedData | None, views: Views) -> Plan:
+@dataclass(frozen=True)
+class Wishes:
+    """What a search is asked for.
+
+    Args:
+        deadline_s: seconds of wall time.
+    """
+
+    space: Space
+    budget: Budget | None = None
+    deadline_s: float | None = None
+
+
+def wishes(
+    *,
+    methods: str | None,
+    budget: str | None,
+    deadline: str | None,
+    max_gpus: int | None,
+    gpus: int | None,
+    nodes: int | None,
+) -> Wishes:
+    """From the command line.
+
+    Args:
+        gpus, nodes: that are stated: a search then keeps to them.
+
+    Raises:
+        ConfigError: one of them cannot be read, or no machine is left.
+    """
+    most = DEFAULT_MAX_GPUS if max_gpus is None else max_gpus
+    if max_gpus is None and gpus is not None:
+        most = max(most, gpus * (nodes or 1))
+    space = Space(methods=parse_methods(methods), max_gpus=most, gpus_per_node=gpus, nodes=nodes)
+    if not space.layouts():
+        raise ConfigError(
+            f"--max-gpus {most} leaves none of the machines that --gpus and --nodes ask for", fix="raise --max-gpus"
+        )
+    return Wishes(
+        space,
+        None if budget is None else parse_budget(budget),
+        None if deadline is None else parse_deadline(deadline),
+    )
+
+
+def make_plan(config: Config, *, stated: AssumedData | None, views: Views, wished: Wishes | None = None) -> Plan:
     """Plans a configuration, shows the plan and writes it to ``plan.json`` in the run directory.
+
+    Args:
+        wished: searches for other ways to do the same training too.
 
     Raises:
         SftError: as ``dry_run``.
+        PlanError: a search found nothing that is wished for; what it found is shown before.
     """
-    planned = dry_run(config, machines_of(config.hardware), assumed=stated)
-    show(planned.plan, Path(config.output_dir), views)
-    return planned.plan
+    planned = dry_run(config, first_machines(config) if wished else machines_of(config.hardware), assumed=stated)
+    plan = planned.plan
+    if wished is not None:
+        plan = replace(plan, search=_searched(config, plan, wished))
+    show(plan, Path(config.output_dir), views)
+    if plan.search is not None and wished is not None:
+        check_wishes(plan.search.front, budget=wished.budget, deadline_s=wished.deadline_s)
+    return plan
 
 
-def show(plan: Plan, folder: Path, views: Views, *, points: Sequence[ParetoPoint] = ()) -> None:
+def first_machines(config: Config) -> Machines:
+    """Those of the configuration, or the largest of the GPUs that are searched where it names none."""
+    gpus = [gpu for gpu in gpus_to_search(config) if config.precision.compute in gpu.flops]
+    if config.hardware.gpu is not None or not gpus:
+        return machines_of(config.hardware)
+    return machines_of(config.hardware.model_copy(update={"gpu": gpus[0].name}))
+
+
+def _searched(config: Config, plan: Plan, wished: Wishes) -> Search:
+    console = Console(stderr=True)
+    columns = (TextColumn("searching"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task("searching")
+        found = search(
+            config, plan.data, wished.space, progress=lambda done, of: shown.update(task, completed=done, total=of)
+        )
+    picks = picks_of(found.front, budget=wished.budget, deadline_s=wished.deadline_s)
+    return replace(found, picks=picks)
+
+
+def show(plan: Plan, folder: Path, views: Views) -> None:
     """Prints a plan and writes its files."""
     text = json.dumps(plan_json(plan), indent=1, ensure_ascii=False)
     try:
@@ -73,6 +152,7 @@ def show(plan: Plan, folder: Path, views: Views, *, points: Sequence[ParetoPoint
         (folder / PLAN).write_text(text + "\n", encoding="utf-8")
         if views.html is not None:
             views.html.parent.mkdir(parents=True, exist_ok=True)
+            points = () if plan.search is None else plan.search.points
             views.html.write_text(render(plan, points=points), encoding="utf-8")
     except OSError as error:
         raise ConfigError(
@@ -82,3 +162,5 @@ def show(plan: Plan, folder: Path, views: Views, *, points: Sequence[ParetoPoint
         print(text)
         return
     render_plan(plan, Console(), verbose=views.verbose)
+    if plan.search is not None:
+        render_search(plan.search, Console(), verbose=views.verbose)

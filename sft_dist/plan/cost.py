@@ -84,6 +84,32 @@ def plan_cost(
     )
 
 
+def rents_nodes(gpu: Gpu, hardware: HardwareConfig, gpus_per_node: int) -> bool:
+    """Whether the bill is the user's own, or somebody rents a machine with that many of this GPU.
+
+    Raises:
+        ConfigError: the file ``hardware.prices`` is wrong.
+        UnknownHardware: ``hardware.provider`` has no prices at all.
+    """
+    own = (hardware.price_per_hour, hardware.price_per_hour_jpy, hardware.owned)
+    if any(price is not None for price in own):
+        return True
+    kind: PriceKind = "spot" if hardware.price_kind == "spot" else "on demand"
+    if not any(price.gpu == gpu.name and _is_of(price, hardware) for price in all_prices(hardware.prices)):
+        return False
+    rentals = [
+        _rental(price, num_gpus=gpus_per_node, nodes=1, gpus_per_node=gpus_per_node)
+        for price in _of_provider(gpu, hardware)
+        if price.kind == kind
+    ]
+    return any(rental.holds_nodes for rental in rentals)
+
+
+def _is_of(price: Price, hardware: HardwareConfig) -> bool:
+    """Whether a price is of the provider that the user names, if it does."""
+    return hardware.provider is None or price.provider.casefold().startswith(hardware.provider.casefold())
+
+
 def cost_assumptions(gpu: Gpu, hardware: HardwareConfig) -> tuple[Assumption, ...]:
     """What a bill takes for granted, for the plan's list."""
     power = Assumption(

@@ -22,6 +22,7 @@ from sft_dist.model.spec import DTYPE_BYTES, Dtype, ParameterSpec
 from sft_dist.plan.result import DataPlan
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.optimizer_states import BLOCK_SIZE, flat_moment_bytes, is_8bit, num_blocks
+from sft_dist.sharding.remember import for_alike_runs
 
 # Beside the name: of a tensor in the header of a safetensors file (type, shape, offsets), what torch's distributed
 # checkpoint notes there beside the name once more, and in the manifest. Measured.
@@ -57,14 +58,20 @@ def num_checkpoints(run: Run, data: DataPlan) -> int:
 
 def saved_state_bytes(run: Run) -> int:
     """Of one checkpoint, all files of it."""
+    return _tensors_and_headers(run) + SETTINGS_BYTES + SEQUENCE_BYTES * run.batch.global_batch_size
+
+
+@for_alike_runs
+def _tensors_and_headers(run: Run) -> int:
     shards = _shards(run)
     tensors = headers = 0
     for name, size in _state(run):
         tensors += size
         headers += shards * (2 * len(name) + HEADER_BYTES + OFFSET_BYTES) + len(name) + RECORD_BYTES
-    return tensors + headers + SETTINGS_BYTES + SEQUENCE_BYTES * run.batch.global_batch_size
+    return tensors + headers
 
 
+@for_alike_runs
 def final_bytes(run: Run) -> int:
     """Of ``final/``: the whole model in the dtype it computes in, or an adapter in that of its master weights."""
     sizes = dict(_final(run))
@@ -80,15 +87,20 @@ def save_host_bytes(run: Run) -> int:
     - Its proof: a fresh process loads the model on the CPU.
     """
     here = run.world.ranks_per_node
-    state = sum(size for _, size in _state(run))
+    state = _tensor_bytes(run)
     checkpoint = 2 * state * here // (_shards(run) if run.strategy == "fsdp2" else run.world.size)
     if run.strategy in ZERO_STAGES:
         checkpoint += state * here
-    masters = sum(p.numel for p in run.model.trainable) * DTYPE_BYTES[_exported_dtype(run)]
+    masters = run.model.num_trainable * DTYPE_BYTES[_exported_dtype(run)]
     casts = run.model.method.type == "full" and _exported_dtype(run) != run.model.compute
     export = masters + (sum(size for _, size in _final(run)) if casts else 0)
     proof = run.model.num_parameters * DTYPE_BYTES[run.model.compute] if run.checkpoint.prove_final else 0
     return max(checkpoint, export, proof)
+
+
+@for_alike_runs
+def _tensor_bytes(run: Run) -> int:
+    return sum(size for _, size in _state(run))
 
 
 def _shards(run: Run) -> int:

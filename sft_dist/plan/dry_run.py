@@ -12,14 +12,15 @@ from sft_dist.model.known import known_models_allowed
 from sft_dist.plan.assumed import AssumedData, assumed_plan
 from sft_dist.plan.cache import cached_describe, cached_trace
 from sft_dist.plan.calibration import Calibration, calibration_key, lookup
-from sft_dist.plan.choose import choose
-from sft_dist.plan.cost import cost_assumptions, plan_cost
+from sft_dist.plan.choose import Choice, NothingFits, choose, nearest
+from sft_dist.plan.cost import cost_assumptions
 from sft_dist.plan.data import plan_data
 from sft_dist.plan.disk import disk_bytes
+from sft_dist.plan.epoch import dealt
 from sft_dist.plan.fit import evaluates
 from sft_dist.plan.host import PROCESS_BYTES, host_parts
 from sft_dist.plan.machines import Machines
-from sft_dist.plan.measured_rates import as_measured, lookup_rates
+from sft_dist.plan.measured_rates import rated_gpu
 from sft_dist.plan.memory import (
     allocated_range,
     assumptions_of_memory,
@@ -28,10 +29,12 @@ from sft_dist.plan.memory import (
     resident_parts,
     verdict,
 )
+from sft_dist.plan.priced import cost_of
+from sft_dist.plan.proposals import proposals
 from sft_dist.plan.result import Assumption, DataPlan, MemoryPlan, Plan, TimePlan
 from sft_dist.plan.time import plan_time, time_assumptions
 from sft_dist.plan.units import count, gib
-from sft_dist.resolve import resolve
+from sft_dist.resolve import Describe, described_once, resolve
 from sft_dist.run import Run
 
 # Where the data is not here and nothing is said of it: what a small instruction set is like.
@@ -59,14 +62,34 @@ def dry_run(config: Config, machines: Machines, *, assumed: AssumedData | None =
 
     Raises:
         ConfigError: the configuration contradicts itself or cannot be trained.
-        PlanError: the model or the GPU is not known; ``auto`` finds no way that fits.
+        PlanError: the model or the GPU is not known.
         DataError: data that is here cannot be trained on.
     """
     with known_models_allowed():
-        choice = choose(config, machines.shape, memory_bytes=machines.gpu.usable_bytes, describe=cached_describe)
-        run = resolve(choice.config, machines.shape, describe=cached_describe)
+        describe = described_once(cached_describe)
+        choice = _chosen(config, machines, describe)
+        run = resolve(choice.config, machines.shape, describe=describe)
         data = plan_data(choice.config, run, assumed=assumed)
-        return DryRun(choice.config, run, plan_run(choice.config, run, machines, data, choices=choice.reasons))
+        plan = plan_run(choice.config, run, machines, data, choices=choice.reasons)
+        if plan.memory.verdict == "does not fit":
+
+            def plan_other(other: Config, its_machines: Machines) -> Plan:
+                changed = resolve(other, its_machines.shape, describe=describe)
+                same = other.data == choice.config.data
+                its_data = dealt(plan.data, changed) if same else plan_data(other, changed, assumed=assumed)
+                return plan_run(other, changed, its_machines, its_data)
+
+            found = proposals(choice.config, config, machines, describe=describe, make_plan=plan_other)
+            plan = replace(plan, proposals=found)
+        return DryRun(choice.config, run, plan)
+
+
+def _chosen(config: Config, machines: Machines, describe: Describe) -> Choice:
+    """A configuration without ``auto``; that which comes nearest to fitting where nothing does."""
+    try:
+        return choose(config, machines.shape, memory_bytes=machines.gpu.usable_bytes, describe=describe)
+    except NothingFits as error:
+        return nearest(config, error)
 
 
 def plan_run(
@@ -87,16 +110,7 @@ def plan_run(
         )
     memory = memory_plan(config, run, machines.gpu, data)
     time = time_plan(run, machines, data, calibration=lookup(machines.gpu.name, calibration_key(run)))
-    cost = plan_cost(
-        machines.gpu,
-        hardware=config.hardware,
-        num_gpus=machines.num_gpus,
-        nodes=machines.nodes,
-        gpus_per_node=machines.gpus_per_node,
-        total_s=time.total,
-        epochs=data.epochs,
-        tokens=data.tokens_per_step * data.steps,
-    )
+    cost = cost_of(config, machines, data, time.total)
     return Plan(
         subject=_subject(run, machines),
         gpu=machines.gpu.name,
@@ -125,13 +139,11 @@ def time_plan(run: Run, machines: Machines, data: DataPlan, *, calibration: Cali
         calibration: what a run like it measured on this machine; None: as published, with the rates that
             ``sft-dist calibrate`` measured where it did. A measured step says more than measured products.
     """
-    gpu = machines.gpu
-    rates = None if calibration is not None else lookup_rates(gpu.name)
     return plan_time(
         run,
         cached_trace(run),
         data=data,
-        gpu=gpu if rates is None else as_measured(gpu, rates, gpus_per_node=machines.gpus_per_node),
+        gpu=rated_gpu(machines.gpu, gpus_per_node=machines.gpus_per_node, calibration=calibration),
         network=machines.network,
         eval_tape=cached_trace(run, backward=False) if evaluates(run) else None,
         calibration=calibration,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -81,6 +81,20 @@ def data_plan(
         evaluations=evaluations(run, steps) if eval_tokens else 0,
         cache_bytes=round(cache_bytes),
         source=source,
+    )
+
+
+def dealt(data: DataPlan, run: Run) -> DataPlan:
+    """The same epochs and steps on other ranks or in other micro-batches.
+
+    Args:
+        run: with the data, seed, global batch and length of the run that ``data`` was planned for.
+    """
+    sequences = max(1, round(data.sequences))
+    return replace(
+        data,
+        idle_fraction=idle_fraction(run, sequences),
+        micro_batches_per_step=run.batch.micro_batches(min(run.batch.global_batch_size, sequences)),
     )
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from pydantic import TypeAdapter
 
 from sft_dist.hardware.gpus import ComputeDtype, Gpu, normal_name
-from sft_dist.plan.calibration import calibration_folder, replace_file
+from sft_dist.plan.calibration import Calibration, calibration_folder, replace_file
 from sft_dist.plan.rates import MEMORY_SHARE, link_share
 
 FORMAT = 1
@@ -107,3 +107,9 @@ def _is_sound(rates: MeasuredRates) -> bool:
 
 def _path(gpu: str, folder: Path | None) -> Path:
     return (folder or calibration_folder()) / f"rates-{normal_name(gpu)}.json"
+
+
+def rated_gpu(gpu: Gpu, *, gpus_per_node: int, calibration: Calibration | None) -> Gpu:
+    """The GPU with the rates that were measured here, if they were and no step was, which says more."""
+    rates = None if calibration is not None else lookup_rates(gpu.name)
+    return gpu if rates is None else as_measured(gpu, rates, gpus_per_node=gpus_per_node)

@@ -49,7 +49,7 @@ def memory_phases(run: Run, tape: Tape, eval_tape: Tape | None) -> tuple[Phase, 
         eval_tape: of the longest evaluation batch, without gradients; None where nothing is evaluated.
     """
     ledger = Ledger()
-    ledger.now["context"] = CONTEXT_BYTES + (NCCL_BYTES if run.world.size > 1 else 0)
+    ledger.now["context"] = context_bytes(run)
     _load(run, ledger)
     held = resident_parts(run)
     ledger.now = Counter({**held, "context": ledger.now["context"]})
@@ -82,6 +82,11 @@ def timeline(run: Run, tape: Tape) -> Timeline:
             return Bf16OptimizerTimeline(run, tape)
         case _:
             return ZeroTimeline(run, tape)
+
+
+def context_bytes(run: Run) -> int:
+    """Of CUDA and NCCL, outside torch's allocator."""
+    return CONTEXT_BYTES + (NCCL_BYTES if run.world.size > 1 else 0)
 
 
 def resident_parts(run: Run) -> Counter[Part]:
@@ -154,7 +159,7 @@ def verdict(needed_bytes: float, usable_bytes: int) -> Verdict:
 
 def assumptions_of_memory(run: Run, gpu: Gpu) -> tuple[Assumption, ...]:
     """What the memory of a plan takes for granted."""
-    context = CONTEXT_BYTES + (NCCL_BYTES if run.world.size > 1 else 0)
+    context = context_bytes(run)
     found = [
         Assumption(
             f"every micro-batch may have {run.batch.micro_batch_size} full sequences, all of whose tokens are trained",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.config.schema import AdafactorConfig, Fsdp2Sharding
@@ -13,12 +14,18 @@ from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
 from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
 from sft_dist.sharding.collectives import blocks_with_backward, members
+from sft_dist.sharding.remember import for_alike_runs
 
 OFFLOAD = "offload"
 
 
-def host_transfers(run: Run, rates: Rates, *, tokens: float) -> tuple[Transfer, ...]:
-    """Everything that a step copies between device and host.
+def at_rate(copies: Iterable[Transfer], rates: Rates) -> tuple[Transfer, ...]:
+    """What ``host_transfers`` found, with the seconds that a GPU's link to its host takes."""
+    return tuple(replace(copy, seconds=copy.seconds / rates.host_link_bytes_per_s) for copy in copies)
+
+
+def host_transfers(run: Run, *, tokens: float) -> tuple[Transfer, ...]:
+    """Everything that a step copies between device and host, with its bytes in place of seconds.
 
     Args:
         tokens: of a micro-batch on this rank.
@@ -26,11 +33,11 @@ def host_transfers(run: Run, rates: Rates, *, tokens: float) -> tuple[Transfer, 
     on_host = registry.describe(run, 0).on_host
     found: list[Transfer] = []
     if "parameters" in on_host:
-        found.extend(_parameters(run, rates))
+        found.extend(_parameters(run))
     if "optimizer" in on_host:
-        found.extend(_gradients(run, rates))
+        found.extend(_gradients(run))
     if run.activation_checkpointing.offload:
-        found.extend(_activations(run, rates, tokens))
+        found.extend(_activations(run, tokens))
     return tuple(found)
 
 
@@ -39,7 +46,7 @@ def _shards(run: Run) -> int:
     return run.world.size // replicas
 
 
-def _parameters(run: Run, rates: Rates) -> Iterator[Transfer]:
+def _parameters(run: Run) -> Iterator[Transfer]:
     """This rank's shard of a unit goes to the device whenever the unit is gathered, in the dtype that is kept."""
     needed = blocks_with_backward(run)
     for block in (None, *range(run.model.num_layers)):
@@ -47,35 +54,34 @@ def _parameters(run: Run, rates: Rates) -> Iterator[Transfer]:
             p.numel * DTYPE_BYTES[run.precision.stored(trainable=p.trainable, strategy=run.strategy)]
             for p in members(run, block)
         )
-        seconds = size / _shards(run) / rates.host_link_bytes_per_s
-        yield Transfer(seconds, "forward", "micro_batch", block, "before", part=OFFLOAD)
+        copied = size / _shards(run)
+        yield Transfer(copied, "forward", "micro_batch", block, "before", part=OFFLOAD)
         if block is not None and block in needed:
-            yield Transfer(seconds, "backward", "micro_batch", block, "before", part=OFFLOAD)
+            yield Transfer(copied, "backward", "micro_batch", block, "before", part=OFFLOAD)
 
 
-def _gradients(run: Run, rates: Rates) -> Iterator[Transfer]:
+def _gradients(run: Run) -> Iterator[Transfer]:
     """Reduced gradients of this rank's part go to the host; DeepSpeed brings updated weights back."""
     width = DTYPE_BYTES["fp32"] if run.strategy in ZERO_STAGES else DTYPE_BYTES[run.precision.master]
     every: bool = run.strategy != "zero1"
     for block in (*reversed(range(run.model.num_layers)), None):
         numel = sum(p.numel for p in members(run, block) if p.trainable) / _shards(run)
         if numel:
-            seconds = numel * width / rates.host_link_bytes_per_s
             when = "micro_batch" if every else "last_micro_batch"
-            yield Transfer(seconds, "backward", when, block, "after", part=OFFLOAD)  # type: ignore[arg-type]
+            yield Transfer(numel * width, "backward", when, block, "after", part=OFFLOAD)  # type: ignore[arg-type]
     if run.strategy in ZERO_STAGES and "parameters" not in registry.describe(run, 0).on_host:
         back = run.model.num_trainable / _shards(run) * DTYPE_BYTES[run.precision.compute]
-        yield Transfer(back / rates.host_link_bytes_per_s, "step", "step", None, "after", False, part=OFFLOAD)
+        yield Transfer(back, "step", "step", None, "after", False, part=OFFLOAD)
 
 
-def _activations(run: Run, rates: Rates, tokens: float) -> Iterator[Transfer]:
+def _activations(run: Run, tokens: float) -> Iterator[Transfer]:
     """Inputs of recomputed blocks, there and back, in the stream that computes."""
-    seconds = tokens * run.model.hidden_size * DTYPE_BYTES[run.precision.compute] / rates.host_link_bytes_per_s
+    copied = tokens * run.model.hidden_size * DTYPE_BYTES[run.precision.compute]
     recomputed = set(checkpointed_blocks(run.activation_checkpointing, run.model.blocks))
     for block, name in enumerate(run.model.blocks):
         if name in recomputed:
-            yield Transfer(seconds, "forward", "micro_batch", block, "after", False, part=OFFLOAD)
-            yield Transfer(seconds, "backward", "micro_batch", block, "before", False, part=OFFLOAD)
+            yield Transfer(copied, "forward", "micro_batch", block, "after", False, part=OFFLOAD)
+            yield Transfer(copied, "backward", "micro_batch", block, "before", False, part=OFFLOAD)
 
 
 def update_seconds(run: Run, rates: Rates) -> float:
@@ -86,6 +92,7 @@ def update_seconds(run: Run, rates: Rates) -> float:
     return rates.copy_seconds(size)
 
 
+@for_alike_runs
 def update_traffic_bytes(run: Run) -> int:
     """Read and written once each: gradients for the norm, again for clipping, and by the update; masters; states.
 

@@ -114,6 +114,19 @@ class _Recorder(TorchDispatchMode):
         return Segment(name, events[:, 0], events[:, 1], self.work.get(name, Work()))
 
 
+def shorten(model: Traceable, kinds: Sequence[object]) -> tuple[int, ...]:
+    """Leaves only the blocks to record in a model; for each block that it had, the index of the one that is like it.
+
+    Args:
+        kinds: for each block what it is alike by: of equal ones one is recorded, beside the first block, which may have
+            an input without gradient, and the last.
+    """
+    assert isinstance(model, nn.Module)
+    chosen, recorded = _choose(kinds)
+    _keep_blocks(model, list(model.blocks()), chosen)
+    return recorded
+
+
 def record(
     model: Traceable, batch: Callable[[], MicroBatch], *, kinds: Sequence[object], backward: bool = True
 ) -> Tape:
@@ -123,15 +136,22 @@ def record(
         model: an ``nn.Module`` on the meta device, with everything applied that the strategy does to it from outside
             (activation checkpointing, casts) and nothing sharded. It is used up.
         batch: makes the micro-batch; called under the fake mode.
-        kinds: for each block what it is alike by: of equal ones one is recorded, beside the first block, which may have
-            an input without gradient.
+        kinds: as of ``shorten``.
         backward: False records an evaluation: forward in eval mode, without gradients.
     """
+    return record_short(model, batch, recorded=shorten(model, kinds), backward=backward)
+
+
+def record_short(
+    model: Traceable, batch: Callable[[], MicroBatch], *, recorded: tuple[int, ...], backward: bool = True
+) -> Tape:
+    """``record`` of a model with the blocks that ``shorten`` left.
+
+    Args:
+        recorded: what ``shorten`` said of it.
+    """
     assert isinstance(model, nn.Module)
-    blocks = model.blocks()
-    chosen, recorded = _choose(kinds)
-    _keep_blocks(model, list(blocks), chosen)
-    kept = [list(blocks.values())[i] for i in chosen]
+    kept = list(model.blocks().values())
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         inputs = batch()

@@ -236,6 +236,77 @@ class Change:
 
 
 @dataclass(frozen=True)
+class ParetoPoint:
+    """One of the configurations that a search looked at.
+
+    Args:
+        label: what sets it apart from the others, for people and short.
+        usd, hours: of the whole run.
+        on_front: whether no other that fits is both faster and cheaper.
+        overrides: of the configuration that was searched from, as in ``Change``.
+        peak_bytes: of a GPU, CUDA's context with it; usable_bytes: of them.
+        host_bytes: of host memory of a node.
+        jpy: of the whole run.
+    """
+
+    label: str
+    gpu: str
+    num_gpus: int
+    usd: float
+    hours: float
+    fits: bool
+    on_front: bool
+    overrides: tuple[str, ...]
+    verdict: Verdict = "fits"
+    peak_bytes: int = 0
+    usable_bytes: int = 0
+    host_bytes: int = 0
+    jpy: float = 0.0
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Configurations that a search ruled out for one reason."""
+
+    reason: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Pick:
+    """An answer of a search.
+
+    Args:
+        question: e.g. ``fastest under $50``.
+    """
+
+    question: str
+    point: ParetoPoint
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Args:
+        looked_at: configurations; fitting: of them.
+        seconds: that it took.
+        front: of money and time: none that fits is both cheaper and faster; the cheapest first.
+        picks: cheapest and fastest, and what was asked for.
+        points: the fastest of each GPU, number of GPUs and way to shard, and the front.
+        refused: the others by reason, the commonest first.
+    """
+
+    looked_at: int
+    fitting: int
+    seconds: float
+    front: tuple[ParetoPoint, ...]
+    picks: tuple[Pick, ...]
+    points: tuple[ParetoPoint, ...]
+    refused: tuple[Refused, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A whole dry run.
 
@@ -245,6 +316,7 @@ class Plan:
         choices: every ``auto`` that was made concrete, with its reason.
         proposals: smallest changes that make the run fit; empty where it does.
         warnings: what the user should know before the run starts.
+        search: what else there is, where it was asked for.
     """
 
     subject: dict[str, str]
@@ -258,24 +330,4 @@ class Plan:
     assumptions: tuple[Assumption, ...]
     proposals: tuple[Change, ...]
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ParetoPoint:
-    """One of the configurations that a search looked at.
-
-    Args:
-        label: what sets it apart from the others, for people and short.
-        usd, hours: of the whole run.
-        on_front: whether no other that fits is both faster and cheaper.
-        overrides: of the configuration that was searched from, as in ``Change``.
-    """
-
-    label: str
-    gpu: str
-    num_gpus: int
-    usd: float
-    hours: float
-    fits: bool
-    on_front: bool
-    overrides: tuple[str, ...]
+    search: Search | None = None

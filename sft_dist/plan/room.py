@@ -121,7 +121,7 @@ def largest_micro_batch_size(config: Config, room: Room) -> tuple[int, str]:
     Raises:
         ConfigError: not even micro-batches of one sequence go with the rest.
     """
-    most, limit = _most_sequences(room.run(with_micro_batch_size(config, 1)))
+    most, limit = _most_sequences(config, room.run(with_micro_batch_size(config, 1)).batch.world_size)
 
     @cache
     def peak(size: int) -> Phase | None:
@@ -147,15 +147,29 @@ def largest_micro_batch_size(config: Config, room: Room) -> tuple[int, str]:
     return size, f"{size}: {_in_parts(taken)}, within {room.allowed}; {why}"
 
 
-def _most_sequences(run: Run) -> tuple[int, str]:
-    """The largest power of two that a micro-batch may have beside memory, and why it is no larger."""
-    batch, method = run.batch, run.model.method
-    own = -(-batch.global_batch_size // batch.world_size)
-    tokens = batch.max_seq_len + (method.num_virtual_tokens if isinstance(method, VirtualTokensMethod) else 0)
-    within = max(1, MOST_TOKENS * batch.sequence_parallel // tokens)
+def micro_batch_sizes(config: Config, shape: WorldShape) -> list[int]:
+    """Powers of two, within a rank's sequences of a step and ``MOST_TOKENS``, and the size that the file says."""
+    ranks = max(1, shape.size // config.sharding.sequence_parallel)
+    most, _ = _most_sequences(config, ranks)
+    sizes = {1 << power for power in range(most.bit_length())}
+    said = config.train.micro_batch_size
+    if said != "auto" and said <= -(-config.train.global_batch_size // ranks):
+        sizes.add(said)
+    return sorted(sizes)
+
+
+def _most_sequences(config: Config, ranks: int) -> tuple[int, str]:
+    """The largest power of two that a micro-batch may have beside memory, and why it is no larger.
+
+    Args:
+        ranks: data-parallel ones; where ranks share sequences, groups of such ranks.
+    """
+    own = -(-config.train.global_batch_size // ranks)
+    extra = config.method.num_virtual_tokens if isinstance(config.method, VirtualTokensMethod) else 0
+    within = max(1, MOST_TOKENS * config.sharding.sequence_parallel // (config.data.max_seq_len + extra))
     most = 1 << (min(own, within).bit_length() - 1)
     if 2 * most > own:
-        return most, f"a rank has {own} of a step's {batch.global_batch_size} sequences"
+        return most, f"a rank has {own} of a step's {config.train.global_batch_size} sequences"
     return most, f"{2 * most} have more than {MOST_TOKENS:,} tokens on a rank"
 
 

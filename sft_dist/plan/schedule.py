@@ -8,7 +8,7 @@ It needs no run: other stacks' tapes are played the same way.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,14 +81,18 @@ def step_time(
         update_s: of the optimizer.
         backward: False for an evaluation: forward passes alone.
     """
-    every = [*(_transfer(c, rates) for c in collectives), *transfers]
+    every = [*_of_links(collectives, rates), *transfers]
     copies = _copies(collectives, rates)
     total: dict[str, float] = defaultdict(float)
     hidden = 0.0
-    for is_last, times in ((False, micro_batches - 1), (True, 1)):
+    usual = [t for t in every if t.every == "micro_batch"]
+    last = [t for t in every if t.every != "step"]
+    ends = _micro_batch(tape, rates, last, copies, backward=backward)
+    other = ends
+    if micro_batches > 1 and len(last) > len(usual):
+        other = _micro_batch(tape, rates, usual, copies, backward=backward)
+    for played, times in ((other, micro_batches - 1), (ends, 1)):
         if times:
-            moments = ("micro_batch", "last_micro_batch") if is_last else ("micro_batch",)
-            played = _micro_batch(tape, rates, [t for t in every if t.every in moments], copies, backward=backward)
             for name, seconds in played.parts.items():
                 total[name] += seconds * times
             hidden += played.hidden_s * times
@@ -112,24 +116,25 @@ class _Stage:
     compute: float
     before: float = 0.0
     after: float = 0.0
-    alone: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    alone: dict[str, float] = field(default_factory=dict)
 
 
 def _micro_batch(
     tape: Tape, rates: Rates, transfers: Sequence[Transfer], copies: dict[Pass, float], *, backward: bool
 ) -> StepTime:
     """Forward and backward of one micro-batch."""
-    segments = _segments(tape, backward=backward)
     parts: dict[str, float] = defaultdict(float)
     stages: dict[tuple[Pass, int | None], _Stage] = {}
     order: list[_Stage] = []
-    for key, segment in segments:
-        busy = rates.work_parts(segment.work)
-        gap = max(0.0, rates.launch_seconds(segment.work) - sum(busy.values()))
+    known: dict[int, tuple[dict[str, float], float, float]] = {}
+    for key, segment in _segments(tape, backward=backward):
+        if id(segment) not in known:  # blocks that are alike are one
+            known[id(segment)] = _seconds(segment, rates)
+        busy, gap, whole = known[id(segment)]
         for name, seconds in busy.items():
             parts[name] += seconds
         parts["launch gaps"] += gap
-        stage = _Stage(sum(busy.values()) + gap)
+        stage = _Stage(whole)
         order.append(stage)
         # What is of no block is gathered before the first segment, and reduced behind the last.
         first_of_pass = key[0] == "forward" and key not in stages
@@ -138,7 +143,7 @@ def _micro_batch(
     for transfer in transfers:
         stage = stages[transfer.of, transfer.block]
         if not transfer.overlaps:
-            stage.alone[transfer.part] += transfer.seconds
+            stage.alone[transfer.part] = stage.alone.get(transfer.part, 0.0) + transfer.seconds
         elif transfer.when == "before":
             stage.before += transfer.seconds
         else:
@@ -151,6 +156,14 @@ def _micro_batch(
             parts[name] += seconds
     parts["communication"] += waited
     return StepTime(dict(parts), hidden)
+
+
+def _seconds(segment: Segment, rates: Rates) -> tuple[dict[str, float], float, float]:
+    """(of the GPU by what takes them, that it waits for the host, all together)."""
+    busy = rates.work_parts(segment.work)
+    computed = sum(busy.values())
+    gap = max(0.0, rates.launch_seconds(segment.work) - computed)
+    return busy, gap, computed + gap
 
 
 def _play(stages: Sequence[_Stage]) -> tuple[float, float]:
@@ -183,15 +196,15 @@ def _segments(tape: Tape, *, backward: bool) -> list[tuple[tuple[Pass, int | Non
     return found
 
 
-def _transfer(collective: Collective, rates: Rates) -> Transfer:
-    return Transfer(
-        rates.links.seconds(collective),
-        collective.of,
-        collective.every,
-        collective.block,
-        "before" if collective.kind == "all_gather" else "after",
-        collective.overlaps,
-    )
+def _of_links(collectives: Iterable[Collective], rates: Rates) -> Iterator[Transfer]:
+    """Blocks are mostly alike, and so is what travels for them."""
+    known: dict[tuple[object, ...], float] = {}
+    for c in collectives:
+        like = (c.kind, c.size_bytes, id(c.group))
+        if like not in known:
+            known[like] = rates.links.seconds(c)
+        when: Literal["before", "after"] = "before" if c.kind == "all_gather" else "after"
+        yield Transfer(known[like], c.of, c.every, c.block, when, c.overlaps)
 
 
 def _copies(collectives: Iterable[Collective], rates: Rates) -> dict[Pass, float]:

@@ -8,6 +8,7 @@ from sft_dist.config.schema import AdamWConfig
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
+from sft_dist.sharding.remember import for_alike_runs
 
 GIB = 2**30
 
@@ -34,6 +35,7 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer
 
 
+@for_alike_runs
 def state_bytes(run: Run) -> StateBytes:
     """Of rank 0, which holds no less than any other rank under every strategy."""
     spec = registry.describe(run, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sft_dist.config.schema import ActivationCheckpointingConfig
 from sft_dist.errors import PlanError
@@ -13,14 +13,14 @@ from sft_dist.plan.activations import trace
 from sft_dist.plan.calibration import Calibration
 from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
 from sft_dist.plan.efficiency import Efficiency, efficiency_of
-from sft_dist.plan.offload import host_transfers, update_seconds
+from sft_dist.plan.offload import at_rate, host_transfers, update_seconds
 from sft_dist.plan.rates import DISK_BYTES_PER_S, Rates, gpu_rates
 from sft_dist.plan.result import Assumption, DataPlan, Range, TimePlan
-from sft_dist.plan.schedule import StepTime, step_time
+from sft_dist.plan.schedule import StepTime, Transfer, step_time
 from sft_dist.plan.tape import Tape
 from sft_dist.plan.typical import Content, as_content
 from sft_dist.run import Run
-from sft_dist.sharding.collectives import collectives, of_evaluation
+from sft_dist.sharding.collectives import Collective, collectives, of_evaluation
 
 # Imports, the process group and CUDA's first kernels; assumed.
 START_S = 30.0
@@ -30,6 +30,103 @@ PREPARED_TOKENS_PER_S = 1e6
 LINK_ERROR = 0.3
 # Several GPUs wait for the slowest: published steps on 2 to 4 GPUs took up to this much longer than planned from one.
 SEVERAL_GPUS_ERROR = 0.06
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One pass over the evaluation set: ``batches`` of every rank, forward alone; the rest as of ``Workload``."""
+
+    tape: Tape
+    collectives: tuple[Collective, ...]
+    copies: tuple[Transfer, ...]
+    batches: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run has to do, whichever GPU does it.
+
+    Args:
+        content: of the busiest rank's mean micro-batch; tape: of such a micro-batch.
+        collectives: of a step.
+        copies: to and from host memory, their bytes in place of seconds.
+        step_tokens: of all ranks, in a full step.
+        written_bytes: checkpoints and the final model.
+        evaluation: None where nothing is evaluated.
+    """
+
+    run: Run
+    data: DataPlan
+    content: Content
+    tape: Tape
+    collectives: tuple[Collective, ...]
+    copies: tuple[Transfer, ...]
+    step_tokens: float
+    written_bytes: int
+    evaluation: Evaluation | None
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """How long a GPU takes for a workload, in seconds."""
+
+    step: StepTime
+    step_range: Range
+    phases: dict[str, float]
+    total: Range
+    efficiency: Efficiency
+
+
+def workload(run: Run, tape: Tape, *, data: DataPlan, eval_tape: Tape | None = None) -> Workload:
+    """
+    Args:
+        tape: of the run's longest micro-batch (``activations.trace``).
+        eval_tape: of the longest evaluation batch; None where nothing is evaluated.
+    """
+    content = busiest_content(run, data)
+    return Workload(
+        run=run,
+        data=data,
+        content=content,
+        tape=as_content(run, tape, content),
+        collectives=collectives(run, tokens=round(content.tokens)),
+        copies=host_transfers(run, tokens=content.tokens / run.batch.sequence_parallel),
+        step_tokens=full_step_tokens(run, data),
+        written_bytes=num_checkpoints(run, data) * saved_state_bytes(run) + final_bytes(run),
+        evaluation=None if eval_tape is None else _evaluation(run, data, eval_tape),
+    )
+
+
+def run_time(
+    work: Workload, *, gpu: Gpu, network: Network | None = None, calibration: Calibration | None = None
+) -> RunTime:
+    """
+    Args:
+        network: between nodes; needed where there are several.
+        calibration: what a run of this kind measured on this GPU.
+
+    Raises:
+        PlanError: the GPU lacks the compute dtype, or the network between nodes is not known.
+    """
+    run = work.run
+    dtype: ComputeDtype = run.precision.compute
+    _check(run, gpu, dtype, network)
+    found = efficiency_of(gpu, method=run.model.method.type, calibration=calibration)
+    rates = gpu_rates(
+        gpu,
+        dtype=dtype,
+        gpus_per_node=run.world.ranks_per_node,
+        network=network,
+        efficiency=found.range.value,
+    )
+    step = full_step(work, rates)
+    seconds = _step_range(run, step, found)
+    phases = _phases(work, rates, seconds.value)
+    rest = sum(phases.values()) - phases["train"]
+    share = phases["train"] / seconds.value if seconds.value else 0.0
+    # What is beside training is assumed: half or twice of it.
+    total = Range(phases["train"] + rest, seconds.low * share + rest / 2, seconds.high * share + rest * 2)
+    return RunTime(step, seconds, phases, total, found)
 
 
 def plan_time(
@@ -45,55 +142,36 @@ def plan_time(
 ) -> TimePlan:
     """
     Args:
-        tape: of the run's longest micro-batch (``activations.trace``).
-        network: between nodes; needed where there are several.
-        eval_tape: of the longest evaluation batch; None where nothing is evaluated.
-        calibration: what a run of this kind measured on this GPU.
+        tape, eval_tape: as of ``workload``.
+        network, calibration: as of ``run_time``.
         model_tape: like ``tape`` and without recomputation, where that is at hand.
 
     Raises:
-        PlanError: the GPU lacks the compute dtype, or the network between nodes is not known.
+        PlanError: as ``run_time``.
     """
-    dtype: ComputeDtype = run.precision.compute
-    _check(run, gpu, dtype, network)
-    found = efficiency_of(gpu, method=run.model.method.type, calibration=calibration)
-    content = busiest_content(run, data)
-    per_node = run.world.ranks_per_node
-
-    def with_efficiency(value: float) -> Rates:
-        return gpu_rates(gpu, dtype=dtype, gpus_per_node=per_node, network=network, efficiency=value)
-
-    rates = with_efficiency(found.range.value)
-    typical = as_content(run, tape, content)
-    step = full_step(run, typical, rates, data, content)
-    seconds = _step_range(run, step, found)
-    phases = _phases(run, data, rates, seconds.value, eval_tape)
-    tokens = full_step_tokens(run, data)
-    plain = as_content(run, _without_recomputation(run, tape, model_tape), content)
-    per_rank = content.tokens / run.batch.sequence_parallel
+    work = workload(run, tape, data=data, eval_tape=eval_tape)
+    timed = run_time(work, gpu=gpu, network=network, calibration=calibration)
+    plain = as_content(run, _without_recomputation(run, tape, model_tape), work.content)
+    per_rank = work.content.tokens / run.batch.sequence_parallel
     model_flops = plain.work().flops / per_rank
+    seconds, tokens = timed.step_range, work.step_tokens
     tokens_per_s_per_gpu = tokens / seconds.value / run.world.size
-    peak = gpu.flops[dtype]
-    rest = sum(phases.values()) - phases["train"]
-    share = phases["train"] / seconds.value if seconds.value else 0.0
+    peak = gpu.flops[run.precision.compute]
     return TimePlan(
-        step_parts=dict(sorted(step.parts.items(), key=lambda part: -part[1])),
+        step_parts=dict(sorted(timed.step.parts.items(), key=lambda part: -part[1])),
         step=seconds,
-        hidden_communication_s=step.hidden_s,
-        phases=phases,
-        # What is beside training is assumed: half or twice of it.
-        total=Range(
-            phases["train"] + rest, seconds.low * share + rest / 2, seconds.high * share + rest * 2
-        ),
+        hidden_communication_s=timed.step.hidden_s,
+        phases=timed.phases,
+        total=timed.total,
         tokens_per_s=Range(tokens / seconds.value, tokens / seconds.high, tokens / seconds.low),
         tokens_per_s_per_gpu=tokens_per_s_per_gpu,
         mfu=model_flops * tokens_per_s_per_gpu / peak,
-        hfu=typical.work().flops / per_rank * tokens_per_s_per_gpu / peak,
+        hfu=work.tape.work().flops / per_rank * tokens_per_s_per_gpu / peak,
         flops_per_token=model_flops,
-        efficiency=found.range.value,
-        basis=found.basis,
-        source=found.source,
-    )  # fmt: skip
+        efficiency=timed.efficiency.range.value,
+        basis=timed.efficiency.basis,
+        source=timed.efficiency.source,
+    )
 
 
 def time_assumptions(gpu: Gpu, time: TimePlan) -> tuple[Assumption, ...]:
@@ -109,19 +187,15 @@ def time_assumptions(gpu: Gpu, time: TimePlan) -> tuple[Assumption, ...]:
     )
 
 
-def full_step(run: Run, tape: Tape, rates: Rates, data: DataPlan, content: Content) -> StepTime:
-    """A step of whole micro-batches on the rank that has most.
-
-    Args:
-        tape: of a micro-batch of ``content``.
-    """
+def full_step(work: Workload, rates: Rates) -> StepTime:
+    """A step of whole micro-batches on the rank that has most."""
     return step_time(
-        tape,
+        work.tape,
         rates=rates,
-        collectives=collectives(run, tokens=round(content.tokens)),
-        transfers=host_transfers(run, rates, tokens=content.tokens / run.batch.sequence_parallel),
-        micro_batches=data.micro_batches_per_step,
-        update_s=update_seconds(run, rates),
+        collectives=work.collectives,
+        transfers=at_rate(work.copies, rates),
+        micro_batches=work.data.micro_batches_per_step,
+        update_s=update_seconds(work.run, rates),
     )
 
 
@@ -168,37 +242,47 @@ def _step_range(run: Run, step: StepTime, found: Efficiency) -> Range:
     return Range(total, fastest, slowest)
 
 
-def _phases(run: Run, data: DataPlan, rates: Rates, step_s: float, eval_tape: Tape | None) -> dict[str, float]:
+def _phases(work: Workload, rates: Rates, step_s: float) -> dict[str, float]:
     """Seconds of the whole run by phase."""
+    run, data = work.run, work.data
     weights = run.model.num_parameters * DTYPE_BYTES[run.precision.compute]
-    steps = data.steps * min(1.0, data.tokens_per_step / full_step_tokens(run, data))
-    written = num_checkpoints(run, data) * saved_state_bytes(run) + final_bytes(run)
+    steps = data.steps * min(1.0, data.tokens_per_step / work.step_tokens)
     return {
         "load": START_S + weights / DISK_BYTES_PER_S,
         "prepare": 0.0 if data.basis == "prepared" else data.tokens.value / PREPARED_TOKENS_PER_S,
         "train": steps * step_s,
-        "eval": 0.0 if eval_tape is None else data.evaluations * evaluation_seconds(run, data, rates, eval_tape),
-        "save": written / DISK_BYTES_PER_S,
+        "eval": 0.0 if work.evaluation is None else data.evaluations * evaluation_seconds(work.evaluation, rates),
+        "save": work.written_bytes / DISK_BYTES_PER_S,
     }
 
 
-def evaluation_seconds(run: Run, data: DataPlan, rates: Rates, tape: Tape) -> float:
-    """Of one pass over the evaluation set, whose rows are not packed and as long as those of training."""
+def evaluation_seconds(evaluation: Evaluation, rates: Rates) -> float:
+    """Of one pass over the evaluation set."""
+    forward = step_time(
+        evaluation.tape,
+        rates=rates,
+        collectives=evaluation.collectives,
+        transfers=at_rate(evaluation.copies, rates),
+        micro_batches=1,
+        backward=False,
+    )
+    return evaluation.batches * forward.total_s
+
+
+def _evaluation(run: Run, data: DataPlan, tape: Tape) -> Evaluation:
+    """Rows that are not packed and as long as those of training."""
     row = data.tokens.value / data.rows
     tokens = row * run.batch.micro_batch_size
     supervised = data.supervised_tokens / data.tokens.value
     alone = replace(run, batch=replace(run.batch, sequence_parallel=1))
     content = Content(tokens, tokens * supervised, data.sum_squared_lengths / data.tokens.value)
-    forward = step_time(
-        as_content(alone, tape, content),
-        rates=rates,
+    copies = host_transfers(alone, tokens=tokens)
+    return Evaluation(
+        tape=as_content(alone, tape, content),
         collectives=of_evaluation(collectives(run)),
-        transfers=[t for t in host_transfers(alone, rates, tokens=tokens) if t.of == "forward" and t.when == "before"],
-        micro_batches=1,
-        backward=False,
+        copies=tuple(t for t in copies if t.of == "forward" and t.when == "before"),
+        batches=max(1.0, -(-data.eval_tokens // (tokens * run.batch.world_size))),
     )
-    passes = -(-data.eval_tokens // (tokens * run.batch.world_size))
-    return max(1.0, passes) * forward.total_s
 
 
 def _without_recomputation(run: Run, tape: Tape, known: Tape | None) -> Tape:

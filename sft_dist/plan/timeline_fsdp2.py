@@ -119,7 +119,7 @@ class Fsdp2Timeline(Timeline):
 
 
 def _unit(run: Run, block: str | None, shards: int) -> Unit:
-    members = [p for p in run.model.parameters if p.block == block]
+    members = run.model.members[block]
     trained = [p for p in members if p.trainable]
 
     def padded(parameter: ParameterSpec) -> int:

@@ -14,8 +14,10 @@ from sft_dist.plan.record import recording
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import build_optimizer
+from sft_dist.sharding.remember import for_alike_runs
 
 
+@for_alike_runs
 def update_bytes(run: Run) -> int:
     """Most that a step of the run's optimizer allocates and frees again, on a device; 0 where it steps on the host."""
     spec = registry.describe(run, 0)

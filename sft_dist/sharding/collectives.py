@@ -101,8 +101,7 @@ def of_evaluation(found: Iterable[Collective]) -> tuple[Collective, ...]:
 
 def members(run: Run, block: int | None) -> list[ParameterSpec]:
     """Parameters of a block, or of what is before and behind them."""
-    name = None if block is None else run.model.blocks[block]
-    return [p for p in run.model.parameters if p.block == name]
+    return run.model.members[None if block is None else run.model.blocks[block]]
 
 
 def padded_numel(parameter: ParameterSpec, shards: int) -> int:

@@ -12,6 +12,7 @@ from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import ddp, fsdp2, rotary, sequence_parallel, virtual_tokens, zero
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
 from sft_dist.sharding.refusal import Refusal
+from sft_dist.sharding.remember import for_alike_runs
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 
@@ -30,6 +31,7 @@ def unsupported(run: Run) -> Refusal | None:
     return next((refusal for declared in DECLARATIONS if (refusal := declared(run)) is not None), None)
 
 
+@for_alike_runs
 def describe(run: Run, rank: int) -> ShardingSpec:
     """What ``rank`` holds under the run's strategy; pure, needs no process group."""
     match run.strategy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from sft_dist.model.spec import DTYPE_BYTES, Dtype
@@ -50,7 +51,7 @@ class ShardingSpec:
     optimizer_state_bytes: int
     on_host: frozenset[HostPart] = frozenset()
 
-    @property
+    @cached_property
     def parameter_bytes(self) -> int:
         """Bytes of the model's parameters on this rank between steps."""
         return sum(p.local_bytes for p in self.parameters)
