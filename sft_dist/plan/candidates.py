@@ -97,9 +97,9 @@ def parse_methods(text: str | None) -> tuple[str, ...] | None:
 
 
 def gpus_to_search(config: Config) -> list[Gpu]:
-    """The configuration's GPU, or all that have a price; those with most memory first.
+    """The configuration's GPU, or all that anybody may rent by the hour; those with most memory first.
 
-    With a price of the user's own, which is of one GPU, that of this machine where none is named.
+    With ``hardware.provider`` whatever its terms are. With a price of the user's own, which is of one GPU, that of this machine where none is named.
 
     Raises:
         UnknownHardware: the GPU is not known.
@@ -109,7 +109,8 @@ def gpus_to_search(config: Config) -> list[Gpu]:
     own = (hardware.price_per_hour, hardware.price_per_hour_jpy, hardware.owned)
     if hardware.gpu is not None or any(price is not None for price in own):
         return [machines_of(hardware).gpu]
-    priced = {price.gpu for price in all_prices(hardware.prices)}
+    any_terms = hardware.provider is not None
+    priced = {price.gpu for price in all_prices(hardware.prices) if any_terms or price.terms is None}
     found = [gpu for name, gpu in all_gpus().items() if name in priced and rents_nodes(gpu, hardware, 1)]
     return sorted(found, key=lambda gpu: -gpu.usable_bytes)
 
