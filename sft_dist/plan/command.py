@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from sft_dist.config.load import read_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
 from sft_dist.plan.assumed import AssumedData, parse_count
@@ -117,7 +118,13 @@ def make_plan(config: Config, *, stated: AssumedData | None, views: Views, wishe
     planned = dry_run(config, first_machines(config) if wished else machines_of(config.hardware), assumed=stated)
     plan = planned.plan
     if wished is not None:
-        plan = replace(plan, search=_searched(config, plan, wished))
+        found = _searched(config, plan, wished)
+        if config.hardware.gpu is None and found.picks:
+            # Nobody named a GPU: what is shown above the search is its first answer.
+            said = config.model_dump(mode="json", exclude_unset=True)
+            answer = read_config(said, source="the configuration", overrides=found.picks[0].point.overrides)
+            plan = dry_run(answer, machines_of(answer.hardware), assumed=stated).plan
+        plan = replace(plan, search=found)
     show(plan, Path(config.output_dir), views)
     if plan.search is not None and wished is not None:
         check_wishes(plan.search.front, budget=wished.budget, deadline_s=wished.deadline_s)
