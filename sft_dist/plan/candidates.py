@@ -99,7 +99,8 @@ def parse_methods(text: str | None) -> tuple[str, ...] | None:
 def gpus_to_search(config: Config) -> list[Gpu]:
     """The configuration's GPU, or all that anybody may rent by the hour; those with most memory first.
 
-    With ``hardware.provider`` whatever its terms are. With a price of the user's own, which is of one GPU, that of this machine where none is named.
+    With ``hardware.provider`` whatever its terms are. With a price of the user's own, which is of one GPU, that of this
+    machine where none is named.
 
     Raises:
         UnknownHardware: the GPU is not known.
