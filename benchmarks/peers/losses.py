@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers.kernels import FusedCrossEntropy, FusedLinearCrossEntropy
+from benchmarks.peers.kernels import CompiledCrossEntropy, FusedCrossEntropy, FusedLinearCrossEntropy
 
 
 def head_loss(
@@ -15,8 +15,10 @@ def head_loss(
     """The loss of [1, T, h] hidden states.
 
     Args:
-        kind: ``hf``, ``fast_ce`` (Triton, in place), ``flce`` (foak's fused linear), ``liger``, ``chunked``
-            (torchtune), ``litgpt`` (chunks of 128 tokens), ``plain`` (torchtitan), ``compiled``.
+        kind: ``hf``, ``fast_ce`` (Triton, in place), ``flce`` (foak's fused linear), ``liger``, ``chunked`` and
+            ``chunked compiled`` (torchtune, the head on eight chunks), ``linear`` (torchtune, head and loss on each of
+            eight chunks), ``litgpt`` (chunks of 128 tokens), ``plain`` (torchtitan), ``upcast`` (torchtune:
+            what the model returns is fp32 already).
         labels: [T], already of the next tokens.
         rows: sequences that the T tokens are; of more than one the shifted logits are a copy.
         outputs_to_fp32: accelerate makes the logits that a model returns fp32 under mixed precision.
@@ -28,11 +30,15 @@ def head_loss(
             return FusedLinearCrossEntropy.apply(hidden[0], head.weight, False)
         case "litgpt":
             return _litgpt(head, hidden, labels, rows, outputs_to_fp32)
-        case "chunked":
-            return _chunked(head, hidden, labels)
+        case "chunked" | "chunked compiled":
+            return _chunked(head, hidden, labels, compiled=kind.endswith("compiled"))
+        case "linear" | "linear compiled":
+            return _linear(head, hidden, labels, compiled=kind.endswith("compiled"))
         case "plain":
             logits = head(hidden)
             return F.cross_entropy(logits.flatten(0, 1).float(), labels)
+        case "upcast":
+            return F.cross_entropy(head(hidden).float().flatten(0, 1), labels)
         case "hf inline" | "fast_ce inline":
             return _inline(kind, head, hidden, labels, rows)
         case _:
@@ -83,9 +89,22 @@ def _litgpt(head: nn.Module, hidden: Tensor, labels: Tensor, rows: int, outputs_
     return loss
 
 
-def _chunked(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+def _chunked(head: nn.Module, hidden: Tensor, labels: Tensor, *, compiled: bool) -> Tensor:
     """torchtune ``CEWithChunkedOutputLoss``: the head on eight chunks of the tokens, each upcast on its own."""
     size = -(-hidden.shape[1] // 8)
     logits = [head(part) for part in hidden[0].split(size)]
-    losses = [F.cross_entropy(part.float(), target) for part, target in zip(logits, labels.split(size), strict=True)]
-    return torch.stack(losses).sum()
+    parts = zip(logits, labels.split(size), strict=True)
+    return torch.stack([_of_chunk(part, target, compiled=compiled) for part, target in parts]).sum()
+
+
+def _linear(head: nn.Module, hidden: Tensor, labels: Tensor, *, compiled: bool) -> Tensor:
+    """torchtune ``LinearCrossEntropyLoss``: head and loss of one of eight chunks after the other."""
+    size = -(-hidden.shape[1] // 8)
+    parts = zip(hidden[0].split(size), labels.split(size), strict=True)
+    return torch.stack([_of_chunk(head(part), target, compiled=compiled) for part, target in parts]).sum()
+
+
+def _of_chunk(logits: Tensor, labels: Tensor, *, compiled: bool) -> Tensor:
+    if compiled:
+        return CompiledCrossEntropy.apply(logits).sum()
+    return F.cross_entropy(logits.float(), labels, reduction="sum")

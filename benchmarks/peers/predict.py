@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.peers import torchtune
 from benchmarks.peers.hf import PeerModel, hf_model, rope_in_place
 from benchmarks.peers.inventory import WIDTHS, Inventory, inventory
 from benchmarks.peers.setup import Setup
@@ -93,7 +94,8 @@ def _what_is_recorded(setup: Setup) -> Setup:
     keep = setup.sharding if setup.sharding.startswith(("fsdp", "zero")) else "none"
     return replace(
         setup, world=1, sharded_by=1, sharding=keep, offload=frozenset(), accumulates=False, optimizer="",
-        foreach=False, state_bytes=0, paged=False, at_most=False, adapters_ignored=False,
+        foreach=False, state_bytes=None, moments=0, paged=False, at_most=False, adapters_ignored=False,
+        in_backward=False, shard_grad_op=False,
     )  # fmt: skip
 
 
@@ -103,6 +105,8 @@ def _recorded(setup: Setup) -> Recorded:
         from benchmarks.peers.litgpt import litgpt_model
 
         model, alike = litgpt_model(setup)
+    elif setup.stack == "torchtune" and setup.config["model_type"] in torchtune.MODEL_TYPES:
+        model, alike = torchtune.torchtune_model(setup)
     else:
         model, alike = hf_model(setup)
     blocks = list(model.blocks().values())
@@ -172,15 +176,15 @@ def _resident(setup: Setup, counted: Inventory) -> dict[str, int]:
 
 
 def _state_width(setup: Setup, width: int) -> float:
-    """AdamW's two moments have the dtype of their parameter, unless a row says otherwise."""
-    if setup.state_bytes != 8.0 or setup.sharding.startswith("zero"):
+    """Moments have the dtype of their parameter, DeepSpeed's that of its fp32 copy, unless a row says otherwise."""
+    if setup.state_bytes is not None:
         return setup.state_bytes
-    return 2.0 * width
+    return float(setup.moments * (4 if setup.sharding.startswith("zero") else width))
 
 
 def _update(setup: Setup, counted: Inventory) -> int:
     """The foreach AdamW takes the root of all second moments at once."""
-    if not setup.foreach or setup.sharding.startswith("zero") or "optimizer" in setup.offload:
+    if not setup.foreach or setup.sharding.startswith("zero") or "optimizer" in setup.offload or setup.in_backward:
         return 0
     shards = setup.sharded_by if setup.sharding.startswith("fsdp") and not setup.adapters_ignored else 1
     width = 4 if setup.sharding.startswith("fsdp") and setup.autocast else WIDTHS[setup.adapters]

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.predict import Prediction, predict
-from benchmarks.peers.setup import Counter, Row, Setup, counter, setup_of
+from benchmarks.peers.reading import setup_of
+from benchmarks.peers.setup import Setup
 from benchmarks.peers.speed import Timed, throughput
 from benchmarks.peers.unmapped import Unmapped
+from benchmarks.peers.words import Counter, Row, counter
 from sft_dist.errors import PlanError
 from sft_dist.hardware.gpus import Gpu, find_gpu
 from sft_dist.plan.memory import (

@@ -41,6 +41,21 @@ class PeerTimeline(Timeline):
 
     def begin(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         self.accumulating = not first
+        self.before = ledger.now["gradients"]
+
+    def after_backward(self, ledger: Ledger, block: int) -> None:
+        """An update in backward drops each gradient with it."""
+        if self.setup.in_backward:
+            self._step(ledger, self.counted.layer)
+
+    def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
+        if self.setup.in_backward:
+            self._step(ledger, self.counted.root)
+
+    def _step(self, ledger: Ledger, group: Group) -> None:
+        if self.setup.foreach:  # of one weight at a time
+            ledger.touch("temporaries", group.largest_bytes, "update in backward")
+        ledger.add("gradients", self.before - ledger.now["gradients"])
 
     def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
         ledger.play(segment.gradients_move if self.accumulating else segment, moment)
@@ -82,7 +97,7 @@ class Sharded(PeerTimeline):
         self.reduced = {name: self._reduced(g) for name, g in (("layer", counted.layer), ("root", counted.root))}
         self.kept = 0
         self.offloaded = "parameters" in setup.offload  # and gradients with them, as they are reduced
-        self.stays_whole = setup.accumulates and setup.stack in ("hf", "litgpt") and not self.offloaded
+        self.stays_whole = setup.accumulates and setup.stack in ("hf", "litgpt", "fsdp_qlora") and not self.offloaded
         reentrant = setup.reentrant and setup.checkpointing == "full"
         self.keeps_inputs = self.flat and setup.method != "full" and reentrant
         self.prefetches = not (self.flat and reentrant)
@@ -111,11 +126,12 @@ class Sharded(PeerTimeline):
 
     def after_forward(self, ledger: Ledger, block: int) -> None:
         super().after_forward(ledger, block)
-        ledger.add("gather_buffers", -self.whole["layer"])
+        if not self.setup.shard_grad_op:
+            ledger.add("gather_buffers", -self.whole["layer"])
 
     def before_backward(self, ledger: Ledger, block: int | None) -> None:
         super().before_backward(ledger, block)
-        if block is None:
+        if block is None or self.setup.shard_grad_op:
             return
         if self.fetched != block:
             ledger.add("gather_buffers", self.whole["layer"], f"gathering layer {block} again")
@@ -125,6 +141,7 @@ class Sharded(PeerTimeline):
 
     def after_backward(self, ledger: Ledger, block: int) -> None:
         self._reduce(ledger, "layer", f"reducing layer {block}")
+        super().after_backward(ledger, block)
         ledger.add("gather_buffers", -self.whole["layer"])
         if self.keeps_inputs:
             # The gradient of this input is that of the next layer's output, which the tape counts while it runs.
@@ -134,6 +151,7 @@ class Sharded(PeerTimeline):
 
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         self._reduce(ledger, "root", "reducing the root")
+        super().end(ledger, first=first, last=last)
         ledger.add("gather_buffers", -self.whole["root"])
         ledger.add("activations", -self.held)
         self.held = 0
@@ -186,6 +204,10 @@ class Fsdp2(Sharded):
     def before_backward(self, ledger: Ledger, block: int | None) -> None:
         PeerTimeline.before_backward(self, ledger, block)
         size = self.whole["layer"]
+        if self.setup.shard_grad_op:
+            ledger.add("gather_buffers", -self.buffered)
+            self.buffered = 0
+            return
         if block is None:
             ledger.add("gather_buffers", size - self.buffered, "gathering the last layer ahead")
             self.buffered = size

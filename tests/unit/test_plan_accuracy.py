@@ -12,7 +12,8 @@ import yaml
 from benchmarks import plan_accuracy
 from benchmarks.peers.predict import predict
 from benchmarks.peers.score import family, score, summary
-from benchmarks.peers.setup import counter, setup_of
+from benchmarks.peers.reading import setup_of
+from benchmarks.peers.words import counter
 from benchmarks.peers.unmapped import Unmapped
 
 GIB = 2**30
