@@ -95,7 +95,7 @@ def _what_is_recorded(setup: Setup) -> Setup:
     return replace(
         setup, world=1, sharded_by=1, sharding=keep, offload=frozenset(), accumulates=False, optimizer="",
         foreach=False, state_bytes=None, moments=0, paged=False, at_most=False, adapters_ignored=False,
-        in_backward=False, shard_grad_op=False,
+        in_backward=False, shard_grad_op=False, fsdp_outside=False,
     )  # fmt: skip
 
 

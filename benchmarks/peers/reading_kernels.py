@@ -112,9 +112,13 @@ def checkpointing(row: Row, text: str, stack: str) -> dict[str, Any]:
     if "selective" in given and stack != "titan":
         raise Unmapped(f"activation checkpointing {row.get('grad_ckpt')}")
     own = stack in ("fsdp_qlora", "litgpt", "torchtune", "titan") or re.search(FUSED_ENGINE, text)
-    reentrant = not own
+    # accelerate's own wrapper goes around each layer when FSDP has wrapped it, and is the other implementation.
+    by_fsdp = re.search(r"fsdp[_ ]?(config|activation|plugin)|activation_checkpointing|checkpoint_?wrapper", given)
+    outside = bool(by_fsdp) or stack == "fsdp_qlora"
+    reentrant = not own and not by_fsdp
     if re.search(r"reentrant[^|]{0,12}(false|=no)|non?[- _]?reentrant", given):
         reentrant = False
     elif re.search(r"reentrant", given):
         reentrant = True
-    return {"checkpointing": "selective" if "selective" in given else "full", "reentrant": reentrant}
+    kind = "selective" if "selective" in given else "full"
+    return {"checkpointing": kind, "reentrant": reentrant, "fsdp_outside": outside}

@@ -29,6 +29,7 @@ class Setup:
             ``prepare_model_for_kbit_training``), ``norms`` where TRL's SFTTrainer makes the embeddings bf16 again.
         seq_lens: tokens of each sequence of a micro-batch.
         at_most: that is only how many there may be.
+        fsdp_outside: FSDP's units are around the checkpoints, not inside them.
         shard_grad_op: FSDP leaves what it gathered in forward gathered until backward.
         in_backward: each weight is updated as soon as its gradient is there, which then goes.
         moments: tensors of optimizer state for each parameter, in its dtype.
@@ -47,6 +48,7 @@ class Setup:
     tensor_parallel: int = 1
     context_parallel: int = 1
     shard_grad_op: bool = False
+    fsdp_outside: bool = False
     offload: frozenset[str] = frozenset()
     seq_lens: tuple[int, ...] = ()
     at_most: bool = False

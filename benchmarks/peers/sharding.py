@@ -8,6 +8,8 @@ from sft_dist.plan.ledger import Ledger
 from sft_dist.plan.tape import Segment, Tape
 from sft_dist.plan.timeline import Timeline
 
+# Whose models compute the loss themselves.
+LOSS_INSIDE = ("hf", "fsdp_qlora")
 # DeepSpeed's defaults, in elements.
 ZERO_REDUCE_BUCKET, ZERO_PREFETCH_BUCKET, ZERO_MAX_LIVE = 500_000_000, 50_000_000, 1_000_000_000
 
@@ -82,7 +84,7 @@ class Sharded(PeerTimeline):
 
     FSDP1 (torch ``fsdp/_runtime_utils.py``): gathers go straight into the unit; the gradient of a flat parameter is put
     together from those of its weights, which are there until then; BACKWARD_PRE prefetches a unit whose forward ran
-    with gradients, which no reentrantly checkpointed one did. A hook that waits for the gradient of a frozen unit's
+    with gradients, which none inside a reentrant checkpoint did. There a hook that waits for the gradient of a frozen unit's
     inputs is removed when backward ends: until then it holds the input of every reentrant checkpoint, and its gradient.
     Without synchronisation, in all micro-batches but the last, gradients stay whole. Fabric puts frozen and trained
     parameters into one flat parameter, whose gradient is as large as it is.
@@ -98,7 +100,7 @@ class Sharded(PeerTimeline):
         self.kept = 0
         self.offloaded = "parameters" in setup.offload  # and gradients with them, as they are reduced
         self.stays_whole = setup.accumulates and setup.stack in ("hf", "litgpt", "fsdp_qlora") and not self.offloaded
-        reentrant = setup.reentrant and setup.checkpointing == "full"
+        reentrant = setup.reentrant and setup.checkpointing == "full" and not setup.fsdp_outside
         self.keeps_inputs = self.flat and setup.method != "full" and reentrant
         self.prefetches = not (self.flat and reentrant)
         self.held = 0
@@ -131,7 +133,12 @@ class Sharded(PeerTimeline):
 
     def before_backward(self, ledger: Ledger, block: int | None) -> None:
         super().before_backward(ledger, block)
-        if block is None or self.setup.shard_grad_op:
+        if self.setup.shard_grad_op:
+            return
+        if block is None:
+            if self.prefetches and self.setup.stack in LOSS_INSIDE:  # the root's hook is on the loss
+                ledger.add("gather_buffers", self.whole["layer"], "gathering the last layer ahead")
+                self.fetched = self.num_blocks - 1
             return
         if self.fetched != block:
             ledger.add("gather_buffers", self.whole["layer"], f"gathering layer {block} again")
