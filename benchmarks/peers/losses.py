@@ -17,7 +17,8 @@ def head_loss(
     Args:
         kind: ``hf``, ``fast_ce`` (Triton, in place), ``flce`` (foak's fused linear), ``liger``, ``chunked`` and
             ``chunked compiled`` (torchtune, the head on eight chunks), ``linear`` (torchtune, head and loss on each of
-            eight chunks), ``litgpt`` (chunks of 128 tokens), ``plain`` (torchtitan), ``upcast`` (torchtune:
+            eight chunks), ``litgpt`` (chunks of 128 tokens), ``plain`` and ``plain
+            compiled`` (torchtitan), ``upcast`` (torchtune:
             what the model returns is fp32 already).
         labels: [T], already of the next tokens.
         rows: sequences that the T tokens are; of more than one the shifted logits are a copy.
@@ -37,6 +38,8 @@ def head_loss(
         case "plain":
             logits = head(hidden)
             return F.cross_entropy(logits.flatten(0, 1).float(), labels)
+        case "plain compiled":
+            return CompiledCrossEntropy.apply(head(hidden).flatten(0, 1)).sum()
         case "upcast":
             return F.cross_entropy(head(hidden).float().flatten(0, 1), labels)
         case "hf inline" | "fast_ce inline":

@@ -23,6 +23,26 @@ SPOKEN = {
     "llama323b": "meta-llama/Llama-3.2-3B",
     "llama3370b": "meta-llama/Llama-3.3-70B-Instruct",
     "mistral7b": "mistralai/Mistral-7B-v0.1",
+    # Of the same shapes.
+    "llama7b": "meta-llama/Llama-2-7b-hf",
+    "llama17b": "meta-llama/Llama-2-7b-hf",
+    "llama13b": "meta-llama/Llama-2-13b-hf",
+    "llama113b": "meta-llama/Llama-2-13b-hf",
+    "vicuna7bv15": "meta-llama/Llama-2-7b-hf",
+    "codellama7b": "meta-llama/Llama-2-7b-hf",
+    "codellama13b": "meta-llama/Llama-2-13b-hf",
+    "zephyr7bbeta": "mistralai/Mistral-7B-v0.1",
+    "mistral7bv02": "mistralai/Mistral-7B-v0.1",
+    "qwen205b": "Qwen/Qwen2.5-0.5B",
+    "qwen215b": "Qwen/Qwen2.5-1.5B",
+    "qwen27b": "Qwen/Qwen2.5-7B",
+    "qwen272b": "Qwen/Qwen2.5-72B",
+    "phi3mini": "microsoft/Phi-3-mini-4k-instruct",
+    "phi3mini128k": "microsoft/Phi-3-mini-4k-instruct",
+    "phi35mini": "microsoft/Phi-3-mini-4k-instruct",
+    "phi3medium": "microsoft/Phi-3-medium-4k-instruct",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "tinyllama11b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
 }
 DECORATION = re.compile(r"(instruct|base|chat|hf|it|bnb4bit|bnb|4bit|metallama(?=.*llama)|meta(?=llama))")
 

@@ -11,7 +11,7 @@ from benchmarks.peers.reading_kernels import checkpointing, kernels, precision
 from benchmarks.peers.reading_sharding import offload, sharding
 from benchmarks.peers.setup import ALL_LINEARS, ATTENTION_LINEARS, Setup
 from benchmarks.peers.unmapped import Unmapped
-from benchmarks.peers.words import Row, number, version, words
+from benchmarks.peers.words import Row, absent, number, version, words
 
 # Other methods and optimizers, whose memory is not modelled.
 OTHER_METHODS = (
@@ -22,12 +22,16 @@ OTHER_OPTIMIZERS = r"adafactor|galore|muon|lomo|shampoo|soap|apollo|badam|came\b
 
 # Megatron's fused layers, in Transformers' names, and what others call them.
 LINEAR_NAMES = {
-    "qkv": ("q_proj", "k_proj", "v_proj"), "qkv_proj": ("q_proj", "k_proj", "v_proj"), "wqkv": ("q_proj", "k_proj", "v_proj"),
-    "proj": ("o_proj",), "fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",), "gate_up_proj": ("gate_proj", "up_proj"),
-    "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj",), "output_proj": ("o_proj",), "out_proj": ("o_proj",),
-    "gate": ("gate_proj",), "up": ("up_proj",), "down": ("down_proj",), "wq": ("q_proj",), "wk": ("k_proj",), "wv": ("v_proj",),
-    "wo": ("o_proj",), "w1": ("gate_proj",), "w2": ("down_proj",), "w3": ("up_proj",),
-}  # fmt: skip
+    **dict.fromkeys(("qkv", "qkv_proj", "wqkv", "query_key_value"), ("q_proj", "k_proj", "v_proj")),
+    **dict.fromkeys(("fc1", "gate_up_proj"), ("gate_proj", "up_proj")),
+    **dict.fromkeys(("proj", "o", "wo", "output_proj", "out_proj"), ("o_proj",)),
+    **dict.fromkeys(("q", "wq"), ("q_proj",)),
+    **dict.fromkeys(("k", "wk"), ("k_proj",)),
+    **dict.fromkeys(("v", "wv"), ("v_proj",)),
+    **dict.fromkeys(("gate", "w1"), ("gate_proj",)),
+    **dict.fromkeys(("up", "w3"), ("up_proj",)),
+    **dict.fromkeys(("down", "w2", "fc2"), ("down_proj",)),
+}
 
 
 def setup_of(row: Row) -> Setup:
@@ -139,8 +143,9 @@ def _batch(row: Row) -> dict[str, Any]:
     seq, micro = number(row, "seq_len"), number(row, "micro_batch")
     if not seq or not micro:
         raise Unmapped("micro-batch or sequence length not given")
-    vary = bool(re.search(r"lengths? var(y|ies)|<=|up to|\bmax", words(row, "packing", "seq_len")))
-    vary = vary or bool(re.search(r"lengths? var(y|ies)", words(row, "notes")))
+    packed = re.search(r"\bpacked|constant|fixed", words(row, "packing")) and not absent(words(row, "packing"))
+    vary = bool(re.search(r"lengths? var(y|ies)", words(row, "packing", "seq_len", "notes")))
+    vary = vary or bool(re.search(r"<=|up to|\bmax", words(row, "seq_len")) and not packed)
     return {
         "seq_lens": (int(seq),) * int(micro),
         "at_most": vary,
@@ -155,16 +160,17 @@ def _optimizer(row: Row, stack: str) -> dict[str, Any]:
     if re.search(OTHER_OPTIMIZERS, text):
         raise Unmapped(f"optimizer {row['optimizer']}")
     beside = words(row, "kernels", "notes")
-    fused = re.search(r"fused|paged|bnb|bitsandbytes|[48]-?bit|deepspeed|apex|torchao", text)
+    fused = re.search(r"fused|cpu_?adam|paged|bnb|bitsandbytes|[48]-?bit|deepspeed|apex|torchao", text)
     # torchtune's recipes name the fused one.
     foreach = not fused and (stack != "torchtune" or "foreach" in text)
-    in_backward = r"in[- _]?(bwd|backward)|(step|optimi[sz]er)[^|]{0,20}into[^|]{0,5}backward"
+    beside = f"{text} | {beside}"
+    in_backward = re.search(r"in[- _]?(bwd|backward)|(step|optimi[sz]er)[^|]{0,20}into[^|]{0,5}backward", beside)
+    not_so = re.search(r"(no|not|without)[^|]{0,12}in[- _]?(bwd|backward)|in[-_ ]bwd[ =:]*(false|off)", beside)
     found: dict[str, Any] = {
         "paged": "paged" in text,
         "foreach": foreach,
-        "in_backward": bool(re.search(in_backward, f"{text} | {beside}"))
-        and not re.search(r"(no|not|without)[^|]{0,12}in[- _]?(bwd|backward)|in[-_ ]bwd[ =:]*(false|off)", f"{text} | {beside}"),
-    }  # fmt: skip
+        "in_backward": bool(in_backward) and not not_so,
+    }
     if re.search(r"\bsgd", text):
         found |= {"moments": 1 if "momentum" in text else 0, "foreach": False}
     elif "lion" in text:

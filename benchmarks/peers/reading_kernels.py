@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from benchmarks.peers.unmapped import Unmapped
-from benchmarks.peers.words import Row, absent, dtype, number, said, version, words
+from benchmarks.peers.words import Row, absent, dtype, gpus, month, said, version, words
 
 FUSED_ENGINE = r"nemo|transformer[ _-]?engine|megatron|\bte\b"
 
@@ -26,7 +26,7 @@ def precision(row: Row, text: str, stack: str, quant: str) -> dict[str, Any]:
     if stack in ("litgpt", "torchtune", "fsdp_qlora"):
         return found | {"adapters": weights, "autocast": ""}
     own = re.search(r"accelerated-peft|axolotl|llama-?factory", text)
-    fsdp = "fsdp" in words(row, "sharding") and (number(row, "n_gpus") or 1) > 1
+    fsdp = "fsdp" in words(row, "sharding") and gpus(row) > 1
     if quant and not own and not fsdp and stack == "hf":
         trl = re.search(r"\btrl\b", text) and (found["autocast"] or weights) == "bf16"
         found["upcast_rest"] = "norms" if trl else "all"
@@ -56,7 +56,7 @@ def kernels(row: Row, text: str, stack: str) -> dict[str, Any]:
         found["mlp"] = "fused"
     if re.search(r"fused[ _-]lora", given) or unsloth:
         found["lora_kernel"] = "fused"
-    return found | {"attention": _attention(row, given, stack), "float8": bool(re.search(r"float8|fp8", given))}
+    return found | {"attention": _attention(row, given, text, stack), "float8": bool(re.search(r"float8|fp8", given))}
 
 
 def _whole_liger(given: str) -> bool:
@@ -84,18 +84,21 @@ def _loss(given: str, text: str, stack: str, *, compiled: bool) -> str:
         return "fast_ce"
     if "chunk" in given:
         return "linear"
-    return "plain" if stack == "titan" else "hf"
+    if stack == "titan":  # compiled since pull request 1033; before, compiling it did not work
+        return "plain compiled" if compiled and month(text) >= (2025, 4) else "plain"
+    return "hf"
 
 
-def _attention(row: Row, given: str, stack: str) -> str:
-    text = words(row, "attention")
-    if stack == "hf" and ("sdpa" in text or not text) and not re.search(r"flash|\bfa[ -]?[23]?\b", f"{text} {given}"):
+def _attention(row: Row, given: str, text: str, stack: str) -> str:
+    asked = words(row, "attention")
+    own = stack in ("hf", "fsdp_qlora") and not re.search(FUSED_ENGINE, text)
+    if own and ("sdpa" in asked or not asked) and not re.search(r"flash|\bfa[ -]?[23]?\b", f"{asked} {given}"):
         return "sdpa"
-    if re.search(r"flash|\bfa[ -]?[23]?\b|flex|xformers|\bte\b|transformer|packed|sdpa|cudnn|mem.*efficient", text):
+    if re.search(r"flash|\bfa[ -]?[23]?\b|flex|xformers|\bte\b|transformer|packed|sdpa|cudnn|mem.*efficient", asked):
         return "flash"
-    if "flash" in given or not text:
+    if "flash" in given or not asked:
         return "flash"
-    if re.search(r"eager|naive|math|vanilla", text):
+    if re.search(r"eager|naive|math|vanilla", asked):
         return "eager"
     raise Unmapped(f"attention {row.get('attention')}")
 
@@ -109,7 +112,7 @@ def checkpointing(row: Row, text: str, stack: str) -> dict[str, Any]:
         return {"checkpointing": "none"}
     if "selective" in given and re.search(FUSED_ENGINE, text):
         return {"checkpointing": "none"}  # Megatron's recomputes attention alone, which flash attention does anyway
-    if "selective" in given and stack != "titan":
+    if stack != "titan" and re.search(r"selective|every (2|3|4|other|second|third|n)\b|partial|half", given):
         raise Unmapped(f"activation checkpointing {row.get('grad_ckpt')}")
     own = stack in ("fsdp_qlora", "litgpt", "torchtune", "titan") or re.search(FUSED_ENGINE, text)
     # accelerate's own wrapper goes around each layer when FSDP has wrapped it, and is the other implementation.

@@ -6,14 +6,14 @@ import re
 from typing import Any
 
 from benchmarks.peers.unmapped import Unmapped
-from benchmarks.peers.words import Row, absent, number, said, words
+from benchmarks.peers.words import Row, absent, gpus, said, words
 
 GPUS_PER_NODE = 8
 
 
 def sharding(row: Row) -> dict[str, Any]:
     """Kind and degrees."""
-    text, world = words(row, "sharding"), int(number(row, "n_gpus") or 1)
+    text, world = words(row, "sharding"), gpus(row)
     if re.search(r"\bpp[ =x]*[2-9]|pipeline", text):
         raise Unmapped("pipeline parallelism")
     kind = _kind(row, text, world)
@@ -43,7 +43,7 @@ def _kind(row: Row, text: str, world: int) -> str:
         return "fsdp2"
     if "no_shard" in text:
         return "ddp"
-    if "fsdp" in text or re.search(r"full[-_ ]shard|shard_grad|hybrid[-_ ]shard|fully sharded", text):
+    if "fsdp" in text or re.search(r"full[-_ ]shard|shard_grad|hybrid[-_ ]shard|hsdp|fully sharded", text):
         return "fsdp1"
     if stage:
         return f"zero{stage[1] or stage[2]}".replace("zero0", "ddp")
@@ -62,7 +62,9 @@ def offload(row: Row) -> frozenset[str]:
         parts.add("activations")
     if re.search(r"activations?[ _-]*(cpu[ _-]*)?offload|offload(ed|ing)?[ _-]*(of[ _-]*)?activations?", beside):
         parts.add("activations")
-    if not text and re.search(r"cpu[ _-]?offload|offload(ing)?[ _-]*(to[ _-]*)?(cpu|param)", words(row, "sharding")):
+    if re.search(
+        r"(?<!no )(?<!activation )cpu[ _-]?offload|offload(ing)?[ _-]*(to[ _-]*)?(cpu|param)", words(row, "sharding")
+    ):
         parts |= {"parameters", "optimizer"}
     if not text or absent(text):
         return frozenset(parts)
@@ -71,9 +73,9 @@ def offload(row: Row) -> frozenset[str]:
         found.add("activations")
     if re.search(r"optim|states?\b", text):
         found.add("optimizer")
-    if re.search(r"param|weights|fsdp|^\s*(yes|true|cpu|full|all)\b(?![ _-]*activation)(?!.*optim(?!.*param))", text):
-        found |= {"parameters", "optimizer"}
-    elif re.search(r"cpu[ _-]?offload|offload[ _-]?cpu", text) and not found:
+    of_parameters = r"param|weights|fsdp|^\s*(yes|true|cpu|full|all)\b(?![ _-]*activation)(?!.*optim(?!.*param))"
+    of_nothing_else = r"cpu[ _-]?offload|offload[ _-]?cpu"
+    if re.search(of_parameters, text) or (re.search(of_nothing_else, text) and not found):
         found |= {"parameters", "optimizer"}
     if not found:
         raise Unmapped(f"offload {row.get('offload')}")

@@ -84,10 +84,10 @@ class Sharded(PeerTimeline):
 
     FSDP1 (torch ``fsdp/_runtime_utils.py``): gathers go straight into the unit; the gradient of a flat parameter is put
     together from those of its weights, which are there until then; BACKWARD_PRE prefetches a unit whose forward ran
-    with gradients, which none inside a reentrant checkpoint did. There a hook that waits for the gradient of a frozen unit's
-    inputs is removed when backward ends: until then it holds the input of every reentrant checkpoint, and its gradient.
-    Without synchronisation, in all micro-batches but the last, gradients stay whole. Fabric puts frozen and trained
-    parameters into one flat parameter, whose gradient is as large as it is.
+    with gradients, which none inside a reentrant checkpoint did. There a hook that waits for the gradient of a frozen
+    unit's inputs is removed when backward ends: until then it holds the input of every reentrant checkpoint, and its
+    gradient. Without synchronisation, in all micro-batches but the last, gradients stay whole. Fabric puts frozen and
+    trained parameters into one flat parameter, whose gradient is as large as it is.
     FSDP2: gathers are copied out of a buffer; the reduce-scatter of one layer is alive while the next one runs.
     """
 
@@ -179,9 +179,11 @@ class Sharded(PeerTimeline):
         size = self.reduced[name]
         if self.setup.adapters_ignored:
             return
-        # Zeros stand in for the gradients of frozen weights until all are one.
-        parts = ledger.now["gradients"] - self.kept
-        ledger.touch("communication", max(2 * size - parts, size) if self.setup.stack == "litgpt" else size, moment)
+        if self.flat:
+            # Zeros stand in for the gradients of frozen weights until all are one.
+            parts = ledger.now["gradients"] - self.kept
+            whole = max(2 * size - parts, size) if self.setup.stack == "litgpt" else size
+            ledger.touch("communication", whole, moment)
         ledger.add("gradients", self.kept - ledger.now["gradients"])
         if self.offloaded:
             return
@@ -228,7 +230,8 @@ class Fsdp2(Sharded):
 
     def _reduce(self, ledger: Ledger, name: str, moment: str) -> None:
         ledger.add("communication", -self.reducing)
-        self.reducing = self.reduced[name] * 2  # reduced in fp32
+        wider = 2 if self.setup.stack == "titan" else 1  # torchtitan reduces in fp32, others in what was computed
+        self.reducing = self.reduced[name] * wider
         ledger.add("communication", self.reducing, moment)
         super()._reduce(ledger, name, moment)
         if name == "root":

@@ -1,4 +1,4 @@
-"""The free text of published rows: what stands under a key, its numbers and versions, and which counter a peak is of."""
+"""The free text of published rows: what stands under a key, its numbers and versions, which counter a peak is of."""
 
 from __future__ import annotations
 
@@ -43,10 +43,22 @@ def number(row: Row, *keys: str) -> float | None:
     return None
 
 
+def gpus(row: Row) -> int:
+    """How many: 8, "8x", "2x8" or "2 nodes x 8"; 1 where nothing is said."""
+    nodes = re.search(r"(\d+)\s*(?:nodes?)?\s*[x*]\s*(\d+)(?![\w.])", words(row, "n_gpus"))
+    return int(nodes[1]) * int(nodes[2]) if nodes else int(number(row, "n_gpus") or 1)
+
+
 def version(text: str, package: str, unnamed: tuple[int, int]) -> tuple[int, int]:
     """Major and minor version that a text gives for a package."""
     found = re.search(rf"\b{package}[ =v~>]*(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else unnamed
+
+
+def month(text: str) -> tuple[int, int]:
+    """The latest year and month that a text names, as 2025-06 or 202506; (0, 0) without."""
+    found = re.findall(r"(?<![0-9a-f])(20[12]\d)-?(0[1-9]|1[0-2])(?![0-9]*[a-f])", text)
+    return max(((int(year), int(number)) for year, number in found), default=(0, 0))
 
 
 def dtype(text: str) -> str:

@@ -11,10 +11,10 @@ import yaml
 
 from benchmarks import plan_accuracy
 from benchmarks.peers.predict import predict
-from benchmarks.peers.score import family, score, summary
 from benchmarks.peers.reading import setup_of
-from benchmarks.peers.words import counter
+from benchmarks.peers.score import family, score, summary
 from benchmarks.peers.unmapped import Unmapped
+from benchmarks.peers.words import counter
 
 GIB = 2**30
 
