@@ -16,7 +16,7 @@ from benchmarks.peers import torchtune
 from benchmarks.peers.hf import PeerModel, hf_model, rope_in_place
 from benchmarks.peers.inventory import WIDTHS, Inventory, inventory
 from benchmarks.peers.setup import Setup
-from benchmarks.peers.sharding import timeline_of
+from benchmarks.peers.sharding import timeline_of, zero_update_bytes
 from benchmarks.peers.unmapped import Unmapped
 from sft_dist.data.batch import MicroBatch
 from sft_dist.plan.ledger import Ledger
@@ -184,7 +184,11 @@ def _state_width(setup: Setup, width: int) -> float:
 
 def _update(setup: Setup, counted: Inventory) -> int:
     """The foreach AdamW takes the root of all second moments at once."""
-    if not setup.foreach or setup.sharding.startswith("zero") or "optimizer" in setup.offload or setup.in_backward:
+    if "optimizer" in setup.offload or setup.in_backward:
+        return 0
+    if setup.sharding.startswith("zero"):
+        return zero_update_bytes(setup, counted)
+    if not setup.foreach:
         return 0
     shards = setup.sharded_by if setup.sharding.startswith("fsdp") and not setup.adapters_ignored else 1
     width = 4 if setup.sharding.startswith("fsdp") and setup.autocast else WIDTHS[setup.adapters]

@@ -11,7 +11,7 @@ from sft_dist.plan.timeline import Timeline
 # Whose models compute the loss themselves.
 LOSS_INSIDE = ("hf", "fsdp_qlora")
 # DeepSpeed's defaults, in elements.
-ZERO_REDUCE_BUCKET, ZERO_PREFETCH_BUCKET, ZERO_MAX_LIVE = 500_000_000, 50_000_000, 1_000_000_000
+ZERO_REDUCE_BUCKET, ZERO_PREFETCH_BUCKET, ZERO_MAX_LIVE, ZERO_SUB_GROUP = 500_000_000, 50_000_000, 10**9, 10**9
 
 
 class PeerTimeline(Timeline):
@@ -240,7 +240,8 @@ class Fsdp2(Sharded):
 
 
 class Zero(PeerTimeline):
-    """DeepSpeed: buckets, and under stage 3 what its default knobs keep gathered (a bound)."""
+    """DeepSpeed: buckets, the gradients of this rank's share in 16 bits until the update (of stage 1 all of them), and
+    under stage 3 what its default knobs keep gathered (a bound)."""
 
     def begin(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         super().begin(ledger, first=first, last=last)
@@ -252,6 +253,8 @@ class Zero(PeerTimeline):
             weights = self.counted.total("frozen_bytes") + 2 * self.counted.total("trained")
             self.live = min(weights, 2 * (ZERO_MAX_LIVE + ZERO_PREFETCH_BUCKET))
         ledger.add("gather_buffers", self.live, "gathered")
+        if first and "optimizer" not in self.setup.offload:
+            ledger.add("gradients", 2 * numel // (1 if self.setup.sharding == "zero1" else self.setup.sharded_by))
 
     def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
         ledger.play(segment.gradients_move, moment)
@@ -259,6 +262,12 @@ class Zero(PeerTimeline):
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         ledger.add("communication", -self.buckets)
         ledger.add("gather_buffers", -self.live)
+
+
+def zero_update_bytes(setup: Setup, counted: Inventory) -> int:
+    """DeepSpeed makes the gradients of a rank's share fp32 for the update; stage 3 those of one sub-group at a time."""
+    share = (counted.total("trained") + counted.total("adapters")) // setup.sharded_by
+    return 4 * (min(share, ZERO_SUB_GROUP) if setup.sharding == "zero3" else share)
 
 
 def timeline_of(setup: Setup, counted: Inventory, tape: Tape, hidden_bytes: int) -> PeerTimeline:
