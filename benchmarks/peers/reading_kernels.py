@@ -22,7 +22,7 @@ def precision(row: Row, text: str, stack: str, quant: str) -> dict[str, Any]:
     if re.search(FUSED_ENGINE, text):
         return found | {"adapters": weights}
     if stack == "hf" and (mixed or quant):  # quantised models are trained under autocast, whatever is said of it
-        found["autocast"] = dtype(compute or stored)
+        found["autocast"] = dtype(compute or stored).replace("fp32", "")
     if stack in ("litgpt", "torchtune", "fsdp_qlora"):
         return found | {"adapters": weights, "autocast": ""}
     own = re.search(r"accelerated-peft|axolotl|llama-?factory", text)
@@ -30,7 +30,7 @@ def precision(row: Row, text: str, stack: str, quant: str) -> dict[str, Any]:
     if quant and not own and not fsdp and stack == "hf":
         trl = re.search(r"\btrl\b", text) and (found["autocast"] or weights) == "bf16"
         found["upcast_rest"] = "norms" if trl else "all"
-        found["autocast"] = found["autocast"] or weights  # fp32 norms before a head that is not
+        found["autocast"] = found["autocast"] or weights.replace("fp32", "")  # fp32 norms before a head that is not
     if re.search(r"adapters?[ _]?(dtype)?[ :=]*(in )?bf16|pure_bf16|autocast_adapter_dtype[ =:]*false", text):
         found["adapters"] = "bf16"
     elif not quant and version(text, "peft", (0, 12)) < (0, 12):

@@ -81,7 +81,7 @@ class Scores:
 
 def family(row: Row) -> str:
     """The published table that a row is from: repository and file, or site and page."""
-    source = str(row.get("source", "no source"))
+    source = str(row.get("source") or "no source").strip() or "no source"
     github = re.match(r"github:([^@:]+)(?:@[^:]*)?(?::(.*))?", source)
     if github:
         file = (github[2] or "").rpartition("/")[2]

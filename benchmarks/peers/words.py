@@ -44,7 +44,10 @@ def number(row: Row, *keys: str) -> float | None:
 
 
 def gpus(row: Row) -> int:
-    """How many: 8, "8x", "2x8" or "2 nodes x 8"; 1 where nothing is said."""
+    """How many: 8, "8x", "2x8" or "2 nodes x 8", or by the name "4x A100"; 1 where nothing is said."""
+    named = re.match(r"\s*(\d+)\s*x\s*[a-z]", words(row, "gpu"))
+    if named and "n_gpus" not in row:
+        return int(named[1])
     nodes = re.search(r"(\d+)\s*(?:nodes?)?\s*[x*]\s*(\d+)(?![\w.])", words(row, "n_gpus"))
     return int(nodes[1]) * int(nodes[2]) if nodes else int(number(row, "n_gpus") or 1)
 
