@@ -104,6 +104,7 @@ class Sharded(PeerTimeline):
         self.keeps_inputs = self.flat and setup.method != "full" and reentrant
         self.prefetches = not (self.flat and reentrant)
         self.held = 0
+        self.waiting = 0  # gradients of the head, which the root reduces at the end
         self.fetched: int | None = None
 
     def _whole(self, group: Group) -> int:
@@ -165,6 +166,8 @@ class Sharded(PeerTimeline):
 
     def play_backward(self, ledger: Ledger, segment: Segment, moment: str) -> None:
         ledger.play(segment, moment)  # what is there already is of flat parameters: these are their parts
+        if segment is self.tape.head_backward:
+            self.waiting = ledger.now["gradients"] - self.kept
 
     def reduced_bytes(self, gradients: int) -> int:
         if not self.stays_whole:
@@ -181,10 +184,11 @@ class Sharded(PeerTimeline):
             return
         if self.flat:
             # Zeros stand in for the gradients of frozen weights until all are one.
-            parts = ledger.now["gradients"] - self.kept
+            parts = ledger.now["gradients"] - self.kept - (self.waiting if name == "layer" else 0)
             whole = max(2 * size - parts, size) if self.setup.stack == "litgpt" else size
             ledger.touch("communication", whole, moment)
-        ledger.add("gradients", self.kept - ledger.now["gradients"])
+        waiting = self.waiting if name == "layer" else 0
+        ledger.add("gradients", self.kept + waiting - ledger.now["gradients"])
         if self.offloaded:
             return
         if not self.stays_whole:
