@@ -49,7 +49,7 @@ CAUSES = (
 OTHERS = (
     ("torchtune README.md, optimization flags: packed, compile, chunks, checkpoints, update in backward, offload, "
      "8-bit, LoRA, QLoRA", "active", 9, "0.31%", "9.2%",
-     "torchao's 8-bit step holds copies of the embedding that are not modelled"),
+     "the 8-bit row is as high whatever the tokens: probably copies in the embedding's update, not modelled"),
     ("torchtune pull request 2003, the same flags with 5 packs of 2048", "active", 7, "0.32%", "6.7%", "the same"),
     ("torchtune README.md, memory and training speed: Llama 3.1 8B and 70B", "not stated", 6, "5.2%", "28%",
      "adapters are not stated; 70B on 8 GPUs shards embedding and head on their own, which is not modelled"),
