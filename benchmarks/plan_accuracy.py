@@ -1,6 +1,7 @@
 """How near the dry run comes to published measurements of other trainers.
 
     python -m benchmarks.plan_accuracy --points FILE [--json] [--docs PAGE]
+    python -m benchmarks.plan_accuracy --points FILE --efficiencies
 
 FILE is a YAML list of rows: model, method, GPUs, sharding, lengths, kernels, versions in words, and what was measured
 (``peak_mem_gib`` with ``peak_mem_kind``, ``tokens_per_s_per_gpu``, ``oom``). For each row the other trainer's model is
@@ -19,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.peers.efficiencies import efficiencies
 from benchmarks.peers.page import page
 from benchmarks.peers.score import Scores, score, summary
 from sft_dist.errors import PlanError
@@ -30,8 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON; errors are shares, not percent")
     parser.add_argument("--docs", type=Path, help="also write this Markdown page")
     parser.add_argument("--rows", action="store_true", help="also list every compared figure")
+    parser.add_argument("--efficiencies", action="store_true", help="print rows of step_efficiency.yaml and stop")
     options = parser.parse_args(arguments)
-    scores = score(read_points(options.points))
+    rows = read_points(options.points)
+    if options.efficiencies:
+        timed = [row for row in rows if isinstance(row.get("tokens_per_s_per_gpu"), int | float)]
+        for row in efficiencies(score(timed).speeds):
+            print(f"- {json.dumps(row).replace(chr(34), '')}")
+        return
+    scores = score(rows)
     result = summary(scores)
     if options.docs:
         options.docs.write_text(page(result), encoding="utf-8")

@@ -20,6 +20,7 @@ class Group:
         trained: elements of the base that train.
         adapters: elements that the method adds.
         largest_bytes: of the largest weight, dequantised.
+        tensors: that train.
     """
 
     frozen_bytes: int = 0
@@ -28,6 +29,7 @@ class Group:
     trained: int = 0
     adapters: int = 0
     largest_bytes: int = 0
+    tensors: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def inventory(model: nn.Module, blocks: list[nn.Module], layers: int) -> Invento
 
 
 def _group(parameters: Iterable, buffers: Iterable) -> Group:
-    frozen = trained = adapters = largest = packed = scales = 0
+    frozen = trained = adapters = largest = packed = scales = tensors = 0
     for name, parameter in parameters:
         if not parameter.requires_grad:
             frozen += parameter.nbytes
@@ -62,13 +64,14 @@ def _group(parameters: Iterable, buffers: Iterable) -> Group:
         else:
             trained += parameter.numel()
         largest = max(largest, parameter.nbytes)
+        tensors += parameter.requires_grad
     for name, buffer in buffers:
         last = name.rpartition(".")[2]
         if last == "packed":
             packed += buffer.nbytes
         elif last in ("scales", "outer"):
             scales += buffer.nbytes
-    return Group(frozen, packed, scales, trained, adapters, largest)
+    return Group(frozen, packed, scales, trained, adapters, largest, tensors)
 
 
 def is_added(name: str) -> bool:

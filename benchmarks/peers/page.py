@@ -120,7 +120,9 @@ def _throughput(speed: dict[str, Any]) -> list[str]:
         f"{speed['mapped']} rows of several:",
         f"by the plan's step, median error {step};",
         f"by FLOPs alone, {flops['median_abs_error']:.2%} and {flops['p90']:.2%}.",
-        "The worst rows are LoRA under FSDP1 with few tokens. There every adapter is a unit of its own, and the rate",
-        "limiter lets the host run two of them ahead, so that its work is probably not hidden; the plan has no such",
-        "units.",
+        "No constant is fitted to rows of several GPUs: what the host takes for operators and units was measured",
+        "without a GPU (`python -m benchmarks.host_time`), what CUDA adds is from a published trace. The worst rows",
+        "are LoRA under FSDP1 with few tokens. There every adapter is a unit of its own, and the rate limiter lets the",
+        "host run two of them ahead, so that its work is not hidden. One efficiency stands for models of different",
+        "widths; products of few tokens and narrow layers are planned too fast.",
     ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.peers import torchtune
 from benchmarks.peers.hf import PeerModel, hf_model, rope_in_place
 from benchmarks.peers.inventory import WIDTHS, Inventory, inventory
+from benchmarks.peers.linear import LoraLinear
 from benchmarks.peers.setup import Setup
 from benchmarks.peers.sharding import timeline_of, zero_update_bytes
 from benchmarks.peers.unmapped import Unmapped
@@ -82,6 +83,12 @@ def predict(setup: Setup) -> Prediction:
     return prediction
 
 
+def tape_of_work(setup: Setup) -> Tape:
+    """What a step computes. Between its passes an adapter of FSDP1 is its sharded, fp32 self, and PEFT casts its input
+    to that before the unit gathers it in a narrower dtype (``use_orig_params``, accelerate's default)."""
+    return _recorded(_what_is_recorded(setup)).tape
+
+
 def _as_seen(setup: Setup) -> Setup:
     """Under FSDP's mixed precision a module sees its adapters in that dtype."""
     if setup.sharding.startswith("fsdp") and setup.autocast and not setup.adapters_ignored:
@@ -118,7 +125,8 @@ def _recorded(setup: Setup) -> Recorded:
     # Tensor parallelism with sharded sequences and vocabulary splits what is kept as evenly as context parallelism.
     parts = setup.context_parallel * setup.tensor_parallel
     with _mask_of_one_byte(), rope_in_place(model, setup):
-        tape = record(model, lambda: _batch(setup.seq_lens, parts), kinds=range(len(blocks)))
+        units = [leaf for m in model.modules() if isinstance(m, LoraLinear) for leaf in (m.lora_A, m.lora_B)]
+        tape = record(model, lambda: _batch(setup.seq_lens, parts), kinds=range(len(blocks)), units=units)
     return Recorded(replace(tape, recorded=alike), counted, seen[0])
 
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from benchmarks.peers.inventory import WIDTHS
-from benchmarks.peers.predict import Prediction
+from benchmarks.peers.predict import Prediction, tape_of_work
 from benchmarks.peers.setup import Row, Setup, words
 from benchmarks.peers.sharding import Sharded, timeline_of
 from sft_dist.hardware.gpus import Gpu
+from sft_dist.plan.launches import FOREACH_TENSOR_S, FSDP1, FSDP2, FUSED_TENSOR_S, WHOLE, Units
 from sft_dist.plan.rates import Rates, gpu_rates
-from sft_dist.plan.schedule import step_time
+from sft_dist.plan.schedule import StepTime, step_time
+from sft_dist.plan.tape import Tape
 from sft_dist.sharding.collectives import Collective, Group, Kind, Pass
 
 GPUS_PER_NODE = 8
 # Numbers that AdamW reads and writes for each parameter: one pass an operation with foreach, one in all fused.
 FOREACH_ACCESSES, FUSED_ACCESSES = 20, 7
+# Times that FSDP reads and writes a gradient to reduce it.
+GRADIENT_ACCESSES = 4
 
 
 @dataclass(frozen=True)
@@ -40,22 +45,30 @@ class Timed:
         kernels = words(self.row, "kernels")
         return (self.gpu.name, setup.method, setup.quant, setup.upcast_rest, setup.stack, kernels)
 
+    @cached_property
+    def tape(self) -> Tape:
+        return tape_of_work(self.setup)
+
     @property
     def flops(self) -> int:
         """Of a micro-batch, recomputation included."""
-        return self.prediction.recorded.tape.work().flops
+        return self.tape.work().flops
 
     def seconds(self, efficiency: float) -> float:
         """Of a step of one micro-batch."""
+        return self.step(efficiency).total_s
+
+    def step(self, efficiency: float) -> StepTime:
         rates = self._rates(efficiency)
-        step = step_time(
-            self.prediction.recorded.tape,
+        return step_time(
+            self.tape,
             rates=rates,
             collectives=tuple(_collectives(self.setup, self.prediction)),
             micro_batches=1,
             update_s=_update_seconds(self.setup, self.prediction, rates),
+            update_host_s=_update_host_seconds(self.setup, self.prediction, rates),
+            units=_units(self.setup),
         )
-        return step.total_s
 
     def efficiency(self) -> float:
         """With which ``seconds`` is what was measured, by bisection: more efficient is never slower."""
@@ -72,15 +85,19 @@ class Timed:
 
 
 def _collectives(setup: Setup, prediction: Prediction) -> Iterator[Collective]:
-    """Of FSDP: a layer is gathered in forward, in backward again, and by a reentrant checkpoint a third time."""
+    """Of FSDP: a layer is gathered in forward, in backward again, and by a reentrant checkpoint a third time.
+
+    FSDP1 puts the gradients of a flat parameter's weights together (the backward of ``torch.split``) and divides them
+    before they travel: each is a pass over them.
+    """
     counted, tape = prediction.recorded.counted, prediction.recorded.tape
     steps = timeline_of(setup, counted, tape, prediction.recorded.hidden_bytes)
     if not isinstance(steps, Sharded):
         return
     group = Group("shard", setup.sharded_by, min(setup.sharded_by, GPUS_PER_NODE))
 
-    def one(kind: Kind, size: int, of: Pass, block: int | None) -> Collective:
-        return Collective(kind, size, group, of, "micro_batch", block)
+    def one(kind: Kind, size: int, of: Pass, block: int | None, copied: int = 0) -> Collective:
+        return Collective(kind, size, group, of, "micro_batch", block, copied_bytes=copied)
 
     yield one("all_gather", steps.whole["root"], "forward", None)
     backward_gathers = 2 if setup.checkpointing == "full" and setup.reentrant else 1
@@ -88,7 +105,8 @@ def _collectives(setup: Setup, prediction: Prediction) -> Iterator[Collective]:
         yield one("all_gather", steps.whole["layer"], "forward", block)
         yield one("all_gather", backward_gathers * steps.whole["layer"], "backward", block)
         if steps.reduced["layer"]:
-            yield one("reduce_scatter", steps.reduced["layer"], "backward", block)
+            size = steps.reduced["layer"]
+            yield one("reduce_scatter", size, "backward", block, GRADIENT_ACCESSES * size)
 
 
 def _update_seconds(setup: Setup, prediction: Prediction, rates: Rates) -> float:
@@ -97,6 +115,18 @@ def _update_seconds(setup: Setup, prediction: Prediction, rates: Rates) -> float
     accesses = FOREACH_ACCESSES if setup.foreach else FUSED_ACCESSES
     width = WIDTHS[setup.stored if setup.method == "full" else setup.adapters]
     return numel * width * accesses / rates.memory_bytes_per_s
+
+
+def _units(setup: Setup) -> Units:
+    if setup.sharding == "fsdp1":
+        return replace(FSDP1, recomputes=setup.checkpointing == "full" and setup.reentrant)
+    return FSDP2 if setup.sharding == "fsdp2" else WHOLE
+
+
+def _update_host_seconds(setup: Setup, prediction: Prediction, rates: Rates) -> float:
+    counted = prediction.recorded.counted
+    tensor_s = FOREACH_TENSOR_S if setup.foreach else FUSED_TENSOR_S
+    return rates.host.slowdown * tensor_s * (counted.layer.tensors * counted.layers + counted.root.tensors)
 
 
 def throughput(rows: Sequence[Timed]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from sft_dist.plan.result import Basis, Range
 
 # A measured run repeats itself within this share, on the same machine with the same configuration.
 CALIBRATED_ERROR = 0.05
+# Published rows share a machine and few models: of another run they say no more than this.
+PUBLISHED_ERROR = 0.10
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ def _published(gpu: Gpu, method: str, kernels: Kernels) -> Efficiency:
     for row in table["efficiencies"]:
         if gpu.name.startswith(row["gpu"]) and (row["method"], row["kernels"]) == (method, kernels):
             source = f"{row['runs']} published runs of {method} on {row['gpu']}: {table['sources'][row['source']]}"
-            return Efficiency(Range(row["value"], row["low"], row["high"]), "published", source)
+            value = row["value"]
+            low, high = min(row["low"], value * (1 - PUBLISHED_ERROR)), max(row["high"], value * (1 + PUBLISHED_ERROR))
+            return Efficiency(Range(value, low, high), "published", source)
     assumed = table["assumed"]
     return Efficiency(
         Range(assumed["value"], assumed["low"], assumed["high"]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sft_dist.hardware.gpus import ComputeDtype, Gpu, Link
 from sft_dist.hardware.networks import Network
+from sft_dist.plan.launches import MEASURED, Host, host_of
 from sft_dist.plan.tape import Work
 from sft_dist.sharding.collectives import Collective, Group, ring_factor
 
@@ -27,9 +28,8 @@ NVLINK_SHARE, PCIE_SHARE, NETWORK_SHARE = 0.77, 0.75, 0.8
 NO_PEER_SHARE = 0.5
 # A transfer from pinned host memory, of PCIe's rate.
 HOST_LINK_SHARE = 0.8
-# The host starts a kernel about so often; eager torch's dispatcher, autograd included.
-LAUNCH_S = 6e-6
-# What a collective takes however little it carries, in a node and between nodes.
+# What a collective takes however little it carries, in a node and between nodes: NCCL's all-reduce of a few bytes takes
+# 10 us on two and 34 us on eight GPUs of a DGX A100 (github.com/NVIDIA/nccl-tests/issues/123).
 NODE_LATENCY_S, NETWORK_LATENCY_S = 20e-6, 50e-6
 # Of the host: its memory, all sockets together, for an optimizer that steps there; files read and written. Assumed.
 HOST_MEMORY_BYTES_PER_S = 150e9
@@ -85,7 +85,7 @@ class Rates:
         product_flops_per_s, attention_flops_per_s: in the compute dtype.
         memory_bytes_per_s, dequantize_bytes_per_s: read and written.
         efficiency: share of all these that the run reaches.
-        launch_s: of the host for each kernel.
+        host: that starts the GPU's kernels.
         host_link_bytes_per_s: between the GPU and host memory, in one direction.
         host_memory_bytes_per_s: for this GPU's part of an optimizer that steps on the host.
     """
@@ -98,7 +98,7 @@ class Rates:
     host_link_bytes_per_s: float
     host_memory_bytes_per_s: float
     efficiency: float = 1.0
-    launch_s: float = LAUNCH_S
+    host: Host = MEASURED
 
     def work_parts(self, work: Work) -> dict[str, float]:
         """Seconds of the GPU by what takes them."""
@@ -108,10 +108,6 @@ class Rates:
             "element-wise": work.moved_bytes / self.memory_bytes_per_s / self.efficiency,
             "dequantising": work.dequantize_bytes / self.dequantize_bytes_per_s / self.efficiency,
         }
-
-    def launch_seconds(self, work: Work) -> float:
-        """Of the host, which runs ahead of the GPU: what takes longer of the two decides."""
-        return work.kernels * self.launch_s
 
     def copy_seconds(self, size_bytes: int) -> float:
         """Of the GPU for reading and writing so many bytes together."""
@@ -147,4 +143,5 @@ def gpu_rates(
         host_link_bytes_per_s=gpu.host_link.bytes_per_s * HOST_LINK_SHARE,
         host_memory_bytes_per_s=HOST_MEMORY_BYTES_PER_S / gpus_per_node,
         efficiency=efficiency,
+        host=host_of(gpu),
     )

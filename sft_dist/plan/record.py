@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.plan.operators import ATTENTION, DEQUANTIZE, IDLE, PRODUCTS, inner_bytes, moved_bytes
-from sft_dist.plan.tape import PARTS, Segment, Tape, TapePart, Work
+from sft_dist.plan.tape import PARTS, Moment, Segment, Tape, TapePart, Work
 
 # What torch's caching allocator rounds a request to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
 ALLOCATION_UNIT = 512
@@ -48,7 +48,8 @@ class _Recorder(TorchDispatchMode):
     segment: str = "embed"
     part: TapePart = "activations"
     events: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    work: dict[str, Work] = field(default_factory=dict)
+    work: dict[str, list[Work]] = field(default_factory=dict)
+    moments: dict[str, list[Moment]] = field(default_factory=dict)
     live: dict[int, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,13 +60,23 @@ class _Recorder(TorchDispatchMode):
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in outputs:
             self._see(tensor)
+        self._current.operators += 1
         if not func.is_view and func.overloadpacket not in IDLE:
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self._count(func, args, kwargs or {}, out, inputs, outputs)
         return out
 
+    @property
+    def _current(self) -> Work:
+        return self.work.setdefault(self.segment, [Work()])[-1]
+
+    def mark(self, moment: Moment) -> None:
+        """Ends a stretch of the segment."""
+        self.work.setdefault(self.segment, [Work()]).append(Work())
+        self.moments.setdefault(self.segment, []).append(moment)
+
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        work = self.work.setdefault(self.segment, Work())
+        work = self._current
         work.kernels += 1
         moved = moved_bytes(func, inputs, outputs)
         inner = inner_bytes(func, inputs)
@@ -111,7 +122,9 @@ class _Recorder(TorchDispatchMode):
     def take(self, name: str) -> Segment:
         """What was recorded under a name."""
         events = np.array(self.events.get(name, []), np.int64).reshape(-1, 2)
-        return Segment(name, events[:, 0], events[:, 1], self.work.get(name, Work()))
+        works, moments = self.work.get(name, [Work()]), self.moments.get(name, [])
+        stretches = tuple(zip(works, [*moments, "end"], strict=True)) if moments else ()
+        return Segment(name, events[:, 0], events[:, 1], sum(works, Work()), stretches)
 
 
 def shorten(model: Traceable, kinds: Sequence[object]) -> tuple[int, ...]:
@@ -128,7 +141,12 @@ def shorten(model: Traceable, kinds: Sequence[object]) -> tuple[int, ...]:
 
 
 def record(
-    model: Traceable, batch: Callable[[], MicroBatch], *, kinds: Sequence[object], backward: bool = True
+    model: Traceable,
+    batch: Callable[[], MicroBatch],
+    *,
+    kinds: Sequence[object],
+    backward: bool = True,
+    units: Sequence[nn.Module] = (),
 ) -> Tape:
     """Runs the model's forward and backward once on tensors without data.
 
@@ -138,12 +156,18 @@ def record(
         batch: makes the micro-batch; called under the fake mode.
         kinds: as of ``shorten``.
         backward: False records an evaluation: forward in eval mode, without gradients.
+        units: inside the blocks, whose moments are marked.
     """
-    return record_short(model, batch, recorded=shorten(model, kinds), backward=backward)
+    return record_short(model, batch, recorded=shorten(model, kinds), backward=backward, units=units)
 
 
 def record_short(
-    model: Traceable, batch: Callable[[], MicroBatch], *, recorded: tuple[int, ...], backward: bool = True
+    model: Traceable,
+    batch: Callable[[], MicroBatch],
+    *,
+    recorded: tuple[int, ...],
+    backward: bool = True,
+    units: Sequence[nn.Module] = (),
 ) -> Tape:
     """``record`` of a model with the blocks that ``shorten`` left.
 
@@ -161,6 +185,7 @@ def record_short(
         saved = _Saved(recorder, ignored)
         with ExitStack() as stack:
             stack.enter_context(_following(model, kept, recorder))
+            stack.enter_context(_marking(units, recorder))
             stack.enter_context(recorder)
             with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t), torch.set_grad_enabled(backward):
                 loss = model.train(backward)(inputs)
@@ -312,6 +337,31 @@ def _following(model: nn.Module, blocks: list[nn.Module], recorder: _Recorder) -
     for parameter in model.parameters():
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(lambda p: recorder.call(p.grad, "gradients")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _marking(units: Sequence[nn.Module], recorder: _Recorder) -> Iterator[None]:
+    """Marks where passes of units begin and end."""
+    handles: list[Any] = []
+
+    def opened(*_: Any) -> None:
+        recorder.mark("open")
+
+    def closed(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        recorder.mark("close")
+        if output.requires_grad:
+            output.register_hook(opened)
+
+    for unit in units:
+        handles.append(unit.register_forward_pre_hook(opened))
+        handles.append(unit.register_forward_hook(closed))
+        for parameter in unit.parameters():
+            handles.append(parameter.register_post_accumulate_grad_hook(lambda _: recorder.mark("reduce")))
     try:
         yield
     finally:

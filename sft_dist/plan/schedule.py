@@ -2,18 +2,20 @@
 
 A GPU computes and communicates at once. What a segment needs is fetched while the one before it runs, what it made is
 sent while the next ones run, and all transfers share one link; what the link cannot finish in time makes the GPU wait.
+The host asks for all of this and is ahead of the GPU, which waits where it is not. Both begin a micro-batch together.
 It needs no run: other stacks' tapes are played the same way.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sft_dist.plan.launches import WHOLE, Units
 from sft_dist.plan.rates import Rates
-from sft_dist.plan.tape import Segment, Tape
+from sft_dist.plan.tape import Moment, Segment, Tape
 from sft_dist.sharding.collectives import Collective, Pass
 
 WORK_PARTS = ("matrix products", "attention", "element-wise", "dequantising")
@@ -70,6 +72,8 @@ def step_time(
     micro_batches: int,
     transfers: Iterable[Transfer] = (),
     update_s: float = 0.0,
+    update_host_s: float = 0.0,
+    units: Units = WHOLE,
     backward: bool = True,
 ) -> StepTime:
     """Seconds of an optimizer step on one rank, after the first steps.
@@ -78,7 +82,8 @@ def step_time(
         tape: of one micro-batch.
         collectives: of all its micro-batches and of the step.
         transfers: what else travels: to and from host memory.
-        update_s: of the optimizer.
+        update_s: of the optimizer; update_host_s: of the host meanwhile.
+        units: of sharding: each block is one, and what the tape marks inside it.
         backward: False for an evaluation: forward passes alone.
     """
     every = [*_of_links(collectives, rates), *transfers]
@@ -87,10 +92,10 @@ def step_time(
     hidden = 0.0
     usual = [t for t in every if t.every == "micro_batch"]
     last = [t for t in every if t.every != "step"]
-    ends = _micro_batch(tape, rates, last, copies, backward=backward)
+    ends = _micro_batch(tape, rates, last, copies, units, backward)
     other = ends
     if micro_batches > 1 and len(last) > len(usual):
-        other = _micro_batch(tape, rates, usual, copies, backward=backward)
+        other = _micro_batch(tape, rates, usual, copies, units, backward)
     for played, times in ((other, micro_batches - 1), (ends, 1)):
         if times:
             for name, seconds in played.parts.items():
@@ -100,6 +105,7 @@ def step_time(
         if transfer.every == "step":
             total[transfer.part] += transfer.seconds
     total["optimizer"] += update_s
+    total["launch gaps"] += max(0.0, update_host_s - update_s)
     return StepTime({name: seconds for name, seconds in total.items() if seconds > 0}, hidden)
 
 
@@ -109,32 +115,42 @@ def communication_seconds(collectives: Iterable[Collective], rates: Rates, *, mi
     return sum(rates.links.seconds(c) * times[c.every] for c in collectives)
 
 
+_Piece = tuple[float, float, Moment]
+
+
 @dataclass
 class _Stage:
-    """A segment with what it waits for and what follows it; seconds."""
+    """A segment with what it waits for and what follows it; seconds.
 
-    compute: float
+    Args:
+        pieces: seconds of the GPU and of the host, and what ends them.
+        opening, closing: of the host around it, where it is a unit; gathered: how often.
+    """
+
+    pieces: list[_Piece]
+    opening: float = 0.0
+    closing: float = 0.0
+    gathered: int = 1
     before: float = 0.0
     after: float = 0.0
     alone: dict[str, float] = field(default_factory=dict)
 
 
 def _micro_batch(
-    tape: Tape, rates: Rates, transfers: Sequence[Transfer], copies: dict[Pass, float], *, backward: bool
+    tape: Tape, rates: Rates, transfers: Sequence[Transfer], copies: dict[Pass, float], units: Units, backward: bool
 ) -> StepTime:
     """Forward and backward of one micro-batch."""
     parts: dict[str, float] = defaultdict(float)
     stages: dict[tuple[Pass, int | None], _Stage] = {}
     order: list[_Stage] = []
-    known: dict[int, tuple[dict[str, float], float, float]] = {}
+    known: dict[int, tuple[dict[str, float], list[_Piece]]] = {}
     for key, segment in _segments(tape, backward=backward):
         if id(segment) not in known:  # blocks that are alike are one
-            known[id(segment)] = _seconds(segment, rates)
-        busy, gap, whole = known[id(segment)]
+            known[id(segment)] = _seconds(segment, rates, units)
+        busy, pieces = known[id(segment)]
         for name, seconds in busy.items():
             parts[name] += seconds
-        parts["launch gaps"] += gap
-        stage = _Stage(whole)
+        stage = _stage(pieces, rates, units, of=key[0], is_block=key[1] is not None)
         order.append(stage)
         # What is of no block is gathered before the first segment, and reduced behind the last.
         first_of_pass = key[0] == "forward" and key not in stages
@@ -150,37 +166,101 @@ def _micro_batch(
             stage.after += transfer.seconds
     copied = copies["forward"] + (copies["backward"] if backward else 0.0)
     parts["element-wise"] += copied
-    waited, hidden = _play(order)
+    player = _Player(units, rates.host.slowdown, rates.links.node_latency_s)
+    player.play(order)
     for stage in order:
         for name, seconds in stage.alone.items():
             parts[name] += seconds
-    parts["communication"] += waited
-    return StepTime(dict(parts), hidden)
+    parts["communication"] += player.waited
+    parts["launch gaps"] += player.gaps
+    return StepTime(dict(parts), max(0.0, sum(s.before + s.after for s in order) - player.waited))
 
 
-def _seconds(segment: Segment, rates: Rates) -> tuple[dict[str, float], float, float]:
-    """(of the GPU by what takes them, that it waits for the host, all together)."""
-    busy = rates.work_parts(segment.work)
-    computed = sum(busy.values())
-    gap = max(0.0, rates.launch_seconds(segment.work) - computed)
-    return busy, gap, computed + gap
+def _seconds(segment: Segment, rates: Rates, units: Units) -> tuple[dict[str, float], list[_Piece]]:
+    """Of the GPU by what takes them; and its pieces: marks count where units make the host wait for the GPU."""
+    marked = segment.stretches if units.in_flight else ()
+    pieces: list[_Piece] = [
+        (sum(rates.work_parts(work).values()), rates.host.seconds(work), moment)
+        for work, moment in marked or ((segment.work, "end"),)
+    ]
+    return rates.work_parts(segment.work), pieces
 
 
-def _play(stages: Sequence[_Stage]) -> tuple[float, float]:
-    """(seconds that the GPU waits for the link, seconds of the link behind computation)."""
-    clock = link = waited = 0.0
-    arrives = link = stages[0].before
-    for stage, following in zip(stages, [*stages[1:], None], strict=True):
-        waited += max(0.0, arrives - clock)
-        clock = max(clock, arrives)
-        if following is not None and following.before:
-            link = max(link, clock) + following.before
-            arrives = link
-        clock += stage.compute + sum(stage.alone.values())
-        if stage.after:
-            link = max(link, clock) + stage.after
-    waited += max(0.0, link - clock)
-    return waited, max(0.0, sum(s.before + s.after for s in stages) - waited)
+def _stage(pieces: list[_Piece], rates: Rates, units: Units, *, of: Pass, is_block: bool) -> _Stage:
+    stage = _Stage(pieces)
+    if is_block:
+        again = units.recomputes and of == "backward"
+        stage.gathered = 1 + again
+        stage.opening = rates.host.slowdown * (units.open_s + again * (units.close_s + units.open_s))
+        stage.closing = rates.host.slowdown * (units.close_s if of == "forward" else units.reduce_s)
+    return stage
+
+
+@dataclass
+class _Player:
+    """The clocks of a GPU, its host and its link, in seconds, and what the GPU waited for the other two.
+
+    A kernel starts when it was asked for and the one before it is done. Where units are limited, the host waits before
+    it gathers one until the GPU is done with the oldest but so many.
+    """
+
+    units: Units
+    slowdown: float
+    latency_s: float
+    clock: float = 0.0
+    host: float = 0.0
+    link: float = 0.0
+    waited: float = 0.0
+    gaps: float = 0.0
+    done: deque[float] = field(default_factory=deque)
+
+    def play(self, stages: Sequence[_Stage]) -> None:
+        arrives = self.link = stages[0].before
+        for stage, following in zip(stages, [*stages[1:], None], strict=True):
+            if stage.opening:
+                self._wait_for_the_oldest()
+            self.host += stage.opening
+            if stage.opening and self.units.in_flight:  # asked for when it is needed; what is gathered again is not
+                start = max(self.link, self.host)
+                self.link, arrives = start + stage.before, start + stage.before / stage.gathered
+            self.waited += max(0.0, arrives - self.clock)
+            self.clock = max(self.clock, arrives)
+            if following is not None and following.before and not (following.opening and self.units.in_flight):
+                self.link = max(self.link, self.clock) + following.before
+                arrives = self.link
+            for gpu_s, host_s, moment in stage.pieces:
+                self._compute(gpu_s, host_s)
+                self._meet(moment)
+            self.host += stage.closing
+            if stage.closing:
+                self.done.append(self.clock)
+            self.clock += sum(stage.alone.values())
+            if stage.after:
+                self.link = max(self.link, self.clock) + stage.after
+        self.waited += max(0.0, self.link - self.clock)
+
+    def _compute(self, gpu_s: float, host_s: float) -> None:
+        self.host += host_s
+        self._not_before(self.host, self.clock + gpu_s)
+
+    def _not_before(self, ready: float, otherwise: float) -> None:
+        self.gaps += max(0.0, ready - otherwise)
+        self.clock = max(ready, otherwise)
+
+    def _meet(self, moment: Moment) -> None:
+        """A unit inside a block, so small that gathering it is the latency."""
+        units = self.units
+        if moment == "open":
+            self._wait_for_the_oldest()
+            self.host += self.slowdown * units.open_s
+            self._not_before(self.host + self.latency_s, self.clock)
+        elif moment != "end":
+            self.host += self.slowdown * (units.close_s if moment == "close" else units.reduce_s)
+            self.done.append(self.clock)
+
+    def _wait_for_the_oldest(self) -> None:
+        if self.units.in_flight and len(self.done) >= self.units.in_flight:
+            self.host = max(self.host, self.done.popleft())
 
 
 def _segments(tape: Tape, *, backward: bool) -> list[tuple[tuple[Pass, int | None], Segment]]:

@@ -17,6 +17,9 @@ import numpy as np
 TapePart = Literal["activations", "logits", "gradients"]
 PARTS: tuple[TapePart, ...] = ("activations", "logits", "gradients")
 
+# Of a unit of sharding inside a segment: a pass begins; its forward ends; its gradients are there. Or: nothing follows.
+Moment = Literal["open", "close", "reduce", "end"]
+
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -29,6 +32,7 @@ class Work:
         product_bytes, dequantize_bytes, moved_bytes: read and written by matrix products, by dequantising, by
             everything else that is neither product nor attention.
         kernels: operators that start one.
+        operators: all that the host runs through the dispatcher, views included.
     """
 
     product_flops: int = 0
@@ -37,10 +41,14 @@ class Work:
     dequantize_bytes: int = 0
     moved_bytes: int = 0
     kernels: int = 0
+    operators: int = 0
 
     @property
     def flops(self) -> int:
         return self.product_flops + self.attention_flops
+
+    def __add__(self, other: Work) -> Work:
+        return Work(**{name: amount + getattr(other, name) for name, amount in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,14 @@ class Segment:
     Args:
         sizes: [events] bytes that an event allocates, negative where it frees.
         parts: [events] index into ``PARTS``.
+        stretches: where units of sharding lie inside: their moments, each with the work before it; together ``work``.
     """
 
     name: str
     sizes: Numbers
     parts: Numbers
     work: Work
+    stretches: tuple[tuple[Work, Moment], ...] = ()
 
     @cached_property
     def net(self) -> dict[TapePart, int]:
@@ -129,8 +139,4 @@ class Tape:
 
     def work(self) -> Work:
         """Of the whole model."""
-        total = Work()
-        for segment in self.segments():
-            for name, amount in vars(segment.work).items():
-                setattr(total, name, getattr(total, name) + amount)
-        return total
+        return sum((segment.work for segment in self.segments()), Work())

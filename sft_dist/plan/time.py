@@ -13,6 +13,16 @@ from sft_dist.plan.activations import trace
 from sft_dist.plan.calibration import Calibration
 from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
 from sft_dist.plan.efficiency import Efficiency, efficiency_of
+from sft_dist.plan.launches import (
+    FOREACH_TENSOR_S,
+    FSDP2,
+    FUSED_TENSOR_S,
+    LAUNCH_S,
+    OPERATOR_S,
+    WHOLE,
+    Units,
+    host_of,
+)
 from sft_dist.plan.offload import at_rate, host_transfers, update_seconds
 from sft_dist.plan.rates import DISK_BYTES_PER_S, Rates, gpu_rates
 from sft_dist.plan.result import Assumption, DataPlan, Range, TimePlan
@@ -28,8 +38,9 @@ START_S = 30.0
 PREPARED_TOKENS_PER_S = 1e6
 # Links are no better known than this share of their seconds.
 LINK_ERROR = 0.3
-# Several GPUs wait for the slowest: published steps on 2 to 4 GPUs took up to this much longer than planned from one.
-SEVERAL_GPUS_ERROR = 0.06
+# Nine of ten published steps on 2 to 4 GPUs took no more than this much longer than planned from one:
+# docs/plan_accuracy.md.
+SEVERAL_GPUS_ERROR = 0.16
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,8 @@ def run_time(
         network=network,
         efficiency=found.range.value,
     )
+    if calibration is not None:  # which of GPU and host was slower is not known
+        rates = replace(rates, host=replace(rates.host, slowdown=rates.host.slowdown * calibration.time_ratio))
     step = full_step(work, rates)
     seconds = _step_range(run, step, found)
     phases = _phases(work, rates, seconds.value)
@@ -176,9 +189,16 @@ def plan_time(
 
 def time_assumptions(gpu: Gpu, time: TimePlan) -> tuple[Assumption, ...]:
     """What the time of a plan takes for granted."""
+    host = host_of(gpu)
     return (
         Assumption(f"a step reaches {time.efficiency:.0%} of what {gpu.name} achieves at best", time.source),
         Assumption(gpu.achievable_basis, "hardware/gpus.yaml"),
+        Assumption(
+            f"the host takes {1e6 * host.slowdown * OPERATOR_S:.1f} us for an operator and "
+            f"{1e6 * host.slowdown * LAUNCH_S:.1f} to start a kernel, {host.slowdown:g} times what was measured "
+            f"({host.processor})",
+            host.source,
+        ),
         Assumption(
             f"starting takes {START_S:g} s, disks {DISK_BYTES_PER_S / 1e9:g} GB/s, preparing "
             f"{PREPARED_TOKENS_PER_S:,.0f} tokens/s",
@@ -196,7 +216,19 @@ def full_step(work: Workload, rates: Rates) -> StepTime:
         transfers=at_rate(work.copies, rates),
         micro_batches=work.data.micro_batches_per_step,
         update_s=update_seconds(work.run, rates),
+        update_host_s=_update_host_seconds(work.run, rates),
+        units=_units(work.run),
     )
+
+
+def _units(run: Run) -> Units:
+    """ZeRO-3 gathers and releases each block from hooks as well; taken to be as quick as FSDP2."""
+    return FSDP2 if run.strategy in ("fsdp2", "zero3") else WHOLE
+
+
+def _update_host_seconds(run: Run, rates: Rates) -> float:
+    tensors = sum(parameter.trainable for parameter in run.model.parameters)
+    return rates.host.slowdown * tensors * (FUSED_TENSOR_S if run.optim.type == "adamw" else FOREACH_TENSOR_S)
 
 
 def busiest_content(run: Run, data: DataPlan) -> Content:
@@ -251,12 +283,14 @@ def _phases(work: Workload, rates: Rates, step_s: float) -> dict[str, float]:
         "load": START_S + weights / DISK_BYTES_PER_S,
         "prepare": 0.0 if data.basis == "prepared" else data.tokens.value / PREPARED_TOKENS_PER_S,
         "train": steps * step_s,
-        "eval": 0.0 if work.evaluation is None else data.evaluations * evaluation_seconds(work.evaluation, rates),
+        "eval": 0.0
+        if work.evaluation is None
+        else data.evaluations * evaluation_seconds(work.evaluation, rates, units=_units(work.run)),
         "save": work.written_bytes / DISK_BYTES_PER_S,
     }
 
 
-def evaluation_seconds(evaluation: Evaluation, rates: Rates) -> float:
+def evaluation_seconds(evaluation: Evaluation, rates: Rates, *, units: Units = WHOLE) -> float:
     """Of one pass over the evaluation set."""
     forward = step_time(
         evaluation.tape,
@@ -264,6 +298,7 @@ def evaluation_seconds(evaluation: Evaluation, rates: Rates) -> float:
         collectives=evaluation.collectives,
         transfers=at_rate(evaluation.copies, rates),
         micro_batches=1,
+        units=units,
         backward=False,
     )
     return evaluation.batches * forward.total_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import yaml
 
 from benchmarks import plan_accuracy
-from benchmarks.peers.predict import predict
+from benchmarks.peers.predict import predict, tape_of_work
 from benchmarks.peers.reading import setup_of
 from benchmarks.peers.score import family, score, summary
 from benchmarks.peers.unmapped import Unmapped
 from benchmarks.peers.words import counter
+from sft_dist.plan.tape import Work
 
 GIB = 2**30
 
@@ -241,6 +243,19 @@ def test_throughput_of_several_gpus_from_that_of_one() -> None:
     result = summary(score([one, several]))["throughput"]
     assert (result["rows"], result["mapped"]) == (1, 1)
     assert result["median_abs_error"] < 0.06
+
+
+def test_a_recorded_unit_marks_its_passes() -> None:
+    """An adapter in a checkpointed layer: forward; forward again, backward, and its weight's gradient."""
+    setup = setup_of(FMS)
+    tape = tape_of_work(setup)
+    forward, backward = tape.forward[1], tape.backward[1]
+    units = 2 * len(setup.targets)
+    assert [m for _, m in forward.stretches] == ["open", "close"] * units + ["end"]
+    found = Counter(m for _, m in backward.stretches)
+    assert found == {"open": 2 * units, "close": units, "reduce": units, "end": 1}
+    for segment in (forward, backward):
+        assert sum((w for w, _ in segment.stretches), Work()) == segment.work
 
 
 def test_families_are_tables() -> None:

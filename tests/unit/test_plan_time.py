@@ -19,11 +19,12 @@ from sft_dist.hardware.networks import find_network
 from sft_dist.plan import calibration
 from sft_dist.plan.activations import trace
 from sft_dist.plan.calibration import Calibration, calibration_key
+from sft_dist.plan.launches import FSDP1, FSDP2, Host
 from sft_dist.plan.operators import attended_pairs
 from sft_dist.plan.rates import Links, Rates, gpu_rates
 from sft_dist.plan.result import DataPlan, Range, TimePlan
 from sft_dist.plan.schedule import communication_seconds, step_time
-from sft_dist.plan.tape import Tape
+from sft_dist.plan.tape import Segment, Tape, Work
 from sft_dist.plan.time import plan_time
 from sft_dist.plan.typical import Content, as_content, pairs_per_token, window_of
 from sft_dist.resolve import resolve
@@ -102,8 +103,9 @@ def test_a_window_is_found_in_its_share_of_pairs(window: int) -> None:
 
 
 def slow_links(bytes_per_s: float) -> Rates:
+    """The host takes no time."""
     links = Links(8, bytes_per_s, bytes_per_s, 0.0, 0.0)
-    return replace(gpu_rates(A100, dtype="fp32", gpus_per_node=8), links=links)
+    return replace(gpu_rates(A100, dtype="fp32", gpus_per_node=8), links=links, host=Host(0.0))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
@@ -153,10 +155,80 @@ def test_a_starved_gpu_waits_for_the_host(tiny_base: Path) -> None:
     run = planned(tiny_base)
     tape, rates = trace(run), gpu_rates(A100, dtype="fp32", gpus_per_node=1)
     tiny = step_time(tape, rates=rates, micro_batches=1)
-    assert tiny.total_s == pytest.approx(tape.work().kernels * rates.launch_s, rel=0.1)
-    fast_host = step_time(tape, rates=replace(rates, launch_s=0.0), micro_batches=1)
+    assert tiny.total_s == pytest.approx(rates.host.seconds(tape.work()), rel=0.1)
+    assert tiny.parts["launch gaps"] > 0.8 * tiny.total_s
+    fast_host = step_time(tape, rates=replace(rates, host=Host(0.0)), micro_batches=1)
     assert "launch gaps" not in fast_host.parts
     assert fast_host.total_s == fast_host.busy_s
+
+
+def larger(tape: Tape, factor: int) -> Tape:
+    """As many kernels of so much more work."""
+
+    def grown(segment: Segment) -> Segment:
+        work = segment.work
+        return replace(
+            segment,
+            work=replace(work, product_flops=work.product_flops * factor, moved_bytes=work.moved_bytes * factor),
+        )
+
+    pieces = {
+        name: tuple(map(grown, value)) if name in ("forward", "backward") else grown(value)
+        for name, value in vars(tape).items()
+        if name not in ("recorded", "saved_bytes")
+    }
+    return replace(tape, **pieces)
+
+
+def test_a_busy_gpu_does_not_notice_the_host(tiny_base: Path) -> None:
+    """But for what it waits at the start, before the first stretch was asked for."""
+    tape, rates = larger(trace(planned(tiny_base)), 10**5), gpu_rates(A100, dtype="fp32", gpus_per_node=1)
+    large = step_time(tape, rates=rates, micro_batches=1)
+    assert large.parts.get("launch gaps", 0.0) < 0.01 * large.total_s
+    units = step_time(tape, rates=rates, micro_batches=1, units=FSDP1)
+    assert units.total_s == pytest.approx(large.total_s, rel=0.01)
+
+
+def test_the_update_waits_for_the_host_once_a_step(tiny_base: Path) -> None:
+    tape, rates = trace(planned(tiny_base)), gpu_rates(A100, dtype="fp32", gpus_per_node=1)
+    without = step_time(tape, rates=rates, micro_batches=3)
+    quick = step_time(tape, rates=rates, micro_batches=3, update_s=2.0, update_host_s=1.0)
+    slow = step_time(tape, rates=rates, micro_batches=3, update_s=1.0, update_host_s=2.0)
+    assert quick.total_s == pytest.approx(without.total_s + 2)
+    assert slow.total_s == pytest.approx(without.total_s + 2)
+    assert slow.parts["launch gaps"] == pytest.approx(without.parts["launch gaps"] + 1)
+
+
+def test_units_cost_the_host_their_hooks(tiny_base: Path) -> None:
+    """A step that the host decides takes as much longer as the hooks of all its blocks."""
+    tape, rates = trace(planned(tiny_base)), gpu_rates(A100, dtype="fp32", gpus_per_node=1)
+    without = step_time(tape, rates=rates, micro_batches=1)
+    sharded = step_time(tape, rates=rates, micro_batches=1, units=FSDP2)
+    hooks = 2 * FSDP2.open_s + FSDP2.close_s + FSDP2.reduce_s
+    expected = len(tape.recorded) * rates.host.slowdown * hooks
+    assert sharded.total_s - without.total_s == pytest.approx(expected, rel=0.01)
+
+
+def test_a_limited_host_is_not_far_enough_ahead(tiny_base: Path) -> None:
+    """Units inside a block: while the GPU does long work, an unlimited host prepares what is short; a limited one,
+    which waits for the long work to end, does not."""
+    plain = trace(planned(tiny_base))
+    long, short = Work(product_flops=10**12), Work(kernels=100, operators=100)
+    moments = (
+        (long, "close"),
+        (Work(), "open"),
+        (short, "close"),
+        (Work(), "open"),
+        (short, "close"),
+        (Work(), "open"),
+    )
+    block = replace(plain.forward[0], work=sum((w for w, _ in moments), Work()), stretches=moments)
+    tape = replace(plain, forward=(block,) * len(plain.forward))
+    rates = gpu_rates(A100, dtype="fp32", gpus_per_node=1)
+    limited = step_time(tape, rates=rates, micro_batches=1, units=FSDP1, backward=False)
+    free = step_time(tape, rates=rates, micro_batches=1, units=replace(FSDP1, in_flight=10**6), backward=False)
+    assert limited.parts["launch gaps"] > free.parts["launch gaps"] + len(tape.recorded) * 100 * 5e-6
+    assert limited.busy_s == free.busy_s
 
 
 # Plan
@@ -260,6 +332,7 @@ def test_a_measurement_corrects_the_next_plan(tiny_base: Path, tmp_path: Path) -
     assert (before.basis, after.basis) == ("published", "calibrated here")
     assert after.efficiency == pytest.approx(before.efficiency / 1.25)
     assert after.step_parts["matrix products"] == pytest.approx(1.25 * before.step_parts["matrix products"])
+    assert after.step.value == pytest.approx(1.25 * before.step.value)  # the host's part as well
     assert after.step.high - after.step.low < before.step.high - before.step.low
 
 
