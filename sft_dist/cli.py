@@ -204,7 +204,8 @@ def plan(
     searches = search or any(wish is not None for wish in asked.values())
     if searches and probe is not None:
         raise ConfigError("--probe trains one configuration, and --search looks at many", fix="give one of the two")
-    checked = _load(config, [*(overrides or []), *stated])
+    # What is pasted behind the command, a proposal for one, comes last.
+    checked = _load(config, [*stated, *(overrides or [])])
     if probe is None:
         _plan(
             checked,

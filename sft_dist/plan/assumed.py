@@ -102,6 +102,7 @@ def assumed_plan(run: Run, assumed: AssumedData) -> DataPlan:
         + set_bytes(epoch.rows, epoch.sequences),
         source=f"stated: {assumed.rows:,} examples of {assumed.tokens_per_row:,g} tokens; lengths log-normal with "
         f"sigma {assumed.sigma:g} (arXiv 2405.01470, table 1), {assumed.supervised_share:.0%} trained{unknown}",
+        lost_share=max(0.0, 1 - epoch.tokens / (number * assumed.tokens_per_row)),
     )
 
 

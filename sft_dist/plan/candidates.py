@@ -147,8 +147,9 @@ def variants(config: Config, *, nodes: int, gpus_per_node: int, methods: Sequenc
 
 
 def methods_of(config: Config, names: Sequence[str] | None) -> list[MethodConfig]:
-    """Those of the names, each with what the configuration says that it knows too."""
-    return [config.method] if names is None else [as_method(config.method, name) for name in names]
+    """The configuration's own, and those of the names, each with what the configuration says that it knows too."""
+    others = [name for name in names or () if name != config.method.type]
+    return [config.method, *(as_method(config.method, name) for name in others)]
 
 
 def as_method(was: MethodConfig, name: str) -> MethodConfig:

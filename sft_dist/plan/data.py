@@ -10,7 +10,7 @@ from sft_dist.data.mixing import Side
 from sft_dist.data.prepare import Cache, cache_path, find_set, sources_of
 from sft_dist.data.prepared import PreparedData, open_prepared, open_stores
 from sft_dist.data.sources import files_here
-from sft_dist.errors import CheckpointError, PlanError
+from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.model.hub import ModelNotHere
 from sft_dist.model.renderer import renderer_of
 from sft_dist.plan.assumed import AssumedData, assumed_plan
@@ -44,7 +44,7 @@ def plan_data(
         None where files are missing, or behind a URL, and nothing is stated.
 
     Raises:
-        PlanError: the files are here and the tokenizer is not.
+        ConfigError: the files are here and the tokenizer is not.
         DataError: what is here cannot be trained on, as training would find.
     """
     if assumed is not None:
@@ -58,7 +58,7 @@ def plan_data(
     except (ModelNotHere, CheckpointError) as e:
         if files["train"] is None:
             return None
-        raise PlanError(
+        raise ConfigError(
             f"the tokens of data.train cannot be counted: {e.what}",
             fix="bring the tokenizer here by `sft-dist model fetch CONFIG --no-weights`, or state what the data has: "
             "--examples N --tokens-per-example T",

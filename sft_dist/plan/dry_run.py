@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from sft_dist.config.schema import ActivationCheckpointingConfig, Config
 from sft_dist.hardware.gpus import Gpu
+from sft_dist.hardware.prices import prices_of
 from sft_dist.model.hub import config_source
 from sft_dist.model.known import known_models_allowed
 from sft_dist.plan.assumed import AssumedData, assumed_plan
@@ -36,6 +37,9 @@ from sft_dist.plan.time import plan_time, time_assumptions
 from sft_dist.plan.units import count, gib
 from sft_dist.resolve import Describe, described_once, resolve
 from sft_dist.run import Run
+
+# Less of the data than this may be cut off without a word.
+LOST_SHARE = 0.02
 
 # Where the data is not here and nothing is said of it: what a small instruction set is like.
 STAND_IN = AssumedData(rows=10_000, tokens_per_row=400)
@@ -101,12 +105,17 @@ def plan_run(
         config: that it was resolved from.
         data: None where nothing is known of it.
     """
-    warnings = _warnings(config, run)
+    warnings = _warnings(config, run, machines)
     if data is None:
         data = assumed_plan(run, STAND_IN)
         warnings.append(
             f"data.train is not here: planned for {STAND_IN.rows:,} examples of {STAND_IN.tokens_per_row:g} tokens; "
             "say --examples N --tokens-per-example T"
+        )
+    if data.lost_share > LOST_SHARE:
+        warnings.append(
+            f"{data.lost_share:.0%} of the data's tokens are not trained: data.over_length is {run.data.over_length}, "
+            f"data.max_seq_len {run.data.max_seq_len:,}"
         )
     memory = memory_plan(config, run, machines.gpu, data)
     time = time_plan(run, machines, data, calibration=lookup(machines.gpu.name, calibration_key(run)))
@@ -195,7 +204,7 @@ def _assumed_network(machines: Machines) -> list[Assumption]:
     return [Assumption(f"nodes are joined by {machines.network.name}, {rate}", "usual for this GPU: hardware.network")]
 
 
-def _warnings(config: Config, run: Run) -> list[str]:
+def _warnings(config: Config, run: Run, machines: Machines) -> list[str]:
     found = []
     source = config_source(config.model.path, config.model.revision)
     if source is not None:
@@ -204,4 +213,10 @@ def _warnings(config: Config, run: Run) -> list[str]:
     needed = sum(host_parts(run).values())
     if host is not None and needed > host * 2**30:
         found.append(f"a node needs {gib(needed)} of host memory, and hardware.host_memory_gib is {host:g}")
+    rented = [p.ram_gib for p in prices_of(machines.gpu, user_file=config.hardware.prices) if p.ram_gib is not None]
+    if host is None and rented and needed > max(rented) * 2**30:
+        found.append(
+            f"a node needs {gib(needed)} of host memory, and no machine in the table of prices with "
+            f"{machines.gpu.name} has more than {max(rented):,.0f} GiB"
+        )
     return found

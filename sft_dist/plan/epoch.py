@@ -52,10 +52,12 @@ def data_plan(
     cache_bytes: float,
     source: str,
     tokens_of_run: float | None = None,
+    lost_share: float = 0.0,
 ) -> DataPlan:
     """
     Args:
         eval_tokens: of one evaluation; 0: nothing is evaluated.
+        lost_share: as of ``DataPlan``.
         tokens_of_run: that all steps train; None: expected, where a run ends within an epoch.
     """
     sequences = max(1, round(epoch.sequences))
@@ -81,6 +83,7 @@ def data_plan(
         evaluations=evaluations(run, steps) if eval_tokens else 0,
         cache_bytes=round(cache_bytes),
         source=source,
+        lost_share=lost_share,
     )
 
 

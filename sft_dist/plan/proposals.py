@@ -272,7 +272,8 @@ def overrides_of(original: Config, config: Config, machines: Machines) -> tuple[
 def _numbers(plan: Plan) -> str:
     """``61.3 of 79.1 GiB, 3 h 20 min, $12.30``; what a node needs of host memory where it is much."""
     peak, usable = plan.memory.peak.total_bytes, plan.memory.usable_bytes
-    said = [f"{gib(peak)} of {gib(usable)}", duration(plan.time.total.value)]
+    tight = " (tight)" if plan.memory.verdict == "tight" else ""
+    said = [f"{gib(peak)} of {gib(usable)}{tight}", duration(plan.time.total.value)]
     if plan.cost.chosen is not None:
         said.append(format_usd(plan.cost.chosen.usd.value))
     offloaded = sum(plan.memory.host_parts.get(part, 0) for part in ("offloaded states", "offloaded activations"))

@@ -116,6 +116,7 @@ class DataPlan:
         tokens_per_step: mean over all ranks.
         eval_tokens: tokens of one evaluation; evaluations: how many there are.
         cache_bytes: of the prepared data on disk.
+        lost_share: of all tokens, that ``data.over_length`` cuts off or drops with their rows; 0 where preparing has told it.
     """
 
     basis: Literal["prepared", "sampled", "assumed"]
@@ -134,6 +135,7 @@ class DataPlan:
     evaluations: int
     cache_bytes: int
     source: str
+    lost_share: float = 0.0
 
 
 @dataclass(frozen=True)

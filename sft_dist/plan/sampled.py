@@ -104,6 +104,7 @@ def sampled_plan(
         eval_tokens=eval_tokens,
         cache_bytes=cache_bytes + (set_bytes(eval_rows, eval_rows) if eval_rows else 0.0),
         tokens_of_run=trained,
+        lost_share=_lost_share(train),
         source=_told(train) + ("; data.eval is not here" if data.eval and files["eval"] is None else ""),
     )
 
@@ -266,6 +267,13 @@ def _interval(sources: Sequence[SampledSource], data: DataConfig, value: float, 
     expected = float(np.array(weights_of(configs, sizes)) @ [s.num_tokens for s in sources])
     low, high = np.quantile(totals, [0.05, 0.95]) / expected * value
     return Range(value, min(value, float(low)), max(value, float(high)))
+
+
+def _lost_share(sources: Sequence[SampledSource]) -> float:
+    """Of the tokens that the rows of all sources have."""
+    rows = [source.sample.num_rows / source.sample.num_drawn for source in sources]
+    read = sum(n * float(s.named.store.rows["length"].sum(dtype=np.int64)) for n, s in zip(rows, sources, strict=True))
+    return max(0.0, 1 - sum(source.num_tokens for source in sources) / read) if read else 0.0
 
 
 def _told(sources: Sequence[SampledSource]) -> str:

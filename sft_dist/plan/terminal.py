@@ -224,7 +224,7 @@ def _amounts(offers: Sequence[Offer], columns: int, *, with_range: bool) -> tupl
     """
     figures = [
         (
-            f"{format_usd(each.usd_per_gpu_hour)}/h",
+            f"{format_usd(each.usd_per_gpu_hour)}/GPU-h",
             ranged(each.usd, format_usd) if with_range else format_usd(each.usd.value),
             format_jpy(each.jpy.value),
         )

@@ -82,7 +82,7 @@ def headline(plan: Plan) -> str:
 def peak_line(memory: MemoryPlan) -> str:
     """The highest allocation against what can be used. What is left is what CUDA and NCCL leave too."""
     spare = memory.usable_bytes - memory.peak.total_bytes
-    rest = f"{gib(spare)} left" if spare >= 0 else f"{gib(-spare)} too much"
+    rest = f"{gib(spare)} left beside CUDA and NCCL" if spare >= 0 else f"{gib(-spare)} too much"
     return f"peak allocated {gib_range(memory.allocated)} of {gib(memory.usable_bytes)} usable, {rest}"
 
 

@@ -134,8 +134,8 @@ def passes_of(data: PreparedData, run: Run, order: TrainingOrder) -> int:
 
 
 def alike(one: DataPlan, other: DataPlan) -> bool:
-    """But for where the figures are from, and what headers and digests take on the disk."""
-    same = {"basis": "prepared", "source": "", "cache_bytes": 0}
+    """But for where the figures are from, what headers and digests take on the disk, and what preparing told before."""
+    same = {"basis": "prepared", "source": "", "cache_bytes": 0, "lost_share": 0.0}
     return replace(one, **same) == replace(other, **same)  # type: ignore[arg-type]
 
 
@@ -157,6 +157,7 @@ def test_a_sample_of_all_rows_is_exact(tiny_base: Path, tmp_path: Path, over_len
     counted = planned(cfg, run)
     assert counted.basis == "prepared"
     assert alike(sampled, counted)
+    assert sampled.lost_share == 0 if over_length == "split" else 0.05 < sampled.lost_share < 0.6
     assert sampled.cache_bytes == pytest.approx(counted.cache_bytes, abs=12_000)
 
 
@@ -322,7 +323,7 @@ def test_what_is_not_here(tiny_base: Path, tmp_path: Path) -> None:
         path.unlink()
     cfg, run = configured(tiny_base, tmp_path, here)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(bare)})})
-    with pytest.raises(PlanError, match="cannot be counted") as caught:
+    with pytest.raises(ConfigError, match="cannot be counted") as caught:
         plan_data(cfg, run)
     assert "--examples N --tokens-per-example T" in caught.value.fix
     assert planned(cfg, run, assumed=stated).basis == "assumed"
