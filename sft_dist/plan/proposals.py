@@ -17,6 +17,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.hardware.gpus import Gpu
 from sft_dist.plan.candidates import COUNTS, FULL_NODE, as_method, gpus_to_search, machines_for
 from sft_dist.plan.fit import evaluates
+from sft_dist.plan.host import host_parts
 from sft_dist.plan.machines import Machines
 from sft_dist.plan.memory import context_bytes, memory_phases, resident_parts, verdict
 from sft_dist.plan.money import format_usd
@@ -94,6 +95,9 @@ class _Trying:
             validate(config)
             run = resolve(config, machines.shape, describe=self.describe)
         except ConfigError:  # its parts do not go together: no proposal
+            return False
+        there = config.hardware.host_memory_gib
+        if there is not None and sum(host_parts(run).values()) > there * 2**30:
             return False
         usable = machines.gpu.usable_bytes
         if verdict(sum(resident_parts(run).values()) + context_bytes(run), usable) == "does not fit":

@@ -9,7 +9,7 @@ import pytest
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.errors import UnknownHardware
 from sft_dist.hardware.gpus import find_gpu
-from sft_dist.plan.cost import POWER_OVER_TDP, cost_assumptions, plan_cost
+from sft_dist.plan.cost import POWER_OVER_TDP, cost_assumptions, plan_cost, rents_nodes
 from sft_dist.plan.money import format_jpy, format_jpy_japanese, format_usd
 from sft_dist.plan.result import CostPlan, Offer, Range
 
@@ -99,6 +99,17 @@ def test_a_price_that_not_anybody_gets_is_shown_but_not_chosen() -> None:
     assert cost.chosen is not None
     assert cost.chosen.name == "AWS p4d.24xlarge, us-east-1"
     assert bill("a100-40gb", provider="squid").chosen == squid
+
+
+def test_who_rents_a_node_at_the_wanted_kind_of_price() -> None:
+    def is_rented(gpus: int, **hardware: Any) -> bool:
+        return rents_nodes(find_gpu("B200"), HardwareConfig.model_validate(hardware), gpus)
+
+    assert is_rented(8, provider="Lambda")
+    assert not is_rented(8, provider="Lambda", price_kind="spot"), "it sells on demand alone"
+    assert is_rented(8, provider="AWS", price_kind="spot")
+    assert not is_rented(16, provider="Lambda"), "no machine has sixteen"
+    assert is_rented(16, price_per_hour=2.0)
 
 
 def test_prices_in_yen() -> None:

@@ -23,7 +23,7 @@ from sft_dist.plan.dry_run import DryRun, dry_run
 from sft_dist.plan.front import Budget, check_wishes, front_of, parse_budget, parse_deadline, picks_of
 from sft_dist.plan.machines import machines_of
 from sft_dist.plan.result import ParetoPoint, Search
-from sft_dist.plan.search import SMALLER_FAILS, search
+from sft_dist.plan.search import HOST_TOO_SMALL, SMALLER_FAILS, search
 from sft_dist.plan.terminal_search import render_search
 from sft_dist.plan.to_json import load_plan, plan_json
 from sft_dist.plan.units import gib
@@ -140,6 +140,13 @@ def test_what_does_not_fit_is_counted_by_reason(file: Path) -> None:
     assert few.looked_at == few.fitting + sum(reasons.values())
 
 
+def test_what_needs_more_host_memory_than_there_is_is_refused(file: Path, base: DryRun) -> None:
+    config = load_config(file, ["hardware.gpu=H100-SXM", "hardware.host_memory_gib=4", "train.global_batch_size=1"])
+    few = search(config, base.plan.data, Space(max_gpus=1))
+    assert few.fitting == 0
+    assert HOST_TOO_SMALL in {refused.reason for refused in few.refused}
+
+
 def test_methods_are_searched_where_they_are_asked_for(file: Path) -> None:
     config = load_config(file, ["hardware.gpu=H100-SXM", "train.global_batch_size=1"])
     data = planned(file, "hardware.gpu=H100-SXM", "train.global_batch_size=1").plan.data
@@ -194,6 +201,9 @@ def test_wishes_that_nothing_meets_name_the_nearest() -> None:
     check_wishes(front, budget=Budget(10, "USD"), deadline_s=3600)
     with pytest.raises(PlanError, match=r"at most \$9.00: the cheapest costs \$10.00 and takes 5 h"):
         check_wishes(front, budget=Budget(9, "USD"))
+    check_wishes(front, budget=Budget(1500, "JPY"))
+    with pytest.raises(PlanError, match="at most ¥1,499: the cheapest costs ¥1,500"):
+        check_wishes(front, budget=Budget(1499, "JPY"))
     with pytest.raises(PlanError, match="at most 30 min: the fastest takes 1 h 0 min and costs") as error:
         check_wishes(front, deadline_s=1800)
     assert "a=1" in error.value.fix
@@ -259,6 +269,23 @@ def test_proposals_fit_when_they_are_pasted(file: Path) -> None:
         alone = planned(file, *said, *change.overrides).plan
         assert alone.memory.verdict != "does not fit", change
         assert f": {gib(alone.memory.peak.total_bytes)} of " in change.reason
+
+
+def test_nothing_is_proposed_that_needs_more_host_memory_than_there_is(file: Path) -> None:
+    said = (
+        "hardware.gpu=RTX3090",
+        "hardware.price_per_hour=0.3",
+        "sharding={strategy: ddp}",
+        "train.global_batch_size=1",
+        "data.max_seq_len=1024",
+    )
+
+    def on_host(*more: str) -> list[bool]:
+        proposed = planned(file, *said, *more).plan.proposals
+        return [any("cpu_offload" in override for override in change.overrides) for change in proposed]
+
+    assert any(on_host())
+    assert not any(on_host("hardware.host_memory_gib=24"))
 
 
 def test_where_auto_finds_nothing_the_nearest_is_shown_with_proposals(file: Path) -> None:
