@@ -157,7 +157,7 @@ def test_a_sample_of_all_rows_is_exact(tiny_base: Path, tmp_path: Path, over_len
     counted = planned(cfg, run)
     assert counted.basis == "prepared"
     assert alike(sampled, counted)
-    assert sampled.lost_share == 0 if over_length == "split" else 0.05 < sampled.lost_share < 0.6
+    assert sampled.lost_share == 0 if over_length == "split" else 0.05 < sampled.lost_share < 1
     assert sampled.cache_bytes == pytest.approx(counted.cache_bytes, abs=12_000)
 
 
