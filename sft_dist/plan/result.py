@@ -116,7 +116,7 @@ class DataPlan:
         tokens_per_step: mean over all ranks.
         eval_tokens: tokens of one evaluation; evaluations: how many there are.
         cache_bytes: of the prepared data on disk.
-        lost_share: of all tokens, that ``data.over_length`` cuts off or drops with their rows; 0 where preparing told it.
+        lost_share: of all tokens, that ``data.over_length`` cuts off or drops with their rows; 0 where preparing told.
     """
 
     basis: Literal["prepared", "sampled", "assumed"]
