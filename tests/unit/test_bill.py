@@ -197,7 +197,7 @@ def test_where_the_time_went(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size", "sequences"), [(1, 2, 7), (2, 2, 7), (3, 1, 4), (4, 2, 3)])
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "ddp", "zero1"])
 def test_occupancy_is_that_of_the_loader(
     world_size: int, micro_batch_size: int, sequences: int, strategy: StrategyName
 ) -> None:
@@ -209,7 +209,7 @@ def test_occupancy_is_that_of_the_loader(
     # An empty pass has one token and no label.
     tokens = np.array([[b.num_tokens if b.num_tokens > 1 else 0 for b in of_rank] for of_rank in passes])
     found = occupancy(data.num_tokens[order], batch, strategy)
-    waited_for = tokens.max(axis=0).sum() if strategy == "fsdp2" else tokens.sum(axis=1).max()
+    waited_for = tokens.max(axis=0).sum() if strategy in ("fsdp2", "zero2") else tokens.sum(axis=1).max()
     assert found == Occupancy(
         passes=tokens.size, idle=int((tokens == 0).sum()), tokens=int(tokens.sum()),
         slots=int(waited_for) * world_size, sequences=sequences,

@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sft_dist.config.schema import ActivationCheckpointingConfig
 from sft_dist.hardware.gpus import find_gpu
+from sft_dist.hardware.networks import find_network
+from sft_dist.model.attention import packed_attention_backward
 from sft_dist.model.spec import ParameterSpec
 from sft_dist.plan import cache
 from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
@@ -27,7 +31,9 @@ from sft_dist.plan.memory import (
     verdict,
 )
 from sft_dist.plan.offload import host_transfers, update_seconds, update_traffic_bytes
-from sft_dist.plan.rates import DISK_BYTES_PER_S, gpu_rates
+from sft_dist.plan.operators import inner_bytes
+from sft_dist.plan.rates import DISK_BYTES_PER_S, gpu_rates, link_share
+from sft_dist.plan.record import recording
 from sft_dist.plan.result import DataPlan, Phase, PhaseName, Range
 from sft_dist.plan.schedule import Transfer, step_time
 from sft_dist.plan.tape import PARTS, Segment, Tape, TapePart, Work
@@ -126,7 +132,10 @@ def test_what_fsdp2_has_gathered_and_reduces(tiny_base: Path, ranks: int, replic
     assert run.precision.reduce == "fp32"
     train["global_batch_size"] *= 3
     several = run_of(tiny_base, "fsdp2", ranks=ranks, sharding=run.sharding.model_dump(), train=train)
-    assert phases_of(several, "backward 0")["forward_backward"].parts["gradients"] == 4 * (root + 2 * block) // 3
+    accumulated = phases_of(several, "backward 0")
+    phases = accumulated["forward_backward"], accumulated["optimizer_step"]
+    for phase in phases:
+        assert phase.parts["gradients"] == 4 * (root + 2 * block) // 3
 
 
 def test_gradients_are_reduced_in_their_own_width(tiny_base: Path) -> None:
@@ -218,6 +227,25 @@ def test_what_stage_3_has_gathered(tiny_base: Path) -> None:
     assert whole == 2 * 2 * numel(everything)
 
 
+def test_what_kernels_take_that_no_trace_sees() -> None:
+    """FlashAttention-2 pads a head of 48 to 64; two of four query heads share a key."""
+    logits = torch.empty(100, 259)
+    assert inner_bytes(torch.ops.aten.logsumexp.default, [logits]) == 100 * 259 * 4
+    query, key = torch.empty(100, 4, 48, dtype=torch.bfloat16), torch.empty(100, 2, 48, dtype=torch.bfloat16)
+    backward = packed_attention_backward._opoverload
+    accumulated, expanded = 4 * (100 + 128) * 4 * (64 + 1), 2 * 100 * 4 * 48 * 2
+    assert inner_bytes(backward, [query, query, key, key]) == accumulated + expanded
+    assert inner_bytes(backward, [query, query, query, query]) == accumulated
+    assert inner_bytes(torch.ops.aten.mm.default, [logits, logits]) == 0
+
+
+def test_requests_are_rounded_as_the_allocator_does() -> None:
+    with FakeTensorMode(), recording() as recorder:
+        kept = torch.ones(3), torch.ones(129)
+        del kept
+    assert recorder.take("embed").peak_bytes == 512 + 1024
+
+
 def test_verdicts_and_ranges() -> None:
     assert [verdict(share, 1000) for share in (900, 901, 930, 931)] == ["fits", "tight", "tight", "does not fit"]
     phases = (Phase("load", {"weights": 500, "context": 90}), Phase("save", {"weights": 100, "context": 400}))
@@ -307,6 +335,19 @@ def test_what_an_update_reads_and_writes(tiny_base: Path) -> None:
     assert update_seconds(run, rates) == update_traffic_bytes(run) / rates.memory_bytes_per_s
 
 
+def test_what_of_rates_is_reached() -> None:
+    nvlink, peers, no_peers = A100.link, A100.host_link, find_gpu("rtx4090").link
+    assert (link_share(nvlink), link_share(peers), link_share(no_peers)) == (0.77, 0.75, 0.375)
+    network = find_network("infiniband-ndr")
+    rates = gpu_rates(A100, dtype="bf16", gpus_per_node=8, network=network)
+    links = rates.links
+    assert links.network_bytes_per_s == 0.8 * network.bytes_per_s
+    assert links.node_bytes_per_s == 0.77 * A100.link_bytes_per_s(8)
+    assert rates.product_flops_per_s == A100.achievable_flops["bf16"]
+    assert rates.attention_flops_per_s == 0.65 * rates.product_flops_per_s
+    assert rates.memory_bytes_per_s == 0.85 * A100.memory_bandwidth
+
+
 def data_of(run: Run, **changes: Any) -> DataPlan:
     """120 full sequences, of which a run takes 6 steps of 12; 3 evaluations of 1000 tokens."""
     tokens = 120 * 48.0
@@ -319,7 +360,9 @@ def data_of(run: Run, **changes: Any) -> DataPlan:
 
 def test_what_is_beside_training(tiny_base: Path) -> None:
     run = run_of(tiny_base, "fsdp2", ranks=2, train={"global_batch_size": 12, "micro_batch_size": 3, "max_steps": 6})
+    run = replace(run, checkpoint=run.checkpoint.model_copy(update={"every_steps": 2}))
     data = data_of(run)
+    assert num_checkpoints(run, data) == 3
     work = workload(run, tape_of(run, flops=10**9), data=data, eval_tape=tape_of(run, flops=10**9))
     assert work.evaluation is not None
     assert work.evaluation.batches == 4, "1000 tokens, of which 2 ranks take 3 rows of 48 at a time"
