@@ -1,7 +1,7 @@
 """How near the dry run comes to published measurements of other trainers.
 
-    python -m benchmarks.plan_accuracy --points FILE [--json] [--docs PAGE]
-    python -m benchmarks.plan_accuracy --points FILE --efficiencies
+    python benchmarks/plan_accuracy.py --points FILE [--json] [--docs PAGE]
+    python benchmarks/plan_accuracy.py --points FILE --efficiencies
 
 FILE is a YAML list of rows: model, method, GPUs, sharding, lengths, kernels, versions in words, and what was measured
 (``peak_mem_gib`` with ``peak_mem_kind``, ``tokens_per_s_per_gpu``, ``oom``). For each row the other trainer's model is
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peers.efficiencies import efficiencies
 from benchmarks.peers.page import page
