@@ -23,7 +23,7 @@ from sft_dist.plan.dry_run import DryRun, dry_run
 from sft_dist.plan.front import Budget, check_wishes, front_of, parse_budget, parse_deadline, picks_of
 from sft_dist.plan.machines import machines_of
 from sft_dist.plan.result import ParetoPoint, Search
-from sft_dist.plan.search import HOST_TOO_SMALL, SMALLER_FAILS, search
+from sft_dist.plan.search import HOST_TOO_SMALL, NO_DTYPE, SMALLER_FAILS, search
 from sft_dist.plan.terminal_search import render_search
 from sft_dist.plan.to_json import load_plan, plan_json
 from sft_dist.plan.units import gib
@@ -145,6 +145,13 @@ def test_what_needs_more_host_memory_than_there_is_is_refused(file: Path, base: 
     few = search(config, base.plan.data, Space(max_gpus=1))
     assert few.fitting == 0
     assert HOST_TOO_SMALL in {refused.reason for refused in few.refused}
+
+
+def test_a_gpu_without_the_dtype_is_not_searched(file: Path, base: DryRun) -> None:
+    config = load_config(file, ["hardware.gpu=V100-SXM-16GB", "train.global_batch_size=1"])
+    few = search(config, base.plan.data, Space(max_gpus=1))
+    assert [refused.reason for refused in few.refused] == [NO_DTYPE]
+    assert few.looked_at == few.refused[0].number > 0
 
 
 def test_methods_are_searched_where_they_are_asked_for(file: Path) -> None:
