@@ -46,7 +46,7 @@ WHOLE = Units()
 # here, 67 on a host of that time. FSDP2's forward hook was seen to take 1 ms (pytorch/pytorch/issues/173680).
 COLLECTIVE_S = (235e-6 / 1.9) - 35e-6
 # 162 to 173 us forward, 246 to 275 us backward; how they divide between both ends of a pass is assumed. Two in flight:
-# torch/distributed/fsdp/_init_utils.py.
+# torch/distributed/fsdp/_limiter_utils.py.
 FSDP1 = Units(100e-6 + COLLECTIVE_S, 70e-6, 160e-6 + COLLECTIVE_S, in_flight=2)
 # 156 to 163 us forward, 215 to 275 us backward.
 FSDP2 = Units(90e-6 + COLLECTIVE_S, 70e-6, 140e-6 + COLLECTIVE_S)
