@@ -123,9 +123,9 @@ def _throughput(speed: dict[str, Any]) -> list[str]:
         "No constant is fitted to rows of several GPUs: what the host takes for operators and units was measured",
         "without a GPU (`python -m benchmarks.host_time`), what CUDA adds is from a published trace. How much slower",
         "an A100's host is than that processor is an assumption (`hardware/hosts.yaml`): with none the errors would be",
-        "4.6% and 20%. The range of a plan's steps on several GPUs is the p90 above, so these rows are in it. The worst",
-        "rows",
-        "are LoRA under FSDP1 with few tokens. There every adapter is a unit of its own, and the rate limiter lets the",
-        "host run two of them ahead, so that its work is not hidden. One efficiency stands for models of different",
+        "4.6% and 20%. The range of a plan's steps on several GPUs is the p90 above, so these rows are in it.",
+        "",
+        "The worst rows are LoRA under FSDP1 with few tokens. There every adapter is a unit of its own, and the rate",
+        "limiter lets the host run two of them ahead, so that its work is not hidden. One efficiency stands for models of different",
         "widths; products of few tokens and narrow layers are planned too fast.",
     ]
