@@ -126,6 +126,6 @@ def _throughput(speed: dict[str, Any]) -> list[str]:
         "4.6% and 20%. The range of a plan's steps on several GPUs is the p90 above, so these rows are in it.",
         "",
         "The worst rows are LoRA under FSDP1 with few tokens. There every adapter is a unit of its own, and the rate",
-        "limiter lets the host run two of them ahead, so that its work is not hidden. One efficiency stands for models of different",
-        "widths; products of few tokens and narrow layers are planned too fast.",
+        "limiter lets the host run two of them ahead, so that its work is not hidden. One efficiency stands for models",
+        "of different widths; products of few tokens and narrow layers are planned too fast.",
     ]
