@@ -20,6 +20,7 @@ from sft_dist.model.spec import ParameterSpec
 from sft_dist.plan import cache
 from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
 from sft_dist.plan.host import PROCESS_BYTES, host_parts
+from sft_dist.plan.launches import FSDP2
 from sft_dist.plan.memory import (
     CONTEXT_BYTES,
     NCCL_BYTES,
@@ -376,9 +377,10 @@ def test_what_is_beside_training(tiny_base: Path) -> None:
     assert phases["save"] == written / DISK_BYTES_PER_S
     rates = gpu_rates(A100, dtype="bf16", gpus_per_node=2, efficiency=timed.efficiency.range.value)
     forward = step_time(
-        work.evaluation.tape, rates=rates, collectives=work.evaluation.collectives, micro_batches=1, backward=False
-    ).total_s
-    assert evaluation_seconds(work.evaluation, rates) == 4 * forward
+        work.evaluation.tape, rates=rates, collectives=work.evaluation.collectives, micro_batches=1, units=FSDP2,
+        backward=False,
+    ).total_s  # fmt: skip
+    assert evaluation_seconds(work.evaluation, rates, units=FSDP2) == 4 * forward
     assert phases["eval"] == pytest.approx(3 * 4 * forward)
     assert timed.total.value == pytest.approx(sum(phases.values()))
     assert timed.total.low == pytest.approx(6 * timed.step_range.low + rest / 2)
