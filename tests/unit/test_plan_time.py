@@ -44,7 +44,11 @@ def group_of_one() -> Iterator[None]:
 
 
 def planned(
-    base: Path, method: str = "full", strategy: str = "fsdp2", shape: WorldShape | None = None, **sections: Any
+    base: Path,
+    method: str | dict[str, Any] = "full",
+    strategy: str = "fsdp2",
+    shape: WorldShape | None = None,
+    **sections: Any,
 ) -> Run:
     settings = {"train": {"global_batch_size": 48, "micro_batch_size": 2, "max_steps": 10}, **sections}
     return resolve(cells.config(str(base), method, strategy, **settings), shape or WorldShape())
@@ -320,6 +324,15 @@ def test_short_segments_make_attention_cheaper(tiny_base: Path) -> None:
 def measured(run: Run, **changes: Any) -> Calibration:
     entry = Calibration(A100.name, calibration_key(run), 1.25, 1.02, 100, "2026-01-02", {"torch": torch.__version__})
     return replace(entry, **changes)
+
+
+def test_what_shares_a_calibration(tiny_base: Path) -> None:
+    """Other methods, storage and dtypes have other speeds."""
+    quantised = ({"type": "qlora", "quantization": {"type": kind}} for kind in ("nf4", "int8"))
+    runs = [planned(tiny_base, method) for method in ("full", "lora", *quantised)]
+    keys = [calibration_key(run) for run in runs]
+    keys.append(calibration_key(replace(runs[0], precision=replace(runs[0].precision, compute="bf16"))))
+    assert len(set(keys)) == 5
 
 
 def test_a_measurement_corrects_the_next_plan(tiny_base: Path, tmp_path: Path) -> None:

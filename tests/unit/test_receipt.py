@@ -11,6 +11,7 @@ import torch
 
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.schema import Config
+from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import UnknownHardware
 from sft_dist.hardware.gpus import find_gpu
 from sft_dist.plan.calibration import calibration_key, lookup
@@ -60,6 +61,8 @@ def test_a_cpu_has_sizes_and_counts_and_no_invented_seconds(tiny_base: Path, tmp
     assert seen.expected is not None
     epochs = 6 // run.batch.steps_per_epoch(data.num_sequences)
     assert (seen.expected.steps, seen.expected.evaluations, seen.expected.checkpoints) == (6, 0, epochs)
+    order = TrainingOrder(data, run.batch, run.seed)
+    assert seen.expected.tokens == sum(order.step(number).num_tokens for number in range(6))
     assert seen.expected.peak_allocated_bytes > run.model.num_parameters * 2
     assert seen.expected.step_s is seen.expected.total_s is seen.expected.flops_per_token is None
     assert not (tmp_path / "plan.json").exists(), "a plan has seconds"
