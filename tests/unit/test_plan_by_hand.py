@@ -18,6 +18,7 @@ from sft_dist.hardware.networks import find_network
 from sft_dist.model.attention import packed_attention_backward
 from sft_dist.model.spec import ParameterSpec
 from sft_dist.plan import cache
+from sft_dist.plan.activations import seq_lens_of, trace
 from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
 from sft_dist.plan.host import PROCESS_BYTES, host_parts
 from sft_dist.plan.launches import FSDP2
@@ -44,6 +45,7 @@ from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
 from tests.helpers import cells
+from tests.helpers.tiny_model import build_base
 
 A100 = find_gpu("A100-SXM-80GB")
 
@@ -423,3 +425,27 @@ def test_a_tape_is_kept_for_runs_that_would_record_the_same(tiny_base: Path, mon
     assert len(set(keys)) == len(keys) == len(others) + 2
     cache.cached_trace(run_of(tiny_base, "fsdp2", ranks=4))
     assert keys[-1] == keys[0]
+
+
+# What a tape keeps
+
+
+def kept_by_a_middle_layer(folder: Path, checkpointing: dict[str, Any], *, backward: bool = True) -> tuple[int, int]:
+    """Bytes of activations that stay behind its forward, and those of its input."""
+    base = build_base(folder, num_layers=4)
+    run = run_of(base, "fsdp2", ranks=2, activation_checkpointing=checkpointing)
+    recorded = trace(run, backward=backward)
+    inputs = sum(seq_lens_of(run)) * run.model.hidden_size * 2
+    return recorded.forward[recorded.recorded[1]].net["activations"], inputs
+
+
+def test_what_is_on_the_host_is_not_kept_on_the_device(tmp_path: Path) -> None:
+    kept, inputs = kept_by_a_middle_layer(tmp_path, {"mode": "full"})
+    assert kept == inputs
+    assert kept_by_a_middle_layer(tmp_path, {"mode": "full", "offload": True})[0] == 0
+
+
+def test_an_evaluation_keeps_nothing_for_a_backward(tmp_path: Path) -> None:
+    assert kept_by_a_middle_layer(tmp_path, {"mode": "none"}, backward=False)[0] == 0
+    kept, inputs = kept_by_a_middle_layer(tmp_path, {"mode": "none"})
+    assert kept > 10 * inputs
