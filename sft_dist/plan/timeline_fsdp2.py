@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sft_dist.config.schema import Fsdp2Sharding
-from sft_dist.model.spec import DTYPE_BYTES, ParameterSpec
+from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.plan.ledger import Ledger
 from sft_dist.plan.tape import Tape
 from sft_dist.plan.timeline import Timeline
 from sft_dist.run import Run
+from sft_dist.sharding.collectives import padded_numel
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,9 @@ def _unit(run: Run, block: str | None, shards: int) -> Unit:
     members = run.model.members[block]
     trained = [p for p in members if p.trainable]
 
-    def padded(parameter: ParameterSpec) -> int:
-        rows = -(-parameter.shape[0] // shards) * shards
-        return rows * (parameter.numel // parameter.shape[0])
-
-    reduced = sum(map(padded, trained))
+    reduced = sum(padded_numel(p, shards) for p in trained)
     return Unit(
-        whole_bytes=sum(map(padded, members)) * DTYPE_BYTES[run.precision.compute],
+        whole_bytes=sum(padded_numel(p, shards) for p in members) * DTYPE_BYTES[run.precision.compute],
         reduced_bytes=reduced * DTYPE_BYTES[run.precision.reduce],
         gradient_bytes=reduced // shards * DTYPE_BYTES[run.precision.master],
     )
