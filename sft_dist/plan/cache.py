@@ -26,6 +26,7 @@ from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod
 from sft_dist.model.hub import model_folder
 from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.plan.activations import seq_lens_of, trace
+from sft_dist.plan.calibration import cache_root
 from sft_dist.plan.tape import Segment, Tape, Work
 from sft_dist.run import Run
 
@@ -33,12 +34,6 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 # Whose code decides what is kept.
 PACKAGES = ("model", "sharding", "plan")
-
-
-def cache_root() -> Path:
-    """``$SFT_DIST_CACHE``, else ``sft_dist`` in the user's cache folder."""
-    own = os.environ.get("SFT_DIST_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft_dist"
 
 
 def cached_describe(

@@ -54,11 +54,15 @@ def calibration_key(run: Run) -> str:
     return " ".join([method.type, *stored, run.precision.compute])
 
 
+def cache_root(env: Mapping[str, str] = os.environ) -> Path:
+    """What plans keep: ``$SFT_DIST_CACHE``, else ``sft_dist`` in the user's cache folder."""
+    own = env.get("SFT_DIST_CACHE")
+    return Path(own) if own else Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft_dist"
+
+
 def calibration_folder(env: Mapping[str, str] = os.environ) -> Path:
     """Where the files are."""
-    if env.get("SFT_DIST_CACHE"):
-        return Path(env["SFT_DIST_CACHE"]) / "calibration"
-    return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft_dist" / "calibration"
+    return cache_root(env) / "calibration"
 
 
 def lookup(gpu: str, key: str, *, folder: Path | None = None) -> Calibration | None:
