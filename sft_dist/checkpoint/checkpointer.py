@@ -1,156 +1,309 @@
-"""Saves a run's state and puts it back. Every rank calls the same methods; each writes and proves its own shard.
+"""Saves a run's state and puts it back. Every rank calls the same methods; each writes and proves its own file.
 
-The tensors travel through torch's distributed checkpoint (DCP) in its safetensors form: each rank writes what it holds,
-and any other number of ranks reads the parts that it needs. Nothing is pickled.
+Saving has two parts. What a rank is to write is copied, for which training waits; then a thread writes and proves it
+while training goes on. The ranks' threads meet in a process group of their own, so they are in nobody's way. One save
+is in flight at a time: the next one waits for it.
 """
 
 from __future__ import annotations
 
+import errno
+import math
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from rich.filesize import decimal
+from safetensors import SafetensorError
 
 from sft_dist.checkpoint import store
-from sft_dist.checkpoint.manifest import MANIFEST, MOVE_AWAY, Identity, Manifest
-from sft_dist.checkpoint.proof import FileProof, problems_of, prove_file, tensor_record, verify_files
+from sft_dist.checkpoint.host_copy import HostCopy, in_place
+from sft_dist.checkpoint.manifest import MANIFEST, MOVE_AWAY, FileRecord, Identity, Manifest, Position, TensorRecord
+from sft_dist.checkpoint.proof import FileProof, digest_of, problems_of, prove_file, tensor_record
+from sft_dist.checkpoint.reader import CheckpointReader
+from sft_dist.checkpoint.rotation import best_of, rotate
+from sft_dist.checkpoint.shard_file import Piece, file_name, write_shard
+from sft_dist.config.schema import CheckpointConfig
 from sft_dist.errors import CheckpointError
+from sft_dist.sharding.state import StateShard
 from sft_dist.sharding.strategy import Strategy
 
 T = TypeVar("T")
 
 MAX_SHOWN_PROBLEMS = 3
 
+# A slow disk of one rank must not look like a lost rank to the others.
+WRITE_TIMEOUT = timedelta(hours=12)
+
 # A block of an 8-bit moment has one scale: ranks that share a tensor otherwise may have other blocks.
 SCALES = ("optim.exp_avg_scale.", "optim.exp_avg_sq_scale.")
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended, the same on every rank.
+
+    Args:
+        checkpoint: its folder, whether it is there or not.
+        error: what went wrong, or None.
+        is_fatal: training must not go on.
+        fix: what to do about the error.
+        written_s: seconds from the copy to the end, on this rank.
+    """
+
+    checkpoint: Path
+    error: str | None = None
+    is_fatal: bool = False
+    fix: str = ""
+    written_s: float = 0.0
+
+
 class Checkpointer:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Every rank makes one at the same time.
 
     Args:
         folder: ``checkpoints/`` of the run directory.
+        rules: when a failure ends the run, and what stays.
         identity: of this run; a checkpoint of another one is refused.
         settings: the resolved configuration as YAML, kept beside every checkpoint.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, identity: Identity, strategy_name: str, settings: str) -> None:
-        self.folder, self.keep_last, self.identity = folder, keep_last, identity
+    def __init__(
+        self, folder: Path, *, rules: CheckpointConfig, identity: Identity, strategy_name: str, settings: str
+    ) -> None:
+        self.folder, self.rules, self.identity = folder, rules, identity
         self.strategy_name, self.settings = strategy_name, settings
+        self._group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._crash: BaseException | None = None
+        self._outcomes: list[Outcome] = []
+        self._told = 0
 
-    def save(self, strategy: Strategy, *, completed_steps: int, next_sequences: tuple[int, ...]) -> Path:
-        """Writes a checkpoint, reads it back, and only then gives it its name; older ones beyond ``keep_last`` go.
+    def save(self, strategy: Strategy, position: Position) -> None:
+        """Begins to write a checkpoint; it is there when its ``Outcome`` says so. Waits for the one before.
 
         Raises:
-            CheckpointError: on every rank; it cannot be written, or what was written is not what is in memory. Older
-                checkpoints stay; a rejected one stays too, under a name that nothing resumes from.
+            CheckpointError: on every rank; the one before failed so that training must not go on.
         """
-        complete = self.folder / store.name_of(completed_steps)
+        self.wait()
+        started, state = time.perf_counter(), strategy.state()
+        expected = {name: tensor_record(shard.values, shard.shape) for name, shard in state.items()}
+        pieces, copied = self._pieces(state)
+
+        def write() -> None:
+            try:
+                copied()
+                outcome = self._write(pieces, expected, position)
+                self._outcomes.append(_after(outcome, started))
+            except BaseException as error:  # raised where training waits for it
+                self._crash = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.rules.asynchronous:
+            self.wait()
+
+    def _pieces(self, state: Mapping[str, StateShard]) -> tuple[dict[str, Piece], Callable[[], None]]:
+        return self._copy.take(state) if self.rules.asynchronous else (in_place(state), lambda: None)
+
+    def wait(self) -> None:
+        """Returns when nothing is in flight.
+
+        Raises:
+            CheckpointError: on every rank; the last save failed so that training must not go on.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._crash is not None:
+            raise self._crash
+        if self._outcomes and self._outcomes[-1].is_fatal:
+            last = self._outcomes[-1]
+            raise CheckpointError(last.error or "", fix=last.fix).everywhere()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether ``wait`` would raise, as far as this rank knows yet."""
+        return self._crash is not None or any(outcome.is_fatal for outcome in self._outcomes)
+
+    def news(self) -> list[Outcome]:
+        """Saves that ended since this was asked last; other ranks may hear of them earlier or later."""
+        new = self._outcomes[self._told :]
+        self._told += len(new)
+        return new
+
+    def close(self) -> None:
+        """Lets go of the process group and of the host memory. Nothing may be in flight."""
+        self._copy = HostCopy()
+        dist.destroy_process_group(self._group)
+
+    def best_loss(self) -> float:
+        """The lowest evaluation loss of the checkpoints that are there; infinite where there is none."""
+        losses = [math.inf]
+        if dist.get_rank() == 0:
+            best = best_of([manifest.position for _, manifest in store.readable_checkpoints(self.folder)])
+            losses = [math.inf if best is None or best.eval_loss is None else best.eval_loss]
+        dist.broadcast_object_list(losses, group=self._group)
+        return losses[0]
+
+    def _write(self, pieces: dict[str, Piece], expected: dict[str, TensorRecord], position: Position) -> Outcome:
+        complete = self.folder / store.name_of(position.completed_steps)
         unfinished = complete.with_name(complete.name + store.UNFINISHED)
-        _on_main(lambda: store.begin(self.folder, completed_steps), doing=f"write {complete}")
-        state = strategy.state()
-        try:
-            dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
-        except CheckpointException as error:
-            if dist.get_rank() == 0:
-                # What there is of it may be what fills the disk.
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise _cannot(f"write {complete}", next(iter(error.failures.values()))[0]) from error
-        proofs = _prove(unfinished, state)
-        expected = {name: tensor_record(tensor) for name, tensor in state.items()}
-        problems = problems_of(proofs, expected, completed_steps=completed_steps)
+        size = sum(math.prod(record.shape) * getattr(torch, record.dtype).itemsize for record in expected.values())
+        (_, *_), error = self._everywhere(lambda: self._begin(position.completed_steps, size), only_main=True)
+        if error is not None:
+            return self._cannot_write(complete, error)
+        path = unfinished / file_name(dist.get_rank(), dist.get_world_size())
+
+        def write_and_read_back() -> FileProof | None:
+            return prove_file(path, write_shard(path, pieces), pieces) if pieces else None
+
+        proofs, error = self._everywhere(write_and_read_back)
+        if error is not None:
+            return self._cannot_write(complete, error)
+        found = [proof for proof in proofs if proof is not None]
+        problems = problems_of(found, expected, completed_steps=position.completed_steps)
         if problems:
-            rejected = complete.with_name(complete.name + store.REJECTED)
-            _on_main(lambda: store.reject(unfinished), doing=f"keep {rejected}")
-            raise CheckpointError(
-                f"the checkpoint of step {completed_steps} failed its proof: " + _listed(problems),
-                fix=f"it is kept as {rejected}; resume from the one before it, and please report this",
-            ).everywhere()
+            return self._rejected(unfinished, problems, position)
+        _, error = self._everywhere(lambda: self._finish(unfinished, expected, found, position), only_main=True)
+        return Outcome(complete) if error is None else self._cannot_write(complete, error)
+
+    def _begin(self, completed_steps: int, num_bytes: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise OSError(errno.ENOSPC, f"it takes {decimal(num_bytes)}, and the disk has {decimal(free)} free")
+        store.begin(self.folder, completed_steps)
+
+    def _finish(
+        self, unfinished: Path, expected: dict[str, TensorRecord], proofs: list[FileProof], position: Position
+    ) -> None:
+        settings = unfinished / "config.yaml"
+        store.write_synced(settings, self.settings)
+        num_bytes, digest = digest_of(settings)
+        files = {proof.file: proof.record for proof in proofs}
         manifest = Manifest(
-            completed_steps=completed_steps,
-            next_sequences=next_sequences,
+            position=position,
             strategy=self.strategy_name,
             world_size=dist.get_world_size(),
             identity=self.identity,
             tensors=expected,
-            files={proof.file: proof.record for proof in proofs},
+            files=files | {settings.name: FileRecord(num_bytes=num_bytes, digest=digest)},
         )
-        _on_main(lambda: self._finish(unfinished, manifest), doing=f"write {complete}")
-        return complete
-
-    def _finish(self, unfinished: Path, manifest: Manifest) -> None:
-        store.write_synced(unfinished / "config.yaml", self.settings)
-        store.write_synced(unfinished / MANIFEST, manifest.model_dump_json(indent=1))
+        store.write_synced(unfinished / MANIFEST, manifest.model_dump_json())
         store.commit(unfinished)
-        store.prune(self.folder, keep_last=self.keep_last)
+        rotate(self.folder, self.rules)
+
+    def _cannot_write(self, complete: Path, cause: str) -> Outcome:
+        """What there is of it is removed: it may be what fills the disk."""
+
+        def remove() -> bool:
+            shutil.rmtree(complete.with_name(complete.name + store.UNFINISHED), ignore_errors=True)
+            return bool(store.complete_checkpoints(self.folder))
+
+        (has_others, *_), _ = self._everywhere(remove, only_main=True)
+        return Outcome(
+            complete,
+            error=f"cannot write {complete}: {cause}",
+            is_fatal=self.rules.on_failure == "stop" or not has_others,
+            fix="make room on the disk, or see who may write there"
+            + ("; then go on with --resume auto" if has_others else ""),
+        )
+
+    def _rejected(self, unfinished: Path, problems: list[str], position: Position) -> Outcome:
+        complete = unfinished.with_name(store.name_of(position.completed_steps))
+        rejected = complete.with_name(complete.name + store.REJECTED)
+        self._everywhere(lambda: store.reject(unfinished), only_main=True)
+        return Outcome(
+            complete,
+            error=f"the checkpoint of step {position.completed_steps} failed its proof: " + _listed(problems),
+            is_fatal=True,
+            fix=f"it is kept as {rejected}; resume from the one before it, and please report this",
+        )
+
+    def _everywhere(
+        self, work: Callable[[], T | None], *, only_main: bool = False
+    ) -> tuple[list[T | None], str | None]:
+        """Runs ``work`` on every rank or on rank 0, and tells all of them how it went.
+
+        Returns:
+            the results by rank, and the first refusal of an operating system, or None.
+        """
+        answer: tuple[T | None, str | None] = (None, None)
+        if dist.get_rank() == 0 or not only_main:
+            try:
+                answer = (work(), None)
+            except OSError as error:
+                answer = (None, str(error.strerror or error))
+        answers = _gathered(answer, self._group)
+        return [result for result, _ in answers], next((error for _, error in answers if error is not None), None)
 
     def load(self, checkpoint: Path, strategy: Strategy) -> Manifest:
-        """Verifies the files of a checkpoint and puts its state into ``strategy``, on any number of ranks.
+        """Puts the state of a checkpoint into ``strategy``, on any number of ranks.
+
+        Each reads the ranges that it keeps. The files must have been verified.
 
         Raises:
             ConfigError: it belongs to another run.
-            CheckpointError: it is damaged, or holds other tensors than this run trains.
+            CheckpointError: it holds other tensors than this run trains.
         """
-        manifest = Manifest.read(checkpoint)
-        manifest.identity.require_same(self.identity, checkpoint=checkpoint)
-        problems = verify_files(checkpoint, manifest, part=dist.get_rank(), parts=dist.get_world_size())
         state = strategy.state()
-        mine = {name: tensor_record(tensor) for name, tensor in state.items()}
-        for name in sorted(mine.keys() | manifest.tensors.keys()):
-            if mine.get(name) != manifest.tensors.get(name):
-                problems.append(f"{name} is {manifest.tensors.get(name)} there and {mine.get(name)} here")
-        if any(name.startswith(SCALES) and mine.get(name) != manifest.tensors.get(name) for name in mine):
-            where = f"{manifest.world_size} processes under {manifest.strategy}"
-            problems.insert(0, f"8-bit moments in blocks that are cut otherwise go on only on {where}")
-        problems = [problem for part in _gathered(problems) for problem in part]
-        if problems:
-            raise CheckpointError(
-                f"{checkpoint} cannot be resumed from: " + _listed(list(dict.fromkeys(problems))),
-                fix=MOVE_AWAY,
-            ).everywhere()
-        try:
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
-        except CheckpointException as error:
-            raise _cannot(f"read {checkpoint}", next(iter(error.failures.values()))[0]) from error
-        strategy.load_state(state, completed_steps=manifest.completed_steps)
+        with CheckpointReader(checkpoint) as reader:
+            manifest = reader.manifest
+            manifest.identity.require_same(self.identity, checkpoint=checkpoint)
+            self._refuse(checkpoint, _other_tensors(state, manifest))
+            self._refuse(checkpoint, _read(reader, state))
+        strategy.restored(completed_steps=manifest.completed_steps)
         return manifest
 
-
-def _prove(folder: Path, state: dict[str, Tensor]) -> list[FileProof]:
-    """The findings of all ranks about the files that they wrote; a rank with nothing to write has none."""
-    own = folder / f"shard-{dist.get_rank() + 1:05d}-model-00001-of-00001.safetensors"
-    return [proof for proof in _gathered(prove_file(own, state) if own.exists() else None) if proof is not None]
-
-
-def _on_main(work: Callable[[], object], *, doing: str) -> None:
-    """Runs ``work`` on rank 0 while the others wait; that the disk refuses it is an error on all of them."""
-    answer: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except OSError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer)
-    if answer[0] is not None:
-        raise _cannot(doing, answer[0])
+    def _refuse(self, checkpoint: Path, problems: list[str]) -> None:
+        problems = [problem for part in _gathered(problems, self._group) for problem in part]
+        if problems:
+            raise CheckpointError(
+                f"{checkpoint} cannot be resumed from: " + _listed(list(dict.fromkeys(problems))), fix=MOVE_AWAY
+            ).everywhere()
 
 
-def _cannot(what: str, cause: object) -> CheckpointError:
-    return CheckpointError(
-        f"cannot {what}: {str(cause).splitlines()[0]}", fix="make room on the disk, or see who may write there"
-    ).everywhere()
+def _other_tensors(state: Mapping[str, StateShard], manifest: Manifest) -> list[str]:
+    """In what a checkpoint differs from the state that it is to become."""
+    mine = {name: tensor_record(shard.values, shard.shape) for name, shard in state.items()}
+    problems = [
+        f"{name} is {manifest.tensors.get(name)} there and {mine.get(name)} here"
+        for name in sorted(mine.keys() | manifest.tensors.keys())
+        if mine.get(name) != manifest.tensors.get(name)
+    ]
+    if any(name.startswith(SCALES) and mine.get(name) != manifest.tensors.get(name) for name in mine):
+        where = f"{manifest.world_size} processes under {manifest.strategy}"
+        problems.insert(0, f"8-bit moments in blocks that are cut otherwise go on only on {where}")
+    return problems
 
 
-def _gathered(value: T) -> list[T]:
+def _read(reader: CheckpointReader, state: Mapping[str, StateShard]) -> list[str]:
+    try:
+        with torch.no_grad():
+            for name, shard in state.items():
+                reader.read_into(shard.values, name, first=shard.first)
+    except (OSError, SafetensorError) as error:
+        return [f"{name} cannot be read: {error}"]
+    return []
+
+
+def _after(outcome: Outcome, started: float) -> Outcome:
+    return Outcome(outcome.checkpoint, outcome.error, outcome.is_fatal, outcome.fix, time.perf_counter() - started)
+
+
+def _gathered(value: T, group: dist.ProcessGroup) -> list[T]:
     """``value`` of every rank."""
     values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

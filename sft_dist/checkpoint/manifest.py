@@ -27,10 +27,16 @@ class TensorRecord(_Record):
 
 
 class FileRecord(_Record):
-    """One file of the checkpoint; ``digest`` is the XXH3-128 of its bytes."""
+    """One file of the checkpoint.
+
+    Args:
+        digest: XXH3-128 of its bytes.
+        ranges: by tensor, the first element that is in it of the flattened whole, and the one behind its last.
+    """
 
     num_bytes: int
     digest: str
+    ranges: dict[str, tuple[int, int]] = {}
 
 
 class Identity(_Record):
@@ -60,24 +66,46 @@ class Identity(_Record):
             )
 
 
+class Position(_Record):
+    """Where a run is.
+
+    Args:
+        completed_steps: optimizer steps behind the state.
+        next_sequences: numbers of the sequences that the next step trains, empty at the end of the run.
+        next_lr: of the next step; None at the end.
+        next_rng: digest of what rank 0's generators draw in the next step.
+        trained_s: seconds that the run has taken so far, all starts of it together, by a clock that never goes back.
+        eval_loss: of this very state, where it was evaluated.
+    """
+
+    completed_steps: int
+    next_sequences: tuple[int, ...] = ()
+    next_lr: float | None = None
+    next_rng: str | None = None
+    trained_s: float = 0.0
+    eval_loss: float | None = None
+
+
 class Manifest(_Record):
     """
     Args:
-        completed_steps: optimizer steps behind this state.
-        next_sequences: numbers of the sequences that the next step trains, empty at the end of the run.
+        position: where the run was.
         strategy, world_size: under which the shards were cut.
         tensors: by name in the state, see ``Strategy.state``.
         files: by name; each rank wrote its own.
     """
 
-    format: Literal[1] = 1
-    completed_steps: int
-    next_sequences: tuple[int, ...]
+    format: Literal[2] = 2
+    position: Position
     strategy: str
     world_size: int
     identity: Identity
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]
+
+    @property
+    def completed_steps(self) -> int:
+        return self.position.completed_steps
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

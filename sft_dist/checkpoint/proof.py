@@ -1,41 +1,37 @@
 """A checkpoint is read back as soon as it is written, and again before anything is resumed from it.
 
-Every rank reads the file that it wrote and compares each tensor, bit for bit, with what it holds in memory; rank 0 puts
-the findings together: is every tensor whole, of the right shape, finite, and has every adapter moved.
+Every rank reads the file that it wrote and compares it with what it meant to write; rank 0 puts the findings together:
+is every tensor there whole and once, finite, and has every adapter moved.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
-from torch.distributed.tensor import DTensor
 
-from sft_dist.checkpoint.manifest import FileRecord, Manifest, TensorRecord
+from sft_dist.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
+from sft_dist.checkpoint.shard_file import Piece, is_finite, is_zero
 
-READ_BYTES = 1 << 24
+READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one file holds of one tensor, as it was read back.
+    """What one file holds of one tensor: elements ``first`` to ``stop`` of the flattened whole.
 
     Args:
-        offsets, shape: of the chunk in the whole tensor.
         is_zero: every element is 0.
     """
 
     name: str
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
+    first: int
+    stop: int
     dtype: str
     is_zero: bool
 
@@ -50,52 +46,56 @@ class FileProof:
     problems: tuple[str, ...]
 
 
-def tensor_record(tensor: Tensor) -> TensorRecord:
-    """Shape and dtype of a tensor of the state; a ``DTensor`` has those of the whole."""
-    return TensorRecord(shape=tuple(tensor.shape), dtype=_dtype(tensor.dtype))
+def tensor_record(values: Tensor, shape: tuple[int, ...]) -> TensorRecord:
+    return TensorRecord(shape=shape, dtype=_dtype(values))
 
 
-def prove_file(path: Path, state: Mapping[str, Tensor]) -> FileProof:
-    """Reads a file back and compares it with the state that was to be written into it.
+def prove_file(path: Path, written: FileRecord, pieces: Mapping[str, Piece]) -> FileProof:
+    """Reads a file back and compares it with what was to be written into it."""
+    problems = []
+    found = digest_of(path)
+    if found != (written.num_bytes, written.digest):
+        problems.append(
+            f"{path.name} is not what was in memory: {found[0]:,} bytes, {written.num_bytes:,} were written"
+        )
+    else:
+        problems += _misread(path, pieces)
+    problems += [
+        f"{path.name}: {name} has values that are not finite"
+        for name in sorted(pieces)
+        if not is_finite(pieces[name].values)
+    ]
+    chunks = tuple(
+        Chunk(name, *piece.range, _dtype(piece.values), _is_lora_b(name) and is_zero(piece.values))
+        for name, piece in pieces.items()
+    )
+    return FileProof(path.name, written, chunks, tuple(problems))
 
-    A file that cannot be read is a finding like any other: the ranks must hear of it together.
-    """
+
+def _misread(path: Path, pieces: Mapping[str, Piece]) -> list[str]:
+    """Whether others who read the layout find what is meant by it."""
     try:
-        chunks, problems = _compare(path, state)
-        return FileProof(path.name, file_record(path), tuple(chunks), tuple(problems))
-    except (OSError, SafetensorError) as error:
-        unread = FileRecord(num_bytes=0, digest="")
-        return FileProof(path.name, unread, (), (f"{path.name} cannot be read back: {error}",))
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            slices = {name: file.get_slice(name) for name in names & pieces.keys()}
+            wrong = [n for n, found in slices.items() if found.get_shape() != [pieces[n].values.numel()]]
+    except (SafetensorError, OSError) as error:
+        return [f"{path.name} cannot be read back: {error}"]
+    return [f"{path.name}: {name} is not as it was written" for name in sorted(wrong + list(names ^ pieces.keys()))]
 
 
-def _compare(path: Path, state: Mapping[str, Tensor]) -> tuple[list[Chunk], list[str]]:
-    chunks, problems = [], []
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        offsets = json.loads(metadata.get(CUSTOM_METADATA_KEY, "{}"))
-        for name in file.keys():  # noqa: SIM118  a safetensors handle is no mapping
-            stored = file.get_tensor(name)
-            at = tuple(offsets[name][SAVED_OFFSETS_KEY]) if name in offsets else (0,) * stored.ndim
-            chunks.append(
-                Chunk(name, at, tuple(stored.shape), _dtype(stored.dtype), is_zero=not bool(stored.count_nonzero()))
-            )
-            if name not in state:
-                problems.append(f"{path.name}: {name} is no tensor of this state")
-            elif not _same_bits(stored, _local(state[name]).cpu()):
-                problems.append(f"{path.name}: {name} is not what was in memory")
-            elif not bool(torch.isfinite(stored).all()):
-                problems.append(f"{path.name}: {name} has values that are not finite")
-    return chunks, problems
+def digest_of(path: Path) -> tuple[int, str]:
+    """Bytes and XXH3-128 of a file.
 
-
-def file_record(path: Path) -> FileRecord:
-    """Size and digest of a file."""
+    Raises:
+        OSError: it cannot be read.
+    """
     digest, num_bytes = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
             digest.update(block)
             num_bytes += len(block)
-    return FileRecord(num_bytes=num_bytes, digest=digest.hexdigest())
+    return num_bytes, digest.hexdigest()
 
 
 def problems_of(proofs: list[FileProof], expected: Mapping[str, TensorRecord], *, completed_steps: int) -> list[str]:
@@ -110,22 +110,25 @@ def problems_of(proofs: list[FileProof], expected: Mapping[str, TensorRecord], *
     for proof in proofs:
         for chunk in proof.chunks:
             chunks.setdefault(chunk.name, []).append(chunk)
-    for name, record in expected.items():
-        parts = [chunk for chunk in chunks[name] if math.prod(chunk.shape)]
-        if not parts:
-            problems.append(f"{name} is missing")
-            continue
-        ends = zip(*((o + s for o, s in zip(c.offsets, c.shape, strict=True)) for c in parts), strict=True)
-        shape = tuple(max(end) for end in ends)
-        # Chunks are cut along one dimension: starts that differ and sizes that add up are a whole tensor.
-        is_whole = len({c.offsets for c in parts}) == len(parts) and sum(
-            math.prod(c.shape) for c in parts
-        ) == math.prod(record.shape)
-        if shape != record.shape or not is_whole or {c.dtype for c in parts} != {record.dtype}:
+    for name, parts in chunks.items():
+        if name not in expected:
+            problems.append(f"{name} is no tensor of this state")
+        elif not _is_whole(parts, math.prod(expected[name].shape)) or {c.dtype for c in parts} - {expected[name].dtype}:
+            record = expected[name]
             problems.append(f"{name} is not a whole tensor of shape {record.shape} and dtype {record.dtype}")
         elif completed_steps and _is_lora_b(name) and all(chunk.is_zero for chunk in parts):
             problems.append(f"{name} is all zeros after {completed_steps} steps: the adapter has learned nothing")
     return problems
+
+
+def _is_whole(parts: list[Chunk], numel: int) -> bool:
+    """Whether ranges follow each other from the first to the last element."""
+    reached = 0
+    for part in sorted(parts, key=lambda part: part.first):
+        if part.first != reached:
+            return False
+        reached = part.stop
+    return reached == numel
 
 
 def verify_files(folder: Path, manifest: Manifest, *, part: int, parts: int) -> list[str]:
@@ -136,14 +139,18 @@ def verify_files(folder: Path, manifest: Manifest, *, part: int, parts: int) -> 
     problems = []
     for name in sorted(manifest.files)[part::parts]:
         path, expected = folder / name, manifest.files[name]
-        if not path.is_file():
+        try:
+            size = path.stat().st_size
+            if size != expected.num_bytes:
+                problems.append(f"{name} has {size} bytes instead of {expected.num_bytes}")
+            elif digest_of(path) != (expected.num_bytes, expected.digest):
+                problems.append(f"{name} is not the file that was written at this step")
+        except FileNotFoundError:
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != expected.num_bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected.num_bytes}")
-        elif file_record(path) != expected:
-            problems.append(f"{name} is not the file that was written at this step")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror or error}")
     if part == 0:
-        strangers = {path.name for path in folder.glob("*.safetensors")} - manifest.files.keys()
+        strangers = {path.name for path in folder.iterdir()} - manifest.files.keys() - {MANIFEST}
         problems += [f"{name} does not belong to it" for name in sorted(strangers)]
     return problems
 
@@ -152,15 +159,5 @@ def _is_lora_b(name: str) -> bool:
     return name.startswith("model.") and ".lora_B." in name
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

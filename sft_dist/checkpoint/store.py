@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-UNFINISHED, DELETED, REJECTED = ".unfinished", ".deleted", ".rejected"
+from sft_dist.checkpoint.manifest import Manifest
+from sft_dist.errors import CheckpointError
+
+UNFINISHED, DELETED, REJECTED, DAMAGED = ".unfinished", ".deleted", ".rejected", ".damaged"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
 
@@ -26,6 +30,15 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def readable_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
+    """Complete checkpoints whose manifest can be read, oldest step first."""
+    found = []
+    for path in complete_checkpoints(folder):
+        with suppress(CheckpointError):
+            found.append((path, Manifest.read(path)))
+    return found
 
 
 def begin(folder: Path, completed_steps: int) -> Path:
@@ -58,18 +71,19 @@ def reject(unfinished: Path) -> Path:
     return unfinished.rename(rejected)
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Takes a damaged checkpoint out of the way of the run, which will come by its step again."""
+    damaged = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(damaged, ignore_errors=True)
+    return checkpoint.rename(damaged)
+
+
 def delete(checkpoint: Path) -> None:
     """Takes the name away first: half a checkpoint must not look like one."""
     deleted = checkpoint.with_name(checkpoint.name + DELETED)
     shutil.rmtree(deleted, ignore_errors=True)
     checkpoint.rename(deleted)
     shutil.rmtree(deleted)
-
-
-def prune(folder: Path, *, keep_last: int) -> None:
-    """Deletes all but the newest ``keep_last`` checkpoints."""
-    for checkpoint in complete_checkpoints(folder)[:-keep_last]:
-        delete(checkpoint)
 
 
 def sweep(folder: Path) -> None:

@@ -340,7 +340,25 @@ class CheckpointConfig(Section):
     every_steps: int | None = Field(
         None, ge=1, description="Save after this many steps; after every epoch and at the end in any case."
     )
-    keep_last: int = Field(2, ge=1, description="Complete checkpoints that stay; older ones are deleted.")
+    every_minutes: float | None = Field(
+        None, gt=0, description="Save when the last checkpoint is older than this many minutes, too."
+    )
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints that stay; older ones are deleted.")
+    keep_every_hours: float | None = Field(
+        None, gt=0, description="For each of these many hours of training the first checkpoint stays, too."
+    )
+    keep_best: bool = Field(
+        False, description="Save after an evaluation with the lowest loss so far, and keep that checkpoint, too."
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Write while training goes on; needs host memory for one copy of what each rank saves.",
+    )
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue",
+        description="When a checkpoint cannot be written, such as on a full disk: train on, if there is an earlier "
+        "one, or stop.",
+    )
     prove_final: bool = Field(
         True,
         description="Load final/ in a fresh process on the CPU with plain transformers and peft, and compare it with "

@@ -24,9 +24,9 @@ from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.optimizer_states import BLOCK_SIZE, flat_moment_bytes, is_8bit, num_blocks
 from sft_dist.sharding.remember import for_alike_runs
 
-# Beside the name: of a tensor in the header of a safetensors file (type, shape, offsets), what torch's distributed
-# checkpoint notes there beside the name once more, and in the manifest. Measured.
-HEADER_BYTES, OFFSET_BYTES, RECORD_BYTES = 75, 40, 80
+# Beside the name: of a tensor in the header of a safetensors file (type, shape, offsets), of its range in a file and of
+# its whole in the manifest. Measured.
+HEADER_BYTES, RANGE_BYTES, RECORD_BYTES = 75, 20, 50
 # config.yaml and the rest of the manifest, or the configuration files of a model or adapter.
 SETTINGS_BYTES = 6000
 # Of the number of a sequence in the manifest.
@@ -39,7 +39,7 @@ def disk_bytes(run: Run, data: DataPlan | None) -> dict[str, int]:
     ``checkpoints`` are those that stay and the one that is being written; without ``data`` a run is taken for long
     enough to have as many.
     """
-    kept = run.checkpoint.keep_last + 1
+    kept = run.checkpoint.keep_last + run.checkpoint.keep_best + 1
     if data is not None:
         kept = min(kept, num_checkpoints(run, data))
     found = {"checkpoints": kept * saved_state_bytes(run), "final": final_bytes(run)}
@@ -63,11 +63,12 @@ def saved_state_bytes(run: Run) -> int:
 
 @for_alike_runs
 def _tensors_and_headers(run: Run) -> int:
-    shards = _shards(run)
+    # Ranks that write a part of each tensor. ZeRO-1 and -2 cut a whole group of them where it falls.
+    writers = 1 if run.strategy in ("zero1", "zero2") else run.world.size
     tensors = headers = 0
     for name, size in _state(run):
         tensors += size
-        headers += shards * (2 * len(name) + HEADER_BYTES + OFFSET_BYTES) + len(name) + RECORD_BYTES
+        headers += writers * (2 * len(name) + HEADER_BYTES + RANGE_BYTES) + len(name) + RECORD_BYTES
     return tensors + headers
 
 
@@ -81,16 +82,13 @@ def final_bytes(run: Run) -> int:
 def save_host_bytes(run: Run) -> int:
     """Most host memory that saving takes on the first node, beside what training keeps there.
 
-    - A checkpoint: each rank's part of it copied from the GPU, and once more as the bytes of a file. ZeRO gathers the
-      whole state on every rank first.
+    - A checkpoint: a copy of what each rank writes of it. An asynchronous save keeps it in pinned memory, of which
+      torch makes a power of two for each tensor.
     - ``final/``: rank 0 gathers what it writes in the dtype of the masters, and casts a whole model beside that.
     - Its proof: a fresh process loads the model on the CPU.
     """
     here = run.world.ranks_per_node
-    state = _tensor_bytes(run)
-    checkpoint = 2 * state * here // (_shards(run) if run.strategy == "fsdp2" else run.world.size)
-    if run.strategy in ZERO_STAGES:
-        checkpoint += state * here
+    checkpoint = here * _copied_bytes(run)
     masters = run.model.num_trainable * DTYPE_BYTES[_exported_dtype(run)]
     casts = run.model.method.type == "full" and _exported_dtype(run) != run.model.compute
     export = masters + (sum(size for _, size in _final(run)) if casts else 0)
@@ -98,9 +96,10 @@ def save_host_bytes(run: Run) -> int:
     return max(checkpoint, export, proof)
 
 
-@for_alike_runs
-def _tensor_bytes(run: Run) -> int:
-    return sum(size for _, size in _state(run))
+def _copied_bytes(run: Run) -> int:
+    """Of a rank's part of the state."""
+    parts = (-(-size // run.world.size) for _, size in _state(run))
+    return sum(1 << (part - 1).bit_length() if run.checkpoint.asynchronous else part for part in parts)
 
 
 def _shards(run: Run) -> int:

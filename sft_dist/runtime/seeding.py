@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import xxhash
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -17,3 +18,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     There is no generator state to save with a checkpoint: the step's number is all of it.
     """
     torch.manual_seed(step_seed(seed, step, rank))
+
+
+def rng_digest(seed: int, step: int, rank: int) -> str:
+    """Of what torch draws on one rank in a step: another version of it may draw otherwise."""
+    generator = torch.Generator().manual_seed(step_seed(seed, step, rank))
+    return xxhash.xxh3_64(torch.rand(64, generator=generator).numpy().tobytes()).hexdigest()

@@ -92,25 +92,28 @@ def state_kinds(optimizer: Optimizer) -> tuple[str, ...]:
 
 
 def states_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """Every state of a parameter by its kind, each whole or a ``DTensor``: what is there, or zeros before a step."""
+    """Every state of a parameter by its kind, each whole or a ``DTensor``; they share memory with the optimizer's own.
+
+    Before the first step an optimizer has none, or has not yet made them: they are made here, as they start, all zeros.
+    """
     if isinstance(optimizer, ShardOptimizer):
         return optimizer.whole_states(parameter)
     kept = optimizer.state[parameter]
-    return {kind: kept[kind] if kind in kept else torch.zeros_like(parameter) for kind in state_kinds(optimizer)}
+    kinds = state_kinds(optimizer)
+    if kinds and not kept:
+        if isinstance(optimizer, AdamW):
+            # A fused step counts on the device.
+            kept["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
+        kept |= {kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds}
+    return {kind: kept[kind] for kind in kinds}
 
 
-def put_back(optimizer: Optimizer, parameter: Tensor, kinds: dict[str, Tensor], completed_steps: int) -> None:
-    """Gives a parameter the states that ``states_of`` returned after ``completed_steps``."""
+def set_completed_steps(optimizer: Optimizer, parameter: Tensor, completed_steps: int) -> None:
+    """Tells an optimizer, which has states of a parameter, how many updates of it are behind them."""
     if isinstance(optimizer, ShardOptimizer):
-        for kind, mine in optimizer.whole_states(parameter).items():
-            local(mine).copy_(local(kinds[kind]))
         optimizer.state[parameter]["step"] = completed_steps
     elif isinstance(optimizer, AdamW):
-        # A fused step counts on the device.
-        step = torch.tensor(float(completed_steps), dtype=torch.float32, device=parameter.device)
-        optimizer.state[parameter] = {"step": step, **kinds}
-    else:
-        optimizer.state[parameter] = dict(kinds)
+        optimizer.state[parameter]["step"].fill_(completed_steps)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -17,9 +17,10 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.weights import Part
 from sft_dist.run import Run
-from sft_dist.sharding.optim import put_back, set_lr, states_of
+from sft_dist.sharding.optim import set_completed_steps, set_lr, states_of
 from sft_dist.sharding.shard_optimizer import local
 from sft_dist.sharding.spec import HostPart
+from sft_dist.sharding.state import StateShard, shard_of
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,17 @@ class Strategy(ABC):
         return frozenset()
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the trainable parameters, keyed the same under every strategy.
+    def state(self) -> dict[str, StateShard]:
+        """This rank's part of what a checkpoint holds, by names that are the same under every strategy.
 
-        ``model.NAME`` is the master weight, ``optim.KIND.NAME`` an optimizer state in its dtype; each is the whole
-        tensor or a ``DTensor`` of it. To resume, the values are read into these tensors and handed to ``load_state``.
+        ``model.NAME`` is a trained parameter's master weight, ``optim.KIND.NAME`` an optimizer state in its dtype. The
+        values are those that training reads and writes: to save, copy them; to resume, write into them and call
+        ``restored``. No rank gathers anything.
         """
 
     @abstractmethod
-    def load_state(self, state: dict[str, Tensor], *, completed_steps: int) -> None:
-        """Puts back what ``state`` returned in another process, on any number of ranks.
+    def restored(self, *, completed_steps: int) -> None:
+        """Takes over what was written into the values of ``state``; every rank must call it.
 
         Args:
             completed_steps: optimizer steps behind the state; AdamW corrects its bias by them.
@@ -171,21 +173,18 @@ class NativeStrategy(Strategy):
         for name, parameter in self.model.named_parameters():
             yield name, local(parameter), parameter.requires_grad
 
-    def state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
+    def state(self) -> dict[str, StateShard]:
+        state: dict[str, StateShard] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                state[f"model.{name}"] = parameter.detach()
+                state[f"model.{name}"] = shard_of(parameter.detach())
                 for kind, tensor in states_of(self.optimizer, parameter).items():
-                    state[f"optim.{kind}.{name}"] = tensor
+                    state[f"optim.{kind}.{name}"] = shard_of(tensor)
         return state
 
-    def load_state(self, state: dict[str, Tensor], *, completed_steps: int) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.detach().copy_(state[f"model.{name}"])
-                kinds = {kind: state[f"optim.{kind}.{name}"] for kind in states_of(self.optimizer, parameter)}
-                put_back(self.optimizer, parameter, kinds, completed_steps)
+    def restored(self, *, completed_steps: int) -> None:
+        for parameter in self.trainable():
+            set_completed_steps(self.optimizer, parameter, completed_steps)
 
     def master_weights(self) -> list[Tensor]:
         return [local(p) for group in self.optimizer.param_groups for p in group["params"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,10 +21,19 @@ from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.lora import readers
 from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import ZERO_STAGES, Run
-from sft_dist.sharding.optim import Group, build_optimizer, group_of, put_back, set_lr, state_kinds, states_of
+from sft_dist.sharding.optim import (
+    Group,
+    build_optimizer,
+    group_of,
+    set_completed_steps,
+    set_lr,
+    state_kinds,
+    states_of,
+)
 from sft_dist.sharding.optimizer_states import flat_moment_bytes
 from sft_dist.sharding.refusal import Refusal
 from sft_dist.sharding.spec import HostPart, ParameterShard, ShardingSpec
+from sft_dist.sharding.state import StateShard
 from sft_dist.sharding.strategy import StepResult, Strategy, eval_mode, whole_parameter
 
 # DeepSpeed pads a flattened group so that each rank's partition starts at a multiple of this many elements.
@@ -188,57 +197,50 @@ class Zero(Strategy):
             parts.add("parameters")
         return frozenset(parts)
 
-    def state(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        state: dict[str, Tensor] = {}
-        base = self.base_optimizer()
-        started = bool(base.state)
-        if started:
-            self._link_optimizer_states()
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            state[f"model.{name}"] = safe_get_full_fp32_param(parameter).to("cpu", copy=True)
-            for kind in state_kinds(base):
-                kept = safe_get_full_optimizer_state(parameter, kind) if started else None
-                whole = torch.zeros_like(state[f"model.{name}"]) if kept is None else kept
-                # DeepSpeed hands bf16 states out in fp32.
-                state[f"optim.{kind}.{name}"] = whole.to("cpu", self.state_dtype, copy=True)
-        return state
-
-    def load_state(self, state: dict[str, Tensor], *, completed_steps: int) -> None:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        base = self.base_optimizer()
+    def state(self) -> dict[str, StateShard]:
+        base, state = self.base_optimizer(), {}
         for master in self.master_weights():
-            put_back(
-                base, master, {k: torch.zeros_like(t) for k, t in states_of(base, master).items()}, completed_steps
-            )
+            states_of(base, master)
         self._link_optimizer_states()
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            value = state[f"model.{name}"].to(self.device)
-            self._set_in_optimizer(parameter, value)
-            for kind in state_kinds(base):
-                self._set_in_optimizer(parameter, state[f"optim.{kind}.{name}"].to(self.device), kind)
-            # The weight that forward reads is another tensor than the master.
-            with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-                parameter.data.copy_(value)
+            if parameter.requires_grad:
+                state[f"model.{name}"] = self._part(parameter, None)
+                for kind in state_kinds(base):
+                    state[f"optim.{kind}.{name}"] = self._part(parameter, kind)
+        return state
 
-    def _set_in_optimizer(self, parameter: nn.Parameter, value: Tensor, kind: str | None = None) -> None:
-        """Writes this rank's part of ``value`` (whole) into the master weight, or into the state named ``kind``.
-
-        Stage 3 pads the last partition; DeepSpeed's own function for whole tensors forgets that when it writes.
-        """
+    def restored(self, *, completed_steps: int) -> None:
+        base = self.base_optimizer()
+        for master in self.master_weights():
+            set_completed_steps(base, master, completed_steps)
+        # The weights that forward reads are other tensors than the masters.
         if self.stage < 3:
-            parameter.set_full_hp_param(value, kind)  # type: ignore[attr-defined]
+            self.optimizer.update_lp_params()  # type: ignore[attr-defined]
             return
-        size: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = F.pad(value.flatten(), (0, size * self.world_size - value.numel()))
-        local = padded.narrow(0, size * dist.get_rank(), size)
-        parameter._z3_optimizer.set_local_hp_param(local, parameter, kind)  # type: ignore[attr-defined]
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.ds_tensor.data.copy_(self._partition(parameter, None))  # type: ignore[attr-defined]
+
+    def _part(self, parameter: nn.Parameter, kind: str | None) -> StateShard:
+        """This rank's part of a master weight, or of its state named ``kind``."""
+        if self.stage == 3:
+            padded = self._partition(parameter, kind)
+            shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+            first = min(math.prod(shape), padded.numel() * dist.get_rank())
+            return StateShard(padded[: math.prod(shape) - first], shape, first)
+        shape, fragment = tuple(parameter.shape), parameter._hp_mapping  # type: ignore[attr-defined]
+        if fragment is None:  # all of it is another rank's
+            dtype = torch.float32 if kind is None else self.state_dtype
+            return StateShard(torch.empty(0, dtype=dtype), shape, 0)
+        return StateShard(fragment.get_hp_fragment(kind), shape, fragment.lp_fragment_address.start)
+
+    def _partition(self, parameter: nn.Parameter, kind: str | None) -> Tensor:
+        """Under stage 3: this rank's range of a master weight or of a state; the last ranks' are padded."""
+        flat: Tensor
+        flat, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(  # type: ignore[attr-defined]
+            parameter, release_swap_buffers=True, optim_state_key=kind
+        )
+        return flat
 
     def _link_optimizer_states(self) -> None:
         """Lets stages 1 and 2 find each parameter's part of the optimizer's flat states.

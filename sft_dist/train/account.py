@@ -89,6 +89,11 @@ class Account:
         """Wall time of this session until now."""
         return self._clock() - self._started
 
+    @property
+    def trained_s(self) -> float:
+        """Wall time of all sessions of the run until now."""
+        return sum(session.elapsed_s for session in self._earlier) + self.elapsed_s
+
     def begin_training(self) -> None:
         self._begun = self._clock()
 

@@ -9,14 +9,16 @@ import time
 from dataclasses import dataclass
 
 import torch
+from rich.markup import escape
 
 from sft_dist.checkpoint.checkpointer import Checkpointer
+from sft_dist.checkpoint.manifest import Position
 from sft_dist.data.loader import Step, TrainingOrder
 from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import TrainingDiverged
 from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
-from sft_dist.runtime.seeding import seed_step
+from sft_dist.runtime.seeding import rng_digest, seed_step
 from sft_dist.runtime.world import World
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.spec import ShardingSpec
@@ -71,6 +73,8 @@ class Training:
         self.order, self.eval_data, self.checkpointer = order, eval_data, checkpointer
         self.logger, self.account = logger, account
         self.num_steps, self.completed = num_steps, completed
+        self._best_loss = checkpointer.best_loss()
+        self._eval_loss: float | None = None  # of the state as it is
         self._unread: _Finished | None = None
 
     def train(self) -> None:
@@ -82,6 +86,17 @@ class Training:
         """
         if self.account is not None:
             self.account.begin_training()
+        try:
+            self._all_steps()
+        except TrainingDiverged:
+            # What is being written is of an earlier step, and good.
+            self._finish_saving()
+            raise
+        self._finish_saving()
+        if self.account is not None:
+            self.account.end_training()
+
+    def _all_steps(self) -> None:
         if self.run.eval.before_training and self.completed == 0:
             self._evaluate()
         if self.completed < self.num_steps:
@@ -89,8 +104,6 @@ class Training:
         while self.completed < self.num_steps:
             self._step()
         self._read()
-        if self.account is not None:
-            self.account.end_training()
 
     def _first_step(self) -> None:
         """A step with its checks: parameters must move, and what a step gathers must be gone when it ends."""
@@ -110,35 +123,65 @@ class Training:
 
     def _after_step(self) -> None:
         self.completed += 1
+        self._eval_loss = None
         if self._evaluation_is_due():
             self._evaluate()
         if self._checkpoint_is_due():
             self._save()
+        self._tell_of_saves()
 
     def _evaluation_is_due(self) -> bool:
         return self._is_due(self.run.eval.every_steps)
 
     def _checkpoint_is_due(self) -> bool:
-        """Every ``checkpoint.every_steps``, after every epoch, and at the end."""
-        return self._is_due(self.run.checkpoint.every_steps) or self.completed % self.order.steps_per_epoch == 0
+        """Every ``checkpoint.every_steps``, after every epoch, at the end, and as the best one so far."""
+        is_best = self.run.checkpoint.keep_best and self._eval_loss is not None and self._eval_loss < self._best_loss
+        at_its_time = self._is_due(self.run.checkpoint.every_steps) or self.completed % self.order.steps_per_epoch == 0
+        return at_its_time or is_best
 
     def _is_due(self, every: int | None) -> bool:
         return self.completed == self.num_steps or (every is not None and self.completed % every == 0)
 
     def _save(self) -> None:
+        """Begins to save; it goes on beside the steps that follow."""
         # A step that diverged must not become a checkpoint.
         self._read()
         started = time.perf_counter()
-        is_end = self.completed == self.num_steps
-        saved = self.checkpointer.save(
-            self.strategy,
-            completed_steps=self.completed,
-            next_sequences=() if is_end else tuple(self.order.step(self.completed).sequences.tolist()),
-        )
+        self.checkpointer.save(self.strategy, self._position())
+        if self._eval_loss is not None:
+            self._best_loss = min(self._best_loss, self._eval_loss)
         if self.account is not None:
             self.account.saved(time.perf_counter() - started)
-        if self.logger is not None:
-            self.logger.say(f"saved and read back {saved}")
+
+    def _position(self) -> Position:
+        number, is_end = self.completed, self.completed == self.num_steps
+        return Position(
+            completed_steps=number,
+            next_sequences=() if is_end else tuple(self.order.step(number).sequences.tolist()),
+            next_lr=None if is_end else learning_rate(self.run.optim, number, self.num_steps),
+            next_rng=rng_digest(self.run.seed, number, 0),
+            trained_s=0.0 if self.account is None else self.account.trained_s,
+            eval_loss=self._eval_loss,
+        )
+
+    def _finish_saving(self) -> None:
+        """Waits for what is being written, and says how it went, also when it went wrong."""
+        started = time.perf_counter()
+        try:
+            self.checkpointer.wait()
+        finally:
+            self._tell_of_saves()
+        if self.account is not None:
+            self.account.saved(time.perf_counter() - started)
+
+    def _tell_of_saves(self) -> None:
+        if self.logger is None:
+            return
+        for outcome in self.checkpointer.news():
+            if outcome.error is None:
+                self.logger.say(f"saved and read back {outcome.checkpoint}, in {outcome.written_s:.1f} s")
+            else:
+                self.logger.say(f"[yellow]{escape(outcome.error)}; fix: {escape(outcome.fix)}")
 
     def _train_step(self) -> None:
         started, number = time.perf_counter(), self.completed
@@ -205,6 +248,7 @@ class Training:
         result = evaluate(self.strategy, self.eval_data, self.run.batch, rank=self.world.rank, device=self.device)
         if self.account is not None:
             self.account.evaluated(time.perf_counter() - started)
+        self._eval_loss = result.loss
         if self.logger is not None:
             by_source = {f"eval_loss/{name}": loss for name, loss in result.by_source.items()}
             self.logger.evaluation(

@@ -11,7 +11,7 @@ from sft_dist.data.jinja_template import JinjaTemplate
 from sft_dist.data.named_templates import read_template
 from sft_dist.data.sources import check_source
 from sft_dist.errors import ConfigError
-from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoint, holds_a_run
+from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoints, holds_a_run
 
 
 def preflight(config: Config, *, resume: str = NEVER) -> None:
@@ -26,7 +26,7 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         DataError: a source is not there, where the hub is not asked for a dataset; the template is not Jinja.
     """
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
-    find_checkpoint(resume, config.output_dir)
+    find_checkpoints(resume, config.output_dir)
     model = config.model.path
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise ConfigError(f"model.path: the folder {model} does not exist", fix="give an existing folder or a hub id")

@@ -33,28 +33,28 @@ def checkpoints_folder(output_dir: str) -> Path:
     return Path(output_dir) / "checkpoints"
 
 
-def find_checkpoint(resume: str, output_dir: str) -> Path | None:
-    """The checkpoint to go on from; None: from the beginning.
+def find_checkpoints(resume: str, output_dir: str) -> list[Path]:
+    """The checkpoints to go on from, the newest first; none: from the beginning.
 
     Args:
-        resume: ``never``; ``auto``: the newest complete one of the run directory, if there is any; or a path.
+        resume: ``never``; ``auto``: the complete ones of the run directory, if there are any; or a path.
 
     Raises:
         ConfigError: the path is no checkpoint, or behind the run in ``output_dir``, or that run is another one, or is
             finished.
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the manifest of the checkpoint at the path is damaged.
     """
     folder = checkpoints_folder(output_dir)
     own = store.complete_checkpoints(folder)
     if resume == NEVER:
-        return None
+        return []
     if resume == AUTO:
         if not own and (Path(output_dir) / "final").exists():
             raise ConfigError(
                 f"--resume {AUTO}: {output_dir} has final/ of a finished run and no checkpoint to go on from",
                 fix="set another output_dir",
             )
-        return own[-1] if own else None
+        return own[::-1]
     wanted = Path(resume)
     if not (resume and (wanted / MANIFEST).is_file()):
         there = ", ".join(path.name for path in own) or "none"
@@ -75,7 +75,7 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
             f"--resume {resume}: output_dir has a newer checkpoint, {newer[-1].name}, which this run would contradict",
             fix=f"set another output_dir, or say --resume {AUTO}, or move the newer checkpoints away",
         )
-    return wanted
+    return [wanted]
 
 
 def changed_settings(checkpoint: Path, config: Config) -> list[str]:
@@ -113,7 +113,7 @@ def check_position(checkpoint: Path, identity: Identity, order: TrainingOrder, *
     """
     manifest = Manifest.read(checkpoint)
     manifest.identity.require_same(identity, checkpoint=checkpoint)
-    completed = manifest.completed_steps
+    completed, position = manifest.completed_steps, manifest.position
     if completed > num_steps:
         raise ConfigError(
             f"{checkpoint} has {completed} steps behind it, but the run is {num_steps} steps long",
@@ -121,9 +121,9 @@ def check_position(checkpoint: Path, identity: Identity, order: TrainingOrder, *
             "another output_dir",
         )
     # Empty: the run ended there, and is now longer.
-    if completed < num_steps and manifest.next_sequences:
+    if completed < num_steps and position.next_sequences:
         following = tuple(order.step(completed).sequences.tolist())
-        if following != manifest.next_sequences:
+        if following != position.next_sequences:
             raise CheckpointError(
                 f"{checkpoint}: step {completed + 1} would train other sequences than those it was to train",
                 fix="resume with the version of sft_dist and numpy that wrote it",

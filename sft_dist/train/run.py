@@ -58,7 +58,8 @@ from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.receipt import made_with
-from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoint
+from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoints
+from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.summary import long_rows_notice, summary, untrained_notice
 
 # In the run directory: what was found in the data.
@@ -89,8 +90,8 @@ def run_training(config: Config, *, resume: str = NEVER) -> None:
     outlook = None
     if world.is_main:
         outlook = look_ahead(config, run, process.device, inputs.train_data, inputs.eval_data)
-    start = None if found.checkpoint is None else Path(found.checkpoint)
     with process_group(world, process.device, store):
+        start = newest_valid([Path(path) for path in found.checkpoints], own=checkpoints_folder(run.output_dir))
         train(run, config, process, inputs, outlook, start=start)
         dist.barrier()
 
@@ -129,11 +130,11 @@ class Found:
     """What rank 0 tells the others when everything is ready; paths.
 
     Args:
-        checkpoint: to go on from, or None.
+        checkpoints: to go on from, the newest first.
         train_data, eval_data: what it prepared.
     """
 
-    checkpoint: str | None
+    checkpoints: tuple[str, ...]
     train_data: str
     eval_data: str | None
 
@@ -182,7 +183,7 @@ def train(
     verify_sharding(strategy, spec)
     checkpointer = Checkpointer(
         checkpoints_folder(run.output_dir),
-        keep_last=run.checkpoint.keep_last,
+        rules=run.checkpoint,
         identity=identity,
         strategy_name=run.strategy,
         settings=dump_config(config),
@@ -203,6 +204,7 @@ def train(
             run, world, process.device, strategy, spec, order, inputs.eval_data, logger,
             None if books is None else books.account, checkpointer, num_steps=num_steps, completed=completed,
         ).train()  # fmt: skip
+        checkpointer.close()
         peak_bytes = most_allocated_bytes(process.device)
         _write_artefact(final, run, process, inputs, strategy)
         if logger is not None and books is not None:
@@ -304,7 +306,7 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
         ConfigError, CheckpointError, DataError: the run directory, the checkpoint, the weights, the data.
     """
     check_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER)
-    checkpoint = find_checkpoint(resume, run.output_dir)
+    checkpoints = find_checkpoints(resume, run.output_dir)
     sweep(checkpoints_folder(run.output_dir))
     check_weights(run.model)
     cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
@@ -319,7 +321,7 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
             for line in told_of_rows(folder, run.data):
                 Console(highlight=False).print(f"[yellow]{name}: {escape(line)}", soft_wrap=True)
     found = Found(
-        checkpoint=None if checkpoint is None else str(checkpoint),
+        checkpoints=tuple(map(str, checkpoints)),
         train_data=str(sets.train),
         eval_data=None if sets.eval is None else str(sets.eval),
     )

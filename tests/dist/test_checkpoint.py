@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,22 +13,23 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from sft_dist.checkpoint import store
-from sft_dist.checkpoint.checkpointer import Checkpointer
+from sft_dist.checkpoint import checkpointer as saving
+from sft_dist.checkpoint import shard_file, store
+from sft_dist.checkpoint.checkpointer import Checkpointer, Outcome
 from sft_dist.checkpoint.identity import identity_of
-from sft_dist.checkpoint.manifest import FileRecord, Manifest, TensorRecord
+from sft_dist.checkpoint.manifest import FileRecord, Manifest, Position, TensorRecord
 from sft_dist.checkpoint.proof import Chunk, FileProof, problems_of
-from sft_dist.config.schema import Config
+from sft_dist.config.schema import CheckpointConfig, Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError, SftError
+from sft_dist.sharding.state import StateShard
 from sft_dist.sharding.strategy import Strategy
+from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.step import train_step
 from tests.helpers import cells
 from tests.helpers.pool import WorldPool
@@ -37,7 +39,7 @@ LORA_B = "model.hf.base_model.model.model.layers.1.self_attn.v_proj.lora_B.defau
 
 
 def shard(folder: Path, rank: int) -> Path:
-    return folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+    return folder / shard_file.file_name(rank, 2)
 
 
 def edit(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -49,6 +51,12 @@ def edit(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     save_file(tensors, path, metadata)
 
 
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def holder(folder: Path, name: str) -> Path:
     """A file that holds (a part of) a tensor."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -58,28 +66,23 @@ def holder(folder: Path, name: str) -> Path:
     raise AssertionError(name)
 
 
-# Each is applied to a folder that was just written, before it is read back.
+# Each is applied to rank 1's file as soon as it is written, before it is read back.
 DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a zeroed LoRA-B": (lambda f: edit(holder(f, LORA_B), lambda t: t[LORA_B].zero_()), "is not what was in memory"),
-    "a missing key": (lambda f: edit(holder(f, LORA_B), lambda t: t.pop(LORA_B)), f"{LORA_B} is not a whole tensor"),
-    "a missing shard": (lambda f: shard(f, 1).unlink(), "is not a whole tensor"),
+    "a zeroed LoRA-B": (lambda path: edit(path, lambda t: t[LORA_B].zero_()), "is not what was in memory"),
+    "a missing key": (lambda path: edit(path, lambda t: t.pop(LORA_B)), "is not what was in memory"),
     "a shard of another step": (
-        lambda f: shutil.copy(shard(f.with_name("step-00000001"), 1), shard(f, 1)),
+        lambda path: shutil.copy(shard(path.parent.with_name("step-00000001"), 1), path),
         "is not what was in memory",
-    ),
-    "a key too many": (
-        lambda f: edit(shard(f, 0), lambda t: t.update(stranger=torch.ones(1))),
-        "stranger is no tensor of this state",
     ),
     "another dtype": (
-        lambda f: edit(holder(f, LORA_B), lambda t: t.update({LORA_B: t[LORA_B].half()})),
+        lambda path: edit(path, lambda t: t.update({LORA_B: t[LORA_B].half()})),
         "is not what was in memory",
     ),
-    "a cut file": (lambda f: shard(f, 0).write_bytes(shard(f, 0).read_bytes()[:-8]), "cannot be read back"),
+    "a cut file": (lambda path: path.write_bytes(path.read_bytes()[:-8]), "is not what was in memory"),
 }
 
 
-def started(cfg_yaml: str, folder: str, steps: int) -> tuple[Any, Checkpointer, TrainingOrder]:
+def started(cfg_yaml: str, folder: str, steps: int, *, asynchronous: bool = False) -> tuple[Any, Checkpointer, TrainingOrder]:
     """A strategy after some steps, and the checkpointer of its run."""
     cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
     run, strategy = cells.start(cfg)
@@ -88,9 +91,17 @@ def started(cfg_yaml: str, folder: str, steps: int) -> tuple[Any, Checkpointer, 
     for number in range(steps):
         train_step(strategy, data, run.batch, order.step(number), rank=dist.get_rank(), device=cells.CPU, lr=3e-3)
     checkpointer = Checkpointer(
-        Path(folder), keep_last=2, identity=identity_of(run, data), strategy_name=run.strategy, settings=cfg_yaml
+        Path(folder), rules=CheckpointConfig(keep_last=2, asynchronous=asynchronous), identity=identity_of(run, data),
+        strategy_name=run.strategy, settings=cfg_yaml,
     )
     return strategy, checkpointer, order
+
+
+def save(checkpointer: Checkpointer, strategy: Strategy, completed: int, following: tuple[int, ...] = ()) -> Outcome:
+    checkpointer.save(strategy, Position(completed_steps=completed, next_sequences=following))
+    checkpointer.wait()
+    (outcome,) = checkpointer.news()
+    return outcome
 
 
 def move(strategy: Strategy) -> None:
@@ -103,20 +114,19 @@ def move(strategy: Strategy) -> None:
 def save_with_defect(cfg_yaml: str, folder: str, defect: str) -> str:
     """What saving says when step 2 is damaged on its way to the disk; step 1 is saved well before."""
     strategy, checkpointer, _ = started(cfg_yaml, folder, 1)
+    write = saving.write_shard
+
+    def damaged(path: Path, pieces: Any) -> FileRecord:
+        record = write(path, pieces)
+        if dist.get_rank() == 1:
+            DEFECTS[defect][0](path)
+        return record
+
     try:
-        checkpointer.save(strategy, completed_steps=1, next_sequences=())
+        save(checkpointer, strategy, 1)
         move(strategy)
-        save = dcp.save
-
-        def damaged(*args: Any, **kwargs: Any) -> None:
-            save(*args, **kwargs)
-            dist.barrier()
-            if dist.get_rank() == 0:
-                DEFECTS[defect][0](Path(folder) / "step-00000002.unfinished")
-            dist.barrier()
-
-        with patch.object(dcp, "save", damaged), pytest.raises(CheckpointError) as caught:
-            checkpointer.save(strategy, completed_steps=2, next_sequences=())
+        with patch.object(saving, "write_shard", damaged), pytest.raises(CheckpointError) as caught:
+            save(checkpointer, strategy, 2)
         return caught.value.what
     finally:
         strategy.close()
@@ -141,7 +151,7 @@ def save_zeros(cfg_yaml: str, folder: str, completed: int) -> str:
         for name, parameter, _ in strategy.local_parameters():
             if f"model.{name}" == LORA_B:
                 parameter.detach().zero_()
-        checkpointer.save(strategy, completed_steps=completed, next_sequences=())
+        save(checkpointer, strategy, completed)
     except CheckpointError as error:
         return error.what
     finally:
@@ -163,28 +173,57 @@ def test_an_adapter_that_learned_nothing_is_a_defect_after_the_first_step(
 )
 def test_an_adapter_is_judged_as_a_whole(name: str, second_is_zero: bool, expected: int) -> None:
     """One rank's part may be zero, and so may a moment of AdamW."""
-    chunks = (Chunk(name, (0, 0), (2, 3), "float32", True), Chunk(name, (2, 0), (1, 3), "float32", second_is_zero))
+    chunks = (Chunk(name, 0, 6, "float32", True), Chunk(name, 6, 9, "float32", second_is_zero))
     proofs = [FileProof("file", FileRecord(num_bytes=0, digest=""), (chunk,), ()) for chunk in chunks]
     record = TensorRecord(shape=(3, 3), dtype="float32")
     assert len(problems_of(proofs, {name: record}, completed_steps=1)) == expected
 
 
 def test_parts_that_do_not_make_up_the_whole() -> None:
-    def problems(*chunks: tuple[int, int]) -> list[str]:
-        parts = tuple(Chunk("t", (start, 0), (rows, 2), "float32", False) for start, rows in chunks)
+    def problems(*ranges: tuple[int, int]) -> list[str]:
+        parts = tuple(Chunk("t", first, stop, "float32", False) for first, stop in ranges)
         proof = FileProof("file", FileRecord(num_bytes=0, digest=""), parts, ())
         return problems_of([proof], {"t": TensorRecord(shape=(4, 2), dtype="float32")}, completed_steps=1)
 
-    assert problems((0, 3), (3, 1)) == problems((0, 3), (3, 1), (4, 0)) == []
-    for wrong in [(0, 3)], [(1, 3)], [(0, 2), (3, 1)], [(0, 2), (0, 2)], [(0, 4), (0, 4)], [(0, 3), (3, 2)]:
+    assert problems((0, 7), (7, 8)) == problems((7, 8), (0, 7)) == problems((0, 8)) == []
+    for wrong in [], [(0, 7)], [(1, 8)], [(0, 3), (4, 8)], [(0, 5), (4, 8)], [(0, 8), (0, 8)], [(0, 4), (4, 9)]:
         assert problems(*wrong) == ["t is not a whole tensor of shape (4, 2) and dtype float32"], wrong
-    assert problems() == problems((0, 0)) == ["t is missing"]
 
 
-def save_on_a_full_disk(cfg_yaml: str, folder: str, moment: str) -> tuple[str, str]:
-    """What saving step 3 says when rank 0 finds no room at one moment; steps 1 and 2 are saved well before."""
+def save_half(cfg_yaml: str, folder: str) -> str:
+    """What saving says when a rank leaves out what is its own to write."""
     strategy, checkpointer, _ = started(cfg_yaml, folder, 1)
-    owner, name = {"tensors": (HuggingFaceStorageWriter, "write_data")}.get(moment, (store, moment))
+    share = StateShard.share
+
+    def less(shard: StateShard) -> StateShard:
+        return share(shard if dist.get_rank() == 0 else replace(shard, values=shard.values[:-1]))
+
+    try:
+        with patch.object(StateShard, "share", less), pytest.raises(CheckpointError) as caught:
+            save(checkpointer, strategy, 1)
+        return caught.value.what
+    finally:
+        strategy.close()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero3"])
+def test_what_no_rank_writes_is_missed(world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "full", strategy))
+    for what in world(2).run(save_half, text, str(tmp_path)):
+        assert "is not a whole tensor of shape" in what
+    assert store.complete_checkpoints(tmp_path) == []
+
+
+def save_on_a_full_disk(
+    cfg_yaml: str, folder: str, moment: str, asynchronous: bool, earlier: int
+) -> tuple[bool, str, str, bool]:
+    """How a save ends when rank 0 finds no room at one moment, after some that went well.
+
+    Returns:
+        whether training may go on, what is said, how to mend it, and whether the next save goes well.
+    """
+    strategy, checkpointer, _ = started(cfg_yaml, folder, 1, asynchronous=asynchronous)
+    owner = saving if moment == "write_shard" else store
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if dist.get_rank() == 0:
@@ -192,26 +231,44 @@ def save_on_a_full_disk(cfg_yaml: str, folder: str, moment: str) -> tuple[str, s
         return work(*args, **kwargs)
 
     try:
-        for completed in (1, 2):
-            checkpointer.save(strategy, completed_steps=completed, next_sequences=())
-        work = getattr(owner, name)
-        with patch.object(owner, name, refuse), pytest.raises(CheckpointError) as caught:
-            checkpointer.save(strategy, completed_steps=3, next_sequences=())
-        return caught.value.what, caught.value.fix
+        for completed in range(1, earlier + 1):
+            save(checkpointer, strategy, completed)
+        work = getattr(owner, moment)
+        with patch.object(owner, moment, refuse):
+            try:
+                failed = save(checkpointer, strategy, earlier + 1)
+            except CheckpointError as error:
+                assert checkpointer.has_failed
+                return False, error.what, error.fix, False
+        assert not checkpointer.has_failed
+        after = save(checkpointer, strategy, earlier + 2)
+        return True, failed.error or "", failed.fix, after.error is None
     finally:
         strategy.close()
 
 
-@pytest.mark.parametrize("moment", ["begin", "tensors", "write_synced", "commit"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("moment", ["begin", "write_shard", "write_synced", "commit"])
 def test_a_full_disk_is_told_on_every_rank_and_costs_no_checkpoint(
-    world: Worlds, tiny_base: Path, tmp_path: Path, moment: str
+    world: Worlds, tiny_base: Path, tmp_path: Path, moment: str, asynchronous: bool
 ) -> None:
     text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
-    for what, fix in world(2).run(save_on_a_full_disk, text, str(tmp_path), moment):
-        assert what == f"cannot write {tmp_path / 'step-00000003'}: [Errno 28] No space left on device"
-        assert fix.startswith("make room on the disk")
-    complete = store.complete_checkpoints(tmp_path)
-    assert [path.name for path in complete] == ["step-00000001", "step-00000002"]
+    for goes_on, what, fix, next_one in world(2).run(
+        save_on_a_full_disk, text, str(tmp_path), moment, asynchronous, 2
+    ):
+        assert (goes_on, next_one) == (True, True)
+        assert what == f"cannot write {tmp_path / 'step-00000003'}: No space left on device"
+        assert fix == "make room on the disk, or see who may write there; then go on with --resume auto"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_nothing_saved_at_all_ends_the_run(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """Days of training without a checkpoint to go back to are what must not happen."""
+    text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
+    for goes_on, what, fix, _ in world(2).run(save_on_a_full_disk, text, str(tmp_path), "write_shard", True, 0):
+        assert not goes_on
+        assert "cannot write" in what
+        assert "--resume" not in fix
 
 
 def save_nan(cfg_yaml: str, folder: str) -> str:
@@ -219,7 +276,7 @@ def save_nan(cfg_yaml: str, folder: str) -> str:
     try:
         next(iter(strategy.local_parameters()))[1].detach().view(-1)[0] = torch.nan
         with pytest.raises(CheckpointError) as caught:
-            checkpointer.save(strategy, completed_steps=1, next_sequences=())
+            save(checkpointer, strategy, 1)
         return caught.value.what
     finally:
         strategy.close()
@@ -236,7 +293,7 @@ def save_twice(cfg_yaml: str, folder: str) -> list[int]:
         for completed in (1, 2, 3):
             following = tuple(order.step(completed).sequences.tolist())
             move(strategy)
-            checkpointer.save(strategy, completed_steps=completed, next_sequences=following)
+            save(checkpointer, strategy, completed, following)
         return list(following)
     finally:
         strategy.close()
@@ -246,7 +303,9 @@ def load(cfg_yaml: str, folder: str, name: str) -> tuple[str, str]:
     """(kind, message) of what loading raises; on success the steps behind it."""
     strategy, checkpointer, _ = started(cfg_yaml, folder, 0)
     try:
-        manifest = checkpointer.load(Path(folder) / name, strategy)
+        start = newest_valid([Path(folder) / name], own=Path(folder))
+        assert start is not None
+        manifest = checkpointer.load(start, strategy)
     except SftError as error:
         return type(error).__name__, error.what
     finally:
@@ -263,7 +322,7 @@ def saved(world: Worlds, tiny_base: Path, tmp_path_factory: pytest.TempPathFacto
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"], "the last two"
     manifest = Manifest.read(folder / "step-00000003")
     assert (manifest.completed_steps, manifest.strategy, manifest.world_size) == (3, "fsdp2", 2)
-    assert list(manifest.next_sequences) == following
+    assert list(manifest.position.next_sequences) == following
     assert {path.name for path in (folder / "step-00000003").iterdir()} == {
         "config.yaml", "manifest.json", shard(folder, 0).name, shard(folder, 1).name
     }  # fmt: skip
@@ -277,7 +336,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "is not the file that was written at this step",
     ),
     "a flipped bit": (
-        lambda folder: edit(holder(folder, LORA_B), lambda t: t[LORA_B].mul_(1 + 2**-23)),
+        lambda folder: flip_last_bit(holder(folder, LORA_B)),
         "is not the file that was written at this step",
     ),
     "a cut file": (
@@ -285,7 +344,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "bytes instead of",
     ),
     "a missing shard": (lambda folder: shard(folder, 1).unlink(), "is missing"),
-    "a shard too many": (lambda folder: shutil.copy(shard(folder, 1), shard(folder, 2)), "does not belong to it"),
+    "a shard too many": (lambda folder: shutil.copy(shard(folder, 1), folder / shard_file.file_name(2, 3)), "does not belong to it"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "is no checkpoint: it has no manifest.json"),
     "half a manifest": (
         lambda folder: (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:400]),

@@ -229,7 +229,7 @@ def test_what_a_run_does_not_go_on_from(world: Worlds, tiny_base: Path, tmp_path
     assert "train.seed is 4 here and 3 in the checkpoint" in what, "although the run is finished"
     manifest = Path(checkpoint(tmp_path / "a")) / "manifest.json"
     changed = json.loads(manifest.read_text())
-    changed["next_sequences"].reverse()
+    changed["position"]["next_sequences"].reverse()
     manifest.write_text(json.dumps(changed))
     ((kind, what),) = world(1).run(refusal, config(tiny_base, tmp_path / "b", "full", "ddp"), str(manifest.parent))
     assert kind == "CheckpointError"

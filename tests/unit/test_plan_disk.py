@@ -14,6 +14,7 @@ import yaml
 
 from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.identity import identity_of
+from sft_dist.checkpoint.manifest import Position
 from sft_dist.config.schema import Config, FullMethod
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.tokenizer import load_tokenizer
@@ -46,16 +47,19 @@ def saved(cfg_yaml: str, folder: str) -> tuple[Written, Written]:
     data, place = cells.synthetic_data(), Path(folder)
     try:
         checkpointer = Checkpointer(
-            place, keep_last=2, identity=identity_of(run, data), strategy_name=run.strategy, settings=cfg_yaml
+            place, rules=run.checkpoint, identity=identity_of(run, data), strategy_name=run.strategy, settings=cfg_yaml
         )
         upcoming = TrainingOrder(data, run.batch, run.seed).step(1).sequences.tolist()
-        written = checkpointer.save(strategy, completed_steps=1, next_sequences=tuple(upcoming))
+        checkpointer.save(strategy, Position(completed_steps=1, next_sequences=tuple(upcoming)))
+        checkpointer.wait()
+        (outcome,) = checkpointer.news()
+        assert outcome.error is None
         is_full, is_main = run.model.method.type == "full", dist.get_rank() == 0
         export(
             place / "final", run.model, strategy.model, strategy.full_parameters(trainable_only=not is_full),
             load_tokenizer(run.model.path), is_main=is_main, seed=run.seed,
         )  # fmt: skip
-        of_checkpoint = _size(written)
+        of_checkpoint = _size(outcome.checkpoint)
         dist.barrier()
         of_final = _size(place / "final.unfinished", but=("tokenizer", "special", "chat")) if is_main else (0, 0)
         return of_checkpoint, of_final
@@ -179,12 +183,13 @@ def test_one_more_checkpoint_than_stays_is_on_the_disk(tiny_base: Path) -> None:
 
 def test_host_memory_of_saving(tiny_base: Path) -> None:
     never = {"checkpoint": {"prove_final": False}}
-    ddp, zero = (_run(tiny_base, s, size=4, **never) for s in ("ddp", "zero2"))
+    at_once = {"checkpoint": {"prove_final": False, "asynchronous": False}}
+    ddp, zero = (_run(tiny_base, s, size=4, **at_once) for s in ("ddp", "zero2"))
     state = 3 * 4 * ddp.model.num_trainable
-    assert save_host_bytes(ddp) == 2 * state, "the parts of four ranks, and their files"
-    assert save_host_bytes(zero) == 2 * state + 4 * state, "and the whole state on each"
+    assert state <= save_host_bytes(ddp) == save_host_bytes(zero) <= state * 1.001, "each rank's part of it, no more"
+    kept = save_host_bytes(_run(tiny_base, "ddp", size=4, **never))
+    assert state <= kept <= 2 * state, "rounded up to powers of two"
     lora = _run(tiny_base, "fsdp2", "lora", size=4, **never)
-    assert save_host_bytes(lora) == 2 * 3 * 4 * lora.model.num_trainable
     proven = replace(lora, checkpoint=lora.checkpoint.model_copy(update={"prove_final": True}))
     assert save_host_bytes(proven) == 4 * lora.model.num_parameters
     assert isinstance(ddp.model.method, FullMethod)

@@ -11,8 +11,9 @@ import pytest
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.identity import identity_of
 from sft_dist.checkpoint.manifest import Identity
+from sft_dist.checkpoint.rotation import rotate
 from sft_dist.config.load import dump_config
-from sft_dist.config.schema import Config
+from sft_dist.config.schema import CheckpointConfig, Config
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.packing import Packs
@@ -20,26 +21,27 @@ from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
-from sft_dist.train.resume import changed_settings, check_position, find_checkpoint
+from sft_dist.train.resume import changed_settings, check_position, find_checkpoints
 from tests.helpers import cells
 from tests.helpers.checkpoints import make_checkpoint
 
 
 def test_auto_takes_the_newest_complete_one(tmp_path: Path) -> None:
-    assert find_checkpoint("auto", str(tmp_path)) is None
+    assert find_checkpoints("auto", str(tmp_path)) == []
     for step in (90, 100, 9):
         make_checkpoint(tmp_path, step)
     store.begin(tmp_path / "checkpoints", 110)
     store.reject(store.begin(tmp_path / "checkpoints", 105))
-    assert find_checkpoint("auto", str(tmp_path)) == tmp_path / "checkpoints/step-00000100"
-    assert find_checkpoint("never", str(tmp_path)) is None
+    found = find_checkpoints("auto", str(tmp_path))
+    assert [path.name for path in found] == ["step-00000100", "step-00000090", "step-00000009"]
+    assert find_checkpoints("never", str(tmp_path)) == []
 
 
 def test_auto_does_not_overwrite_what_is_finished(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     with pytest.raises(ConfigError, match="has final/ of a finished run and no checkpoint"):
-        find_checkpoint("auto", str(tmp_path))
-    assert find_checkpoint("auto", str(make_checkpoint(tmp_path, 3).parents[1])) is not None
+        find_checkpoints("auto", str(tmp_path))
+    assert find_checkpoints("auto", str(make_checkpoint(tmp_path, 3).parents[1]))
 
 
 def test_what_was_changed_is_told(tmp_path: Path) -> None:
@@ -63,39 +65,38 @@ def test_what_was_changed_is_told(tmp_path: Path) -> None:
 
 def test_more_than_eight_digits_are_newer(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 99_999_999)
-    assert find_checkpoint("auto", str(make_checkpoint(tmp_path, 100_000_000).parents[1])) == (
-        tmp_path / "checkpoints/step-100000000"
-    )
+    found = find_checkpoints("auto", str(make_checkpoint(tmp_path, 100_000_000).parents[1]))
+    assert found[0] == tmp_path / "checkpoints/step-100000000"
 
 
 def test_a_path_of_another_run_goes_on_in_an_empty_folder(tmp_path: Path) -> None:
     wanted = make_checkpoint(tmp_path / "old", 3)
-    assert find_checkpoint(str(wanted), str(tmp_path / "new")) == wanted
+    assert find_checkpoints(str(wanted), str(tmp_path / "new")) == [wanted]
     make_checkpoint(tmp_path / "new", 1)
     with pytest.raises(ConfigError, match="is of another run than the one that output_dir"):
-        find_checkpoint(str(wanted), str(tmp_path / "new"))
+        find_checkpoints(str(wanted), str(tmp_path / "new"))
 
 
 def test_an_older_one_of_the_same_run_would_contradict_the_newer(tmp_path: Path) -> None:
     older = make_checkpoint(tmp_path, 3)
-    assert find_checkpoint(str(older), str(tmp_path)) == older
+    assert find_checkpoints(str(older), str(tmp_path)) == [older]
     make_checkpoint(tmp_path, 5)
     with pytest.raises(ConfigError, match="has a newer checkpoint, step-00000005"):
-        find_checkpoint(str(older), str(tmp_path))
+        find_checkpoints(str(older), str(tmp_path))
 
 
 def test_a_run_knows_its_own_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = make_checkpoint(tmp_path, 3)
     monkeypatch.chdir(tmp_path / "checkpoints")
     for resume in (own.name, f"../checkpoints/{own.name}"):
-        assert find_checkpoint(resume, str(tmp_path)) == Path(resume)
+        assert find_checkpoints(resume, str(tmp_path)) == [Path(resume)]
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 7)
     for given in (str(tmp_path), str(tmp_path / "checkpoints"), "absent", ""):
         with pytest.raises(ConfigError, match=r"no such checkpoint\n.*there are: step-00000007$"):
-            find_checkpoint(given, str(tmp_path))
+            find_checkpoints(given, str(tmp_path))
 
 
 def test_the_next_samples_must_be_those_that_were_next(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_the_last_are_kept_and_the_rest_is_gone(tmp_path: Path) -> None:
     for step in (1, 2, 10, 11):
         make_checkpoint(tmp_path, step)
     folder = tmp_path / "checkpoints"
-    store.prune(folder, keep_last=2)
+    rotate(folder, CheckpointConfig(keep_last=2))
     assert [path.name for path in store.complete_checkpoints(folder)] == ["step-00000010", "step-00000011"]
     assert len(list(folder.iterdir())) == 2
 
@@ -150,7 +151,7 @@ def test_half_a_deleted_checkpoint_does_not_look_like_one(tmp_path: Path, monkey
 
     monkeypatch.setattr(shutil, "rmtree", end)
     with pytest.raises(KeyboardInterrupt):
-        store.prune(tmp_path / "checkpoints", keep_last=1)
+        rotate(tmp_path / "checkpoints", CheckpointConfig(keep_last=1))
     assert store.complete_checkpoints(tmp_path / "checkpoints") == [newest]
 
 

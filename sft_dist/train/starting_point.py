@@ -1,0 +1,59 @@
+"""The checkpoint that a run really goes on from: the newest one whose every byte is as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+
+from sft_dist.checkpoint import store
+from sft_dist.checkpoint.manifest import MOVE_AWAY, Manifest
+from sft_dist.checkpoint.proof import verify_files
+from sft_dist.errors import CheckpointError
+
+MAX_SHOWN_PROBLEMS = 3
+
+
+def newest_valid(candidates: Sequence[Path], *, own: Path) -> Path | None:
+    """Reads every file of the candidates until one is whole; every rank must call it, and reads a part of the files.
+
+    A damaged one in ``own`` is set aside under another name, and named.
+
+    Args:
+        candidates: checkpoints, the one to be preferred first; without any a run begins.
+        own: ``checkpoints/`` of the run.
+
+    Raises:
+        CheckpointError: all of them are damaged.
+    """
+    lines = []
+    for checkpoint in candidates:
+        problems = damage(checkpoint)
+        if not problems:
+            return checkpoint
+        shown = "; ".join(problems[:MAX_SHOWN_PROBLEMS])
+        lines.append(f"{checkpoint} is damaged: {shown}")
+        if dist.get_rank() == 0 and len(candidates) > 1:
+            kept = store.set_aside(checkpoint) if checkpoint.parent.resolve() == own.resolve() else checkpoint
+            line = f"{checkpoint} is damaged and skipped, it is kept as {kept.name}: {shown}"
+            Console(highlight=False, stderr=True).print(f"[yellow]{escape(line)}", soft_wrap=True)
+        dist.barrier()
+    if lines:
+        raise CheckpointError("\n".join(lines), fix=MOVE_AWAY).everywhere()
+    return None
+
+
+def damage(checkpoint: Path) -> list[str]:
+    """What is not as it was written, a line each; the same on every rank."""
+    try:
+        problems = verify_files(
+            checkpoint, Manifest.read(checkpoint), part=dist.get_rank(), parts=dist.get_world_size()
+        )
+    except CheckpointError as error:
+        problems = [error.what]
+    found: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, problems)
+    return list(dict.fromkeys(problem for part in found for problem in part))
