@@ -96,6 +96,17 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Config:
     return config
 
 
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change",
+        metavar="NAME",
+        help="Go on from a checkpoint although this value differs from that of the checkpoint, such as train.seed or "
+        "data.train; may be given several times.",
+    ),
+]
+
+
 @app.command()
 def train(
     config: ConfigPath,
@@ -107,6 +118,7 @@ def train(
             help="auto: go on from the newest checkpoint in output_dir, or begin; PATH: go on from that checkpoint.",
         ),
     ] = "never",
+    allow_change: AllowChange = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -134,7 +146,45 @@ def train(
     quiet_libraries()
     from sft_dist.train.run import run_training
 
-    run_training(checked, resume=resume)
+    run_training(checked, resume=resume, allowed=allow_change or ())
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: its output_dir.")],
+    overrides: Overrides = None,
+    verify: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            help="Train nothing new: train up to K recorded steps again from a checkpoint, and compare.",
+        ),
+    ] = None,
+    allow_change: AllowChange = None,
+) -> None:
+    """Go on with a run from its newest checkpoint, on whatever processes this is started on.
+
+    The same as `train RUN/config.yaml --resume auto`: with the settings as they were resolved, but for those given
+    here.
+    """
+    from sft_dist.train.preflight import preflight
+    from sft_dist.train.resume import AUTO, config_of
+
+    checked = _load(config_of(run), [f"output_dir={json.dumps(str(run))}", *(overrides or ())])
+    preflight(checked, resume=AUTO)
+    _put_own_tools_on_path()
+    from sft_dist.runtime.quiet import quiet_libraries
+
+    quiet_libraries()
+    if verify is not None:
+        from sft_dist.train.replay import replay
+
+        replay(checked, steps=verify, allowed=allow_change or ())
+        return
+    from sft_dist.train.run import run_training
+
+    run_training(checked, resume=AUTO, allowed=allow_change or ())
 
 
 GpuName = Annotated[

@@ -71,7 +71,7 @@ class Checkpointer:
     Args:
         folder: ``checkpoints/`` of the run directory.
         rules: when a failure ends the run, and what stays.
-        identity: of this run; a checkpoint of another one is refused.
+        identity: of this run.
         settings: the resolved configuration as YAML, kept beside every checkpoint.
     """
 
@@ -249,16 +249,14 @@ class Checkpointer:
     def load(self, checkpoint: Path, strategy: Strategy) -> Manifest:
         """Puts the state of a checkpoint into ``strategy``, on any number of ranks.
 
-        Each reads the ranges that it keeps. The files must have been verified.
+        Each reads the ranges that it keeps. The files must have been verified, and whose they are.
 
         Raises:
-            ConfigError: it belongs to another run.
             CheckpointError: it holds other tensors than this run trains.
         """
         state = strategy.state()
         with CheckpointReader(checkpoint) as reader:
             manifest = reader.manifest
-            manifest.identity.require_same(self.identity, checkpoint=checkpoint)
             self._refuse(checkpoint, _other_tensors(state, manifest))
             self._refuse(checkpoint, _read(reader, state))
         strategy.restored(completed_steps=manifest.completed_steps)

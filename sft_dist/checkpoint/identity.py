@@ -26,12 +26,12 @@ def identity_of(run: Run, data: PreparedData) -> Identity:
             "model.path": run.model.path if weights is None else "a folder",
             "model.revision": run.model.revision,
             "model.add_tokens": list(run.model.tokens.added) or None,
-            "the fingerprint of the base weights": weights,
+            "model.weights": weights,
             **{f"method.{key}": value for key, value in method.items()},
             "optim.type": run.optim.type,
             "train.seed": run.seed,
             "train.global_batch_size": run.batch.global_batch_size,
-            "the training data": f"{data.num_rows} rows in {data.num_sequences} sequences, {data.digest}",
+            "data.train": f"{data.num_rows} rows in {data.num_sequences} sequences, {data.digest}",
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,21 +49,36 @@ class Identity(_Record):
 
     values: dict[str, Any]
 
-    def require_same(self, run: Identity, *, checkpoint: Path) -> None:
-        """
-        Raises:
-            ConfigError: ``run`` differs, with both values of every difference.
-        """
+    def differences(self, run: Identity) -> list[str]:
+        """Names of the values that ``run`` has otherwise."""
         names = sorted(self.values.keys() | run.values.keys())
-        differences = [
-            f"{name} is {run.values.get(name)} here and {self.values.get(name)} in the checkpoint"
-            for name in names
-            if run.values.get(name) != self.values.get(name)
-        ]
-        if differences:
+        return [name for name in names if run.values.get(name) != self.values.get(name)]
+
+    def told(self, name: str, run: Identity) -> str:
+        """One difference, with both values."""
+        return f"{name} is {run.values.get(name)} here and {self.values.get(name)} in the checkpoint"
+
+    def require_same(self, run: Identity, *, checkpoint: Path, allowed: Collection[str] = ()) -> None:
+        """
+        Args:
+            allowed: names that may differ, because the user said so.
+
+        Raises:
+            ConfigError: ``run`` differs, with both values of every difference; or a name is none.
+        """
+        unknown = sorted(set(allowed) - (self.values.keys() | run.values.keys()))
+        if unknown:
             raise ConfigError(
-                "\n".join([f"{checkpoint} belongs to another run:", *differences]),
-                fix="put the old values back, or start a new run in another output_dir",
+                f"--allow-change {unknown[0]}: nothing of this name has to stay as it is",
+                fix="what has to is: " + ", ".join(sorted(self.values.keys() | run.values.keys())),
+            )
+        differences = [name for name in self.differences(run) if name not in allowed]
+        if differences:
+            anyway = " ".join(f"--allow-change {name}" for name in differences)
+            raise ConfigError(
+                "\n".join([f"{checkpoint} belongs to another run:", *(self.told(name, run) for name in differences)]),
+                fix="put the old values back, or start a new run in another output_dir, or go on all the same: "
+                + anyway,
             )
 
 

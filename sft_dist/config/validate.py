@@ -333,8 +333,17 @@ def _paths(config: Config) -> Iterator[Finding]:
             yield f"{key} is empty", f"set {key} to a path"
 
 
+def _best(config: Config) -> Iterator[Finding]:
+    if config.checkpoint.keep_best and not config.data.eval:
+        yield (
+            "checkpoint.keep_best is true, but there is nothing to evaluate: data.eval is empty",
+            "add data.eval, or set checkpoint.keep_best to false",
+        )
+
+
 CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _paths,
+    _best,
     _length,
     _batch,
     _warmup,

@@ -22,7 +22,7 @@ USAGE = "train CONFIG [--resume auto|PATH|never] [KEY.PATH=VALUE ...]"
 WHAT_FOLLOWS = (
     "What stands after the command belongs to it: a configuration file, --resume and key.path=value overrides."
 )
-RESUME, DRY_RUN, PROBE = "--resume", "--dry-run", "--probe"
+RESUME, ALLOW_CHANGE, DRY_RUN, PROBE = "--resume", "--allow-change", "--dry-run", "--probe"
 
 
 def split_debug(arguments: Sequence[str] | None) -> tuple[list[str], bool]:
@@ -68,11 +68,11 @@ def start(
 
 
 def measures_with_all(command: Sequence[str]) -> bool:
-    """Whether a command other than ``train`` runs in all processes: ``plan --probe N`` and ``calibrate``."""
+    """Whether a command other than ``train`` runs in all processes: ``resume``, ``plan --probe N``, ``calibrate``."""
     if "--help" in command:
         return False
     probes = any(word.partition("=")[0] == PROBE for word in command)
-    return command[0] == "calibrate" or (command[0] == "plan" and probes)
+    return command[0] in ("calibrate", "resume") or (command[0] == "plan" and probes)
 
 
 def _launched(arguments: list[str], prepare: Callable[[], int], launch: Callable[[list[str]], int]) -> int:
@@ -95,21 +95,22 @@ def _machines(rest: Sequence[str], prepare: Callable[[], int]) -> list[str]:
 
 
 def split_resume(command: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of ``--resume`` and the command without it. The last one counts; one without a value stays."""
+    """The value of ``--resume``, and the command without the options of ``train`` that have a value.
+
+    The last value counts; an option without one stays.
+    """
     resume, rest = NEVER, []
     words = iter(command)
     for word in words:
         name, equals, value = word.partition("=")
-        if name != RESUME:
+        if name not in (RESUME, ALLOW_CHANGE):
             rest.append(word)
-        elif equals:
-            resume = value
-        else:
-            following = next(words, None)
-            if following is None:
-                rest.append(word)
-            else:
-                resume = following
+            continue
+        following = value if equals else next(words, None)
+        if following is None:
+            rest.append(word)
+        elif name == RESUME:
+            resume = following
     return resume, rest
 
 

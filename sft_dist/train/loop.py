@@ -18,13 +18,14 @@ from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import TrainingDiverged
 from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
-from sft_dist.runtime.seeding import rng_digest, seed_step
+from sft_dist.runtime.seeding import seed_step
 from sft_dist.runtime.world import World
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from sft_dist.train.account import Account, TrainedStep
+from sft_dist.train.position import position_after
 from sft_dist.train.step import StepOutcome, evaluate, train_step
 
 # Of the peak learning rate.
@@ -154,15 +155,9 @@ class Training:
             self.account.saved(time.perf_counter() - started)
 
     def _position(self) -> Position:
-        number, is_end = self.completed, self.completed == self.num_steps
-        return Position(
-            completed_steps=number,
-            next_sequences=() if is_end else tuple(self.order.step(number).sequences.tolist()),
-            next_lr=None if is_end else learning_rate(self.run.optim, number, self.num_steps),
-            next_rng=rng_digest(self.run.seed, number, 0),
-            trained_s=0.0 if self.account is None else self.account.trained_s,
-            eval_loss=self._eval_loss,
-        )
+        position = position_after(self.run, self.order, self.completed, num_steps=self.num_steps)
+        trained_s = 0.0 if self.account is None else self.account.trained_s
+        return position.model_copy(update={"trained_s": trained_s, "eval_loss": self._eval_loss})
 
     def _finish_saving(self) -> None:
         """Waits for what is being written, and says how it went, also when it went wrong."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ NEVER, AUTO = "never", "auto"
 # Any of these means that a run has trained here.
 MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 
+# Of the identity.
+DECIDE_THE_ORDER = {"data.train", "train.seed", "train.global_batch_size"}
+
 # Where a run is, what watches it and what it was planned and billed for change nothing about the run.
 PLACES = ("output_dir", "logging.", "hardware.")
 
@@ -27,6 +30,18 @@ PLACES = ("output_dir", "logging.", "hardware.")
 def holds_a_run(folder: Path) -> bool:
     """Whether a run has trained here, to the end or not."""
     return any((folder / mark).exists() for mark in MARKS_OF_A_RUN)
+
+
+def config_of(run: Path) -> Path:
+    """The configuration that a run wrote into its folder.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is no folder of a run: it has no config.yaml", fix="give the output_dir of a run")
+    return path
 
 
 def checkpoints_folder(output_dir: str) -> Path:
@@ -97,12 +112,16 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, inner
 
 
-def check_position(checkpoint: Path, identity: Identity, order: TrainingOrder, *, num_steps: int) -> int:
+def check_position(
+    checkpoint: Path, identity: Identity, order: TrainingOrder, *, num_steps: int, allowed: Collection[str] = ()
+) -> int:
     """Compares a checkpoint with the run that is to go on from it, before anything expensive is built.
 
     Args:
         identity: of this run.
         order: of its data: the next step must train the sequences that the checkpoint expects.
+        allowed: names of its identity that may differ. Where that changes the order of the data, the run goes on with
+            the same step of the other order.
 
     Returns:
         the steps that are behind the checkpoint.
@@ -112,7 +131,7 @@ def check_position(checkpoint: Path, identity: Identity, order: TrainingOrder, *
         CheckpointError: it is damaged, or the order of the data is another one.
     """
     manifest = Manifest.read(checkpoint)
-    manifest.identity.require_same(identity, checkpoint=checkpoint)
+    manifest.identity.require_same(identity, checkpoint=checkpoint, allowed=allowed)
     completed, position = manifest.completed_steps, manifest.position
     if completed > num_steps:
         raise ConfigError(
@@ -120,8 +139,9 @@ def check_position(checkpoint: Path, identity: Identity, order: TrainingOrder, *
             fix="raise train.max_steps or train.num_epochs, or branch off: --resume PATH of an earlier checkpoint and "
             "another output_dir",
         )
+    is_same_order = not DECIDE_THE_ORDER & set(manifest.identity.differences(identity))
     # Empty: the run ended there, and is now longer.
-    if completed < num_steps and position.next_sequences:
+    if completed < num_steps and position.next_sequences and is_same_order:
         following = tuple(order.step(completed).sequences.tolist())
         if following != position.next_sequences:
             raise CheckpointError(

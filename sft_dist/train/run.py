@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,9 +56,11 @@ from sft_dist.train.books import Books
 from sft_dist.train.data import showing, told_of_rows
 from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
+from sft_dist.train.position import position_after
 from sft_dist.train.preflight import NEVER, check_run_directory
 from sft_dist.train.receipt import made_with
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoints
+from sft_dist.train.resume_receipt import differences, resume_receipt
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.summary import long_rows_notice, summary, untrained_notice
 
@@ -66,33 +68,26 @@ from sft_dist.train.summary import long_rows_notice, summary, untrained_notice
 AUDIT = "audit.json"
 
 
-def run_training(config: Config, *, resume: str = NEVER) -> None:
+def run_training(config: Config, *, resume: str = NEVER, allowed: Collection[str] = ()) -> None:
     """Trains as ``config`` says, in this process and its peers; returns when ``final/`` is written and proven.
 
     Args:
         resume: ``never``, ``auto`` or the path of a checkpoint.
+        allowed: names of the identity (``checkpoint/identity.py``) in which the checkpoint may differ.
 
     Raises:
         SftError: one of its kinds for every mistake in configuration, data or model, when training diverges, and when
             what was saved is not what was trained.
     """
-    world = World.from_environment()
-    store = join(world)
-    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store))
-    config, run = decide(config, process)
-    load = renderer_of(config.model, config.data)
-    renderer = load()
-    # Before there is a process group: nothing of it can time out while rank 0 tokenises for hours.
-    told = run_on_main_first(world, process.store, "prepare", lambda: prepare_run(run, config, renderer, load, resume))
-    found = Found(**json.loads(told or ""))
-    inputs = open_inputs(run, renderer, found, is_main=world.is_main)
+    ready = make_ready(config, resume=resume)
+    run, process, inputs = ready.run, ready.process, ready.inputs
     # Before there is a process group: a plan of ranks that share sequences makes one of its own.
     outlook = None
-    if world.is_main:
-        outlook = look_ahead(config, run, process.device, inputs.train_data, inputs.eval_data)
-    with process_group(world, process.device, store):
-        start = newest_valid([Path(path) for path in found.checkpoints], own=checkpoints_folder(run.output_dir))
-        train(run, config, process, inputs, outlook, start=start)
+    if process.world.is_main:
+        outlook = look_ahead(ready.config, run, process.device, inputs.train_data, inputs.eval_data)
+    with process_group(process.world, process.device, ready.store):
+        start = newest_valid(ready.checkpoints, own=checkpoints_folder(run.output_dir))
+        train(run, ready.config, process, inputs, outlook, start=start, allowed=allowed)
         dist.barrier()
 
 
@@ -139,6 +134,43 @@ class Found:
     eval_data: str | None
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What stands before there is a process group.
+
+    Args:
+        config, run: with every ``auto`` made concrete.
+        store: that the processes of the launch share.
+        checkpoints: to go on from, the newest first.
+    """
+
+    config: Config
+    run: Run
+    process: Process
+    store: dist.Store
+    inputs: Inputs
+    checkpoints: list[Path]
+
+
+def make_ready(config: Config, *, resume: str) -> Ready:
+    """Meets the other processes, decides, and prepares the data on rank 0 or finds them prepared.
+
+    Args:
+        resume: ``never``, ``auto`` or the path of a checkpoint.
+    """
+    world = World.from_environment()
+    store = join(world)
+    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store))
+    config, run = decide(config, process)
+    load = renderer_of(config.model, config.data)
+    renderer = load()
+    # Before there is a process group: nothing of it can time out while rank 0 tokenises for hours.
+    told = run_on_main_first(world, process.store, "prepare", lambda: prepare_run(run, config, renderer, load, resume))
+    found = Found(**json.loads(told or ""))
+    inputs = open_inputs(run, renderer, found, is_main=world.is_main)
+    return Ready(config, run, process, store, inputs, [Path(path) for path in found.checkpoints])
+
+
 def decide(config: Config, process: Process) -> tuple[Config, Run]:
     """Makes every ``auto`` concrete, the same on all ranks, and compares the result with what accelerate said."""
     world, device = process.world, process.device
@@ -158,7 +190,14 @@ def decide(config: Config, process: Process) -> tuple[Config, Run]:
 
 
 def train(
-    run: Run, config: Config, process: Process, inputs: Inputs, outlook: Outlook | None, *, start: Path | None = None
+    run: Run,
+    config: Config,
+    process: Process,
+    inputs: Inputs,
+    outlook: Outlook | None,
+    *,
+    start: Path | None = None,
+    allowed: Collection[str] = (),
 ) -> None:
     """Build -> shard -> verify -> resume -> loop -> export -> proof.
 
@@ -166,12 +205,13 @@ def train(
         config: that ``run`` was resolved from.
         outlook: on rank 0; None elsewhere.
         start: the checkpoint to go on from.
+        allowed: in what it may differ from this run.
     """
     world, final = process.world, Path(run.output_dir) / "final"
     order = TrainingOrder(inputs.train_data, run.batch, run.seed)
     num_steps = run.num_steps(inputs.train_data.num_sequences)
     identity = identity_of(run, inputs.train_data)
-    completed = 0 if start is None else check_position(start, identity, order, num_steps=num_steps)
+    completed = 0 if start is None else check_position(start, identity, order, num_steps=num_steps, allowed=allowed)
     if completed == num_steps and final.exists():
         if world.is_main:
             print(f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there")
@@ -188,13 +228,17 @@ def train(
         strategy_name=run.strategy,
         settings=dump_config(config),
     )
-    if start is not None:
-        checkpointer.load(start, strategy)
+    manifest = None if start is None else checkpointer.load(start, strategy)
     with _logger(run, world, config, num_steps, completed) as logger:
         if logger is not None and books is not None:
             logger.say(summary(run, spec, inputs.train_data, inputs.eval_data, num_steps=num_steps))
-            if start is not None:
-                logger.say(f"resumed   {start}: {completed:,} steps are behind it")
+            if start is not None and manifest is not None:
+                now = position_after(run, order, completed, num_steps=num_steps)
+                for line in resume_receipt(start, manifest, run, now, num_steps=num_steps):
+                    logger.say(escape(line))
+                allowed_here = [manifest.identity.told(n, identity) for n in manifest.identity.differences(identity)]
+                for line in (*allowed_here, *differences(manifest, now)):
+                    logger.say(f"[yellow]changed   {escape(line)}")
                 if final.exists():
                     logger.say(f"{final} is of the shorter run, until this one ends")
                 for line in changed_settings(start, config):

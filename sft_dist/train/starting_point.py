@@ -29,21 +29,28 @@ def newest_valid(candidates: Sequence[Path], *, own: Path) -> Path | None:
     Raises:
         CheckpointError: all of them are damaged.
     """
-    lines = []
+    skipped: dict[Path, str] = {}
     for checkpoint in candidates:
         problems = damage(checkpoint)
         if not problems:
+            if dist.get_rank() == 0:
+                for path, why in skipped.items():
+                    _set_aside(path, why, is_own=path.parent.resolve() == own.resolve())
+            dist.barrier()
             return checkpoint
-        shown = "; ".join(problems[:MAX_SHOWN_PROBLEMS])
-        lines.append(f"{checkpoint} is damaged: {shown}")
-        if dist.get_rank() == 0 and len(candidates) > 1:
-            kept = store.set_aside(checkpoint) if checkpoint.parent.resolve() == own.resolve() else checkpoint
-            line = f"{checkpoint} is damaged and skipped, it is kept as {kept.name}: {shown}"
-            Console(highlight=False, stderr=True).print(f"[yellow]{escape(line)}", soft_wrap=True)
-        dist.barrier()
-    if lines:
-        raise CheckpointError("\n".join(lines), fix=MOVE_AWAY).everywhere()
+        skipped[checkpoint] = "; ".join(problems[:MAX_SHOWN_PROBLEMS])
+    if skipped:
+        # They keep their names: a run that finds none would begin anew.
+        raise CheckpointError(
+            "\n".join(f"{path} is damaged: {why}" for path, why in skipped.items()), fix=MOVE_AWAY
+        ).everywhere()
     return None
+
+
+def _set_aside(checkpoint: Path, why: str, *, is_own: bool) -> None:
+    kept = f", it is kept as {store.set_aside(checkpoint).name}" if is_own else ""
+    line = f"{checkpoint} is damaged and skipped{kept}: {why}"
+    Console(highlight=False, stderr=True).print(f"[yellow]{escape(line)}", soft_wrap=True)
 
 
 def damage(checkpoint: Path) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
+from sft_dist.checkpoint import store
 from sft_dist.config.schema import Config
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.loader import micro_batches
@@ -47,7 +48,7 @@ class Part:
     metrics: list[tuple[int, float, float]]
 
 
-def run_part(cfg_yaml: str, start: str | None) -> Part:
+def run_part(cfg_yaml: str, start: str | None, allowed: tuple[str, ...] = ()) -> Part:
     """One run of ``train``, from a checkpoint if one is given, to its end."""
     cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
     rank = dist.get_rank()
@@ -67,7 +68,9 @@ def run_part(cfg_yaml: str, start: str | None) -> Part:
         )
         process = train_run.Process(world, cells.CPU, cells.store())
         outlook = look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
-        train_run.train(run, cfg, process, inputs, outlook, start=None if start is None else Path(start))
+        train_run.train(
+            run, cfg, process, inputs, outlook, start=None if start is None else Path(start), allowed=allowed
+        )
     steps = [line for line in metrics(Path(run.output_dir)) if "loss" in line]
     return Part(seen, [(line["step"], line["loss"], line["grad_norm"]) for line in steps])
 
@@ -258,3 +261,40 @@ def test_a_resumed_run_must_move_what_it_can(world: Worlds, tiny_base: Path, tmp
         text = config(tiny_base, tmp_path / folder, "full", "ddp")
         assert world(1).run(movement_is_checked, text, start, lr) == [expected]
         start = checkpoint(tmp_path / "a")
+
+
+def test_what_must_stay_may_change_when_the_user_says_so(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """With another seed the run goes on at the same step of another order."""
+    text = config(tiny_base, tmp_path / "a", "full", "ddp")
+    (whole,) = world(1).run(run_part, text, None)
+    other = yaml.safe_load(config(tiny_base, tmp_path / "b", "full", "ddp"))
+    other["train"] |= {"seed": 4, "global_batch_size": 6}
+    ((_, what),) = world(1).run(refusal, yaml.safe_dump(other), checkpoint(tmp_path / "a"))
+    assert "train.global_batch_size is 6 here and 8 in the checkpoint\ntrain.seed is 4 here and 3" in what
+    allowed = ("train.seed", "train.global_batch_size")
+    (part,) = world(1).run(run_part, yaml.safe_dump(other), checkpoint(tmp_path / "a"), allowed)
+    assert [step for step, _, _ in part.metrics] == [3, 4, 5]
+    assert part.metrics != whole.metrics[STOP:]
+    (again,) = world(1).run(run_part, text, checkpoint(tmp_path / "a"), allowed)
+    assert again.metrics == whole.metrics, "allowed is not demanded"
+
+
+def best_and_others(cfg_yaml: str) -> list[tuple[int, float | None]]:
+    """(step, evaluation loss) of the checkpoints that a run leaves."""
+    run_part(cfg_yaml, None)
+    return [
+        (manifest.completed_steps, manifest.position.eval_loss)
+        for _, manifest in store.readable_checkpoints(Path(Config.model_validate(yaml.safe_load(cfg_yaml)).output_dir) / "checkpoints")
+    ]
+
+
+def test_the_best_one_so_far_is_saved_and_stays(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """A rate that destroys what was learned: the first evaluation is the best, at a step that nothing else saves."""
+    text = yaml.safe_load(config(tiny_base, tmp_path / "a", "full", "fsdp2", eval={"every_steps": 1}))
+    text["checkpoint"] |= {"every_steps": None, "keep_last": 1, "keep_best": True}
+    text["optim"] |= {"lr": 0.5, "warmup_ratio": 0.0, "schedule": "constant"}
+    kept = world(2).run(best_and_others, yaml.safe_dump(text))[0]
+    losses = {line["step"]: line["eval_loss"] for line in metrics(tmp_path / "a") if "eval_loss" in line}
+    best = min((loss, step) for step, loss in losses.items() if step)[1]
+    assert best not in (3, STEPS), "no end of an epoch, nor of the run"
+    assert kept == [(best, losses[best]), (STEPS, losses[STEPS])]

@@ -112,7 +112,7 @@ def test_the_receipt_has_what_was_planned_and_what_came_out(run_directory: Path)
     taken = [line["step_time_s"] for line in steps if line["epoch"] >= 0]
     assert min(taken) <= actual["step_s"] <= max(taken[2:])
     assert actual["total_s"] == actual["cost_usd"] > steps[-1]["elapsed_s"], "with final/ and its proof"
-    assert receipt["identity"]["the training data"].startswith("17 rows in ")
+    assert receipt["identity"]["data.train"].startswith("17 rows in ")
     assert receipt["topology"] == {
         "device": "cpu", "processes": 2, "nodes": 1, "strategy": "fsdp2", "sequence_parallel": 1
     }  # fmt: skip

@@ -60,7 +60,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None]
     def replace(error: BaseException | None) -> list[Config]:
         calls: list[Config] = []
 
-        def run_training(config: Config, *, resume: str) -> None:
+        def run_training(config: Config, *, resume: str, allowed: object = ()) -> None:
             calls.append(config)
             if resume != "never":
                 print(f"resume {resume}")

@@ -169,7 +169,7 @@ def test_other_data_are_another_run(tiny_base: Path, tmp_path: Path, changed: st
     elif changed == "bounds":
         rows = [([1, 2], [0, 1]), ([3, 4, 5], [1, 0, 1])]
     other = PreparedData.of(rows, packs)
-    with pytest.raises(ConfigError, match=r"belongs to another run:\nthe training data is 2 rows in [^\n]*\n  fix"):
+    with pytest.raises(ConfigError, match=r"belongs to another run:\ndata\.train is 2 rows in [^\n]*\n  fix"):
         before.require_same(identity_of(run, other), checkpoint=tmp_path)
 
 
@@ -181,9 +181,7 @@ def test_other_weights_are_another_run(tiny_base: Path, tmp_path: Path, place: i
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[place] ^= 1
     (base / "model.safetensors").write_bytes(weights)
-    with pytest.raises(
-        ConfigError, match=r"belongs to another run:\nthe fingerprint of the base weights is [^\n]*\n  fix"
-    ):
+    with pytest.raises(ConfigError, match=r"belongs to another run:\nmodel\.weights is [^\n]*\n  fix"):
         before.require_same(identity_of(run, data), checkpoint=tmp_path)
 
 
