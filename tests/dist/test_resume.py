@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from sft_dist.checkpoint import store
+from sft_dist.checkpoint import checkpointer, store
 from sft_dist.config.schema import Config
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.loader import micro_batches
@@ -298,3 +299,55 @@ def test_the_best_one_so_far_is_saved_and_stays(world: Worlds, tiny_base: Path, 
     best = min((loss, step) for step, loss in losses.items() if step)[1]
     assert best not in (3, STEPS), "no end of an epoch, nor of the run"
     assert kept == [(best, losses[best]), (STEPS, losses[STEPS])]
+
+
+def slowly_saved(cfg_yaml: str) -> list[tuple[str, int]]:
+    """What happens in which order, where the first write takes longer than a step: (event, step) on this rank."""
+    goes_on = Config.model_validate(yaml.safe_load(cfg_yaml)).checkpoint.asynchronous
+    stepped = threading.Event()
+    events: list[tuple[str, int]] = []
+    write, train = checkpointer.write_shard, loop.train_step
+
+    def slow(path: Path, pieces: Any) -> Any:
+        step = int(path.parent.name.removeprefix("step-").removesuffix(".unfinished"))
+        events.append(("write", step))
+        if goes_on and step == STOP:
+            assert stepped.wait(60)
+        record = write(path, pieces)
+        events.append(("written", step))
+        return record
+
+    def trained(*args: Any, **kwargs: Any) -> Any:
+        outcome = train(*args, **kwargs)
+        events.append(("step", 0))
+        if ("write", STOP) in events:
+            stepped.set()
+        return outcome
+
+    with patch.object(checkpointer, "write_shard", slow), patch.object(loop, "train_step", trained):
+        run_part(cfg_yaml, None)
+    return events
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in folder.rglob("shard-*")}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_training_goes_on_while_a_checkpoint_is_written(
+    world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str
+) -> None:
+    """And what is written are the values of its step, although the next steps have changed them."""
+    text = config(tiny_base, tmp_path / "a", "full", strategy)
+    events = world(2).run(slowly_saved, text)[0]
+    kinds = [kind for kind, _ in events]
+    assert kinds[kinds.index("write") : kinds.index("written")].count("step") >= 1, events
+    in_flight = [sum({"write": 1, "written": -1}.get(kind, 0) for kind in kinds[: n + 1]) for n in range(len(kinds))]
+    assert max(in_flight) == 1
+    at_once = yaml.safe_load(config(tiny_base, tmp_path / "b", "full", strategy))
+    at_once["checkpoint"]["asynchronous"] = False
+    events = world(2).run(slowly_saved, yaml.safe_dump(at_once))[0]
+    kinds = [kind for kind, _ in events]
+    assert all(kinds[n + 1] == "written" for n, kind in enumerate(kinds) if kind == "write"), "not one step meanwhile"
+    assert shards(tmp_path / "a") == shards(tmp_path / "b") != {}
+    assert final_bytes(tmp_path / "a") == final_bytes(tmp_path / "b")

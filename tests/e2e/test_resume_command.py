@@ -89,7 +89,7 @@ def test_when_all_are_damaged_nothing_begins_anew(stopped: Path, tmp_path: Path)
         (checkpoint / "manifest.json").write_text("{")
     codes, said = run(2, "resume", str(output), log=tmp_path / "log")
     assert codes == {5}
-    assert said.count("is damaged: ") == 2
+    assert all(f"step-0000000{step} is damaged: " in said for step in (4, 6))
     assert len(list((output / "checkpoints").glob("step-????????"))) == 2, "nor the next time"
 
 
