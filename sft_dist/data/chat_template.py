@@ -16,7 +16,7 @@ import xxhash
 
 from sft_dist.data.jinja_template import JinjaTemplate, Span, TemplateFailure
 from sft_dist.data.masking import SpanFinder
-from sft_dist.data.messages import Conversation
+from sft_dist.data.messages import Conversation, Message
 from sft_dist.data.named_templates import template_for
 from sft_dist.data.presentation import ChatMessage, Presentation, Tools, find_presentation
 from sft_dist.data.row_tokenizer import RowTokenizer, Tokens
@@ -133,6 +133,18 @@ class ChatRenderer:
             return template.jinja.render(*template.presentation.present(conversation.messages, conversation.tools))
         except TemplateFailure as failure:
             raise RowError(f"{conversation.origin}: {self._name}: {failure}", fix=_TEMPLATE_FIX) from failure
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text that an answer to ``messages`` goes on from, with the header of the assistant's turn.
+
+        Raises:
+            TemplateFailure: the template refuses the messages, or would leave a system message out.
+        """
+        template = self._template_for(list(tools) or None)
+        presentation = template.presentation
+        if not presentation.system_role and any(message.role == "system" for message in messages):
+            raise TemplateFailure("it has no place for a system message")
+        return template.jinja.render(*presentation.present(messages, tools), add_generation_prompt=True)
 
     def sample(self, conversation: Conversation) -> TemplateSample:
         """A conversation as it is put to the template, and what becomes of it."""

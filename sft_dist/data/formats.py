@@ -32,6 +32,8 @@ _SHAREGPT_NAMES: Mapping[Role | Literal["call"], tuple[str, ...]] = {
     "tool": ("observation", "tool", "function", "function_response", "function-response", "tool_response",
              "tool-response", "tool_result", "function_result"),
 }  # fmt: skip
+# What a turn of the assistant is called.
+SHAREGPT_ANSWERERS = frozenset((*_SHAREGPT_NAMES["assistant"], *_SHAREGPT_NAMES["call"]))
 _SHAREGPT_ROLES = {name: role for role, names in _SHAREGPT_NAMES.items() for name in names}
 # OpenAI renamed system to developer, and function to tool; the files of both times are around.
 _OPENAI_ROLES: Mapping[str, Role] = {
