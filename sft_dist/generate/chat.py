@@ -27,6 +27,7 @@ class Chat:
     Args:
         system: the system message that it begins with.
         compares: the base answers too.
+        notes: where what is not the model's goes; None: to the same place.
     """
 
     loaded: Loaded
@@ -34,6 +35,7 @@ class Chat:
     console: Console
     system: str | None = None
     compares: bool = False
+    notes: Console | None = None
 
     def __post_init__(self) -> None:
         self.conversation = Conversation(self.system)
@@ -49,7 +51,9 @@ class Chat:
             found = Comparison(self.console).show(self._both(prompt))
         else:
             found = [show(self.console, self.loaded.engine.start(self.loaded.tuned, prompt, self.sampling))]
-            dim(self.console, speed_line(found[0]))
+            dim(self.notes or self.console, speed_line(found[0]))
+        if self.notes is None:
+            self.console.print()
         self._keep(text, found)
         return not found[-1].interrupted
 
@@ -75,9 +79,7 @@ class Chat:
             ConfigError: it cannot be done.
         """
         if command.name == "help":
-            for name, what in COMMANDS.items():
-                self.console.print(f"  [bold]/{name:<7}[/] {escape(what)}")
-            self.console.print(f"  a text of several lines stands between two lines of {FENCE}; Ctrl-C stops an answer")
+            self._help()
         elif command.name == "reset":
             self.conversation.turns.clear()
             dim(self.console, "a new conversation")
@@ -91,6 +93,12 @@ class Chat:
             self.conversation.save(Path(command.argument), is_chat=self.loaded.prompter.chats)
             dim(self.console, f"added to {command.argument}")
         return command.name != "exit"
+
+    def _help(self) -> None:
+        shown = [(f"/{name} {given}", what) for name, (given, what) in COMMANDS.items()]
+        shown += [(FENCE, "begins and ends a text of several lines"), ("Ctrl-C", "stops an answer")]
+        for usage, what in shown:
+            self.console.print(f"  [bold]{escape(usage):<15}[/]{escape(what)}")
 
     def _set_system(self, text: str) -> None:
         if text and not self.loaded.prompter.chats:

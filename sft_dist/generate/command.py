@@ -79,6 +79,8 @@ def chat(path: str, options: Options, *, checkpoint: str | None, device: DeviceC
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
     session = Chat(loaded, options.sampling(), console, options.system, options.compare_base)
     if options.prompt is not None:
+        # What is redirected to a file is the answer alone.
+        session.notes = notes
         session.ask(options.prompt)
         return
     if console.is_terminal:

@@ -12,13 +12,14 @@ from sft_dist.errors import ConfigError
 
 CommandName = Literal["help", "reset", "system", "undo", "save", "exit"]
 
-COMMANDS: dict[CommandName, str] = {
-    "help": "this list",
-    "reset": "begin anew; the system message stays",
-    "system": "/system TEXT sets the system message; without TEXT there is none",
-    "undo": "take back the last question and its answer",
-    "save": "/save FILE adds the conversation to FILE as a row of training data (JSONL)",
-    "exit": "leave; so do Ctrl-D and Ctrl-C twice",
+# Each with what may stand behind it and what it does.
+COMMANDS: dict[CommandName, tuple[str, str]] = {
+    "reset": ("", "begin anew; the system message stays"),
+    "system": ("[TEXT]", "set the system message, or have none"),
+    "undo": ("", "take back the last question and its answer"),
+    "save": ("FILE", "add the conversation to FILE, a row of JSONL"),
+    "help": ("", "this list"),
+    "exit": ("", "leave; so do Ctrl-D, and Ctrl-C twice"),
 }
 # A question of several lines stands between two of these.
 FENCE = '"""'

@@ -51,7 +51,9 @@ def speed_line(shown: Shown) -> str:
     if shown.interrupted or answer.finish_reason == "cancelled":
         why = ", stopped"
     elif answer.finish_reason == "length":
-        why = ", cut off by the limit of tokens"
+        why = ", cut off by --max-new-tokens"
+    elif not answer.text.strip():
+        why = ": nothing was said"
     tokens = f"{answer.num_tokens:,} token" + ("s" if answer.num_tokens != 1 else "")
     return f"{tokens}, {answer.tokens_per_s:,.1f} tokens/s{why}"
 

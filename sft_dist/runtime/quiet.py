@@ -15,6 +15,8 @@ def quiet_libraries() -> None:
     # DeepSpeed calls collectives by their older names, twice a layer and step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message=r".*broadcast_buffers.*", category=FutureWarning)
+    # PEFT asks transformers for it by its older name when it loads an adapter.
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
     # bitsandbytes looks for an optional kernel package at its first 4-bit product.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
