@@ -112,7 +112,9 @@ class _Asked:
         if self._service.api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(key.encode(), self._service.api_key.encode()):
+        # A header's bytes come as Latin-1.
+        given, expected = key.encode("latin-1"), self._service.api_key.encode()
+        if scheme.lower() != "bearer" or not secrets.compare_digest(given, expected):
             raise UNKNOWN_KEY
 
     def check_model(self, name: str) -> None:
