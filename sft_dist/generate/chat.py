@@ -147,6 +147,10 @@ def converse(chat: Chat) -> None:
                 num_interrupts = 0 if chat.ask(meant) else 1
             elif not chat.obey(meant):
                 return
+        except KeyboardInterrupt:  # just before an answer began, or when it had ended
+            chat.loaded.engine.stop()
+            num_interrupts = 1
+            console.print()
         except ConfigError as error:
             console.print(f"[bold red]error:[/] {escape(error.what)}", soft_wrap=True)
             console.print(f"  [bold green]fix:[/] {escape(error.fix)}", soft_wrap=True)

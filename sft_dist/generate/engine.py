@@ -123,6 +123,7 @@ class Engine:
         self.tokenizer, self.max_positions, self.device = tokenizer, max_positions, device
         # One generation at a time: adapters are switched for the whole model, and the seed is the process's.
         self._turn = threading.Lock()
+        self._latest: Generation | None = None
         hidden = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         self._hidden = {id for id in hidden if id is not None}
 
@@ -153,7 +154,7 @@ class Engine:
             raise ConfigError("the prompt is empty: it has no token", fix="write a text for the model to go on from")
         room = self.room(len(prompt))
         limit = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
-        generation = Generation()
+        generation = self._latest = Generation()
 
         def generate(own: Generation) -> Answer:
             with self._turn, voice.active():
@@ -161,6 +162,11 @@ class Engine:
 
         threading.Thread(target=generation._run, args=(generate,), daemon=True).start()
         return generation
+
+    def stop(self) -> None:
+        """Ends what is being generated, if anything is."""
+        if self._latest is not None:
+            self._latest.cancel()
 
     def answer(self, voice: Voice, prompt: Sequence[int], sampling: Sampling) -> Answer:
         """The whole answer at once. Raises as ``start``."""

@@ -64,7 +64,7 @@ class WrappedText:
             if self._column < self._limit():
                 self._put(" " if character == " " else "    ")
         else:
-            if self._unit and _may_break(self._unit[-1], character):
+            if self._unit and (_may_break(self._unit[-1], character) or self._fills_a_line(character)):
                 self._put_unit()
             self._unit += character
 
@@ -75,11 +75,11 @@ class WrappedText:
         if self._column and self._column + cell_len(unit) > self._limit():
             self._write("\n")
             self._column = 0
-        for part in _cut(unit, self._limit()) if cell_len(unit) > self._limit() else [unit]:
-            if self._column + cell_len(part) > self._limit() and self._column:
-                self._write("\n")
-                self._column = 0
-            self._put(part)
+        self._put(unit)
+
+    def _fills_a_line(self, character: str) -> bool:
+        """Whether a word is as long as a line: what has no place to break is cut there, and not held back for ever."""
+        return cell_len(self._unit + character) > self._limit()
 
     def _put(self, text: str) -> None:
         if text:
@@ -96,12 +96,3 @@ def _may_break(before: str, after: str) -> bool:
         return False
     return cell_len(before) == 2 or cell_len(after) == 2
 
-
-def _cut(word: str, width: int) -> list[str]:
-    """A word that is longer than a line, in parts of at most one."""
-    parts = [""]
-    for character in word:
-        if parts[-1] and cell_len(parts[-1] + character) > width:
-            parts.append("")
-        parts[-1] += character
-    return parts

@@ -242,7 +242,9 @@ def test_a_key(taught: Path) -> None:
         with pytest.raises(openai.AuthenticationError) as caught:
             server.client("wrong").models.list()
         assert (caught.value.code, caught.value.type) == ("invalid_api_key", "invalid_request_error")
-        statuses = [status(header) for header in (f"Bearer {KEY}", f"bearer {KEY}", f"Basic {KEY}", f"Bearer {KEY}x", None)]
+        statuses = [
+            status(header) for header in (f"Bearer {KEY}", f"bearer {KEY}", f"Basic {KEY}", f"Bearer {KEY}x", None)
+        ]
         assert statuses == [200, 200, 401, 401, 401]
         assert httpx.get(server.url.replace("/v1", "/health")).status_code == 200
 
