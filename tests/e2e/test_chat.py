@@ -60,8 +60,8 @@ def question(loaded: Loaded, text: str = ASKED) -> list[int]:
     ("name", "sections"),
     [
         ("lora", {"method": {"type": "lora", "r": 16, "alpha": 32}, "steps": 30}),
-        ("full", {"method": {"type": "full", "freeze": ["embed_tokens"]}, "steps": 2}),
-        ("prefix", {"method": {"type": "prefix"}, "steps": 2}),
+        pytest.param("full", {"method": {"type": "full", "freeze": ["embed_tokens"]}, "steps": 2}, marks=pytest.mark.ci),
+        pytest.param("prefix", {"method": {"type": "prefix"}, "steps": 2}, marks=pytest.mark.ci),
         pytest.param("qlora", {"method": {"type": "qlora", "quantization": {"skip": ["layers.0"]}}, "steps": 2}, marks=pytest.mark.ci),
         pytest.param("int8", {"method": {"type": "qlora", "quantization": {"type": "int8"}}, "steps": 2}, marks=pytest.mark.ci),
         pytest.param("prompt", {"method": {"type": "prompt"}, "steps": 2}, marks=pytest.mark.ci),
@@ -110,6 +110,7 @@ def assert_without_cache(loaded: Loaded, voice: Voice, text: str, num_tokens: in
     assert text.startswith(found)
 
 
+@pytest.mark.ci
 def test_new_tokens_begin_as_in_training(tiny_base: Path, tmp_path: Path) -> None:
     """The base of a grown vocabulary has the mean of its rows for them, not what transformers draws."""
     base = {"path": str(tiny_base), "add_tokens": ["<tool>", "<|call|>"]}
@@ -276,7 +277,7 @@ def test_base_and_tuned_model_beside_or_below_each_other(loaded: Loaded, width: 
     both = [line for line in lines if "before training" in line and "after training" in line]
     assert bool(both) == is_wide
     assert any(ANSWERED in line for line in lines)
-    assert ("tokens/s" in lines[-2]) and (lines[-2].count("tokens/s") == (2 if is_wide else 1))
+    assert max(line.count("tokens/s") for line in lines) == (2 if is_wide else 1)
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
