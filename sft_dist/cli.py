@@ -414,7 +414,11 @@ def chat(
         system=system, prompt=prompt, file=file, output=out, compare_base=compare_base, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, seed=seed,
     )  # fmt: skip
-    run_chat(path, options, checkpoint=checkpoint, device=device.value, dtype=dtype.value)
+    try:
+        run_chat(path, options, checkpoint=checkpoint, device=device.value, dtype=dtype.value)
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted" + ("" if file is None else ": the same command goes on"), err=True)
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 
 @app.command(short_help="Answer over HTTP, as the OpenAI API does.")

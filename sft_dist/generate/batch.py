@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft_dist.errors import ConfigError
-from sft_dist.generate.engine import Answer, Sampling
+from sft_dist.generate.engine import Answer, PromptTooLong, Sampling
 from sft_dist.generate.load import Loaded
 from sft_dist.generate.questions import Question, read_questions
 
@@ -57,8 +57,7 @@ def answer_file(
         ConfigError: ``output`` holds something else than the first answers to ``source``, or cannot be written.
     """
     questions = list(read_questions(source, loaded.prompter, system=system))
-    for question in questions:
-        loaded.engine.room(len(question.prompt))
+    _check_lengths(loaded, questions, source)
     made_by = _made_by(loaded, sampling, identity)
     with _opened(output) as file:
         num_before = _already_there(file, output, questions, made_by)
@@ -74,6 +73,14 @@ def answer_file(
                 progress.update(task, advance=1, speed=f"{num_tokens / max(seconds, 1e-9):,.1f} tokens/s")
         os.fsync(file.fileno())
     return Done(len(questions), num_before, num_tokens, seconds)
+
+
+def _check_lengths(loaded: Loaded, questions: Sequence[Question], source: str) -> None:
+    for number, question in enumerate(questions, start=1):
+        try:
+            loaded.engine.room(len(question.prompt))
+        except PromptTooLong as error:
+            raise ConfigError(f"row {number} of {source}: {error.what}", fix="shorten the row, or remove it") from error
 
 
 def _answer(loaded: Loaded, sampling: Sampling, question: Question) -> tuple[dict[str, Any], list[Answer]]:

@@ -95,4 +95,3 @@ def _may_break(before: str, after: str) -> bool:
     if after in _NOT_FIRST or before in _NOT_LAST or cell_len(after) == 0 or unicodedata.combining(after):
         return False
     return cell_len(before) == 2 or cell_len(after) == 2
-

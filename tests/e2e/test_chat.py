@@ -398,6 +398,13 @@ def test_answers_to_something_else_are_not_mixed_in(loaded: Loaded, tmp_path: Pa
         assert output.read_text() == strange
 
 
+def test_a_row_that_is_too_long_is_named(loaded: Loaded, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [ROWS[0], {"prompt": "あ" * 200}])
+    with pytest.raises(ConfigError, match=r"row 2 of .*: the prompt has 6.. tokens and the model was made for 512"):
+        answer(loaded, source, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 # a terminal
 
 

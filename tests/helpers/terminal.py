@@ -58,14 +58,14 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
-    def wait_for(self, pattern: str, *, after: int = 0, seconds: float = 60) -> int:
+    def wait_for(self, pattern: str, *, after: int = 0, seconds: float = 180) -> int:
         """Reads until ``pattern`` has come behind character ``after`` of ``text``; returns where it ends."""
         until = time.monotonic() + seconds
         while (found := re.compile(pattern).search(self.text, after)) is None:
             assert self._read(until), f"{pattern!r} did not come in:\n{self.text}"
         return found.end()
 
-    def wait_for_exit(self, *, seconds: float = 30) -> int:
+    def wait_for_exit(self, *, seconds: float = 120) -> int:
         """The exit code."""
         until = time.monotonic() + seconds
         while self._read(until):
