@@ -132,7 +132,11 @@ class _Asked:
     async def respond(
         self, request: Request, prompt: list[int], sampling: Sampling, form: Form, *, streams: bool
     ) -> Response:
-        self._service.loaded.engine.room(len(prompt))
+        try:
+            self._service.loaded.engine.room(len(prompt))
+        except PromptTooLong as error:
+            param = "messages" if form.is_chat else "prompt"
+            raise RequestError(error.what, param=param, code="context_length_exceeded") from error
         if streams:
             events = self._events(prompt, sampling, form)
             return _Stream(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -239,8 +243,6 @@ def _add_errors(app: FastAPI) -> None:
 def _error_of(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, PromptTooLong):
-        return RequestError(error.what, param="messages", code="context_length_exceeded")
     if isinstance(error, SftError):
         return RequestError(f"{error.what} ({error.fix})", status=400 if error.exit_code == 2 else 500)
     if isinstance(error, HTTPException):

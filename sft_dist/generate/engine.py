@@ -132,7 +132,10 @@ class Engine:
 
         Raises:
             PromptTooLong: none.
+            ConfigError: the prompt has no token.
         """
+        if num_prompt_tokens == 0:
+            raise ConfigError("the prompt is empty: it has no token", fix="write a text for the model to go on from")
         if self.max_positions is None:
             return None
         if num_prompt_tokens >= self.max_positions:
@@ -147,11 +150,8 @@ class Engine:
         """Begins to answer; what is being generated is waited for.
 
         Raises:
-            PromptTooLong: before anything begins.
-            ConfigError: the prompt has no token.
+            PromptTooLong, ConfigError: as ``room``, before anything begins.
         """
-        if not prompt:
-            raise ConfigError("the prompt is empty: it has no token", fix="write a text for the model to go on from")
         room = self.room(len(prompt))
         limit = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
         generation = self._latest = Generation()

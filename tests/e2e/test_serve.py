@@ -177,6 +177,10 @@ def test_completions(server: Server, taught: Path) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == ANSWERED
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert {chunk.object for chunk in chunks} == {"text_completion"}
+    for wrong, param in (("あ" * 200, "prompt"), ("", None)):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="default", prompt=wrong, stream=True)
+        assert caught.value.param == param
 
 
 def test_a_seed_draws_the_same_again(slow: Server) -> None:
