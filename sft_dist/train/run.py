@@ -57,7 +57,7 @@ from sft_dist.train.data import showing, told_of_rows
 from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.position import position_after
-from sft_dist.train.preflight import NEVER, check_run_directory
+from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.receipt import made_with
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoints
 from sft_dist.train.resume_receipt import differences, resume_receipt
@@ -349,7 +349,7 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
     Raises:
         ConfigError, CheckpointError, DataError: the run directory, the checkpoint, the weights, the data.
     """
-    check_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER)
+    take_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER, say=_warn)
     checkpoints = find_checkpoints(resume, run.output_dir)
     sweep(checkpoints_folder(run.output_dir))
     check_weights(run.model)
@@ -370,6 +370,10 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
         eval_data=None if sets.eval is None else str(sets.eval),
     )
     return json.dumps(asdict(found))
+
+
+def _warn(line: str) -> None:
+    Console(highlight=False).print(f"[yellow]{escape(line)}", soft_wrap=True)
 
 
 def _warn_of_the_data(run: Run, renderer: ChatRenderer, data: PreparedData) -> list[str]:
