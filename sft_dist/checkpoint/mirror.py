@@ -46,6 +46,10 @@ class _Files(BaseModel):
     files: dict[str, FileRecord]
 
 
+class DamagedCopy(CheckpointError):
+    """A copy that is not what was uploaded; others may be."""
+
+
 class Mirror:
     """The copies of one run's checkpoints below a URL: ``URL/step-00000100/...``.
 
@@ -94,6 +98,14 @@ class Mirror:
             CheckpointError: the storage does not answer.
         """
         return sorted(self._manifests())
+
+    def num_bytes(self, step: int) -> int:
+        """Of all files of a copy that are there."""
+        return sum(self._listed().get(step, {}).values())
+
+    def is_copy_of(self, checkpoint: Path) -> bool:
+        """Whether the complete copy of its step is one of this checkpoint."""
+        return self._manifests().get(_step(checkpoint)) == (checkpoint / MANIFEST).read_bytes()
 
     def follow(self, folder: Path) -> list[int]:
         """Makes the mirror hold the complete checkpoints of ``folder``, the newest first, and then no others.
@@ -156,7 +168,8 @@ class Mirror:
             the complete checkpoint.
 
         Raises:
-            CheckpointError: there is no complete one of this step, it is damaged, or a transfer failed for good.
+            DamagedCopy: a file is not what was uploaded.
+            CheckpointError: there is no complete copy of this step, or a transfer failed for good.
         """
         content = self._manifests().get(step)
         if content is None:
@@ -355,8 +368,8 @@ def _failed(doing: str, why: str) -> CheckpointError:
     return CheckpointError(f"{doing} ({why})", fix="check the network, your credentials and the room there")
 
 
-def _damaged(name: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{name} is damaged: {why}", fix="delete it there and resume from another one")
+def _damaged(name: str, why: str) -> DamagedCopy:
+    return DamagedCopy(f"{name} is damaged: {why}", fix="delete it there and resume from another one")
 
 
 def _not_written(name: str, folder: Path, error: OSError) -> CheckpointError:

@@ -14,7 +14,7 @@ from sft_dist.data.jinja_template import JinjaTemplate
 from sft_dist.data.named_templates import read_template
 from sft_dist.data.sources import check_source
 from sft_dist.errors import ConfigError
-from sft_dist.train import run_lock
+from sft_dist.train import from_mirror, run_lock
 from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoints, holds_a_run
 
 
@@ -25,15 +25,20 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         resume: ``never``, ``auto`` or the path of a checkpoint, as for ``train --resume``.
 
     Raises:
-        ConfigError: the run directory is used or cannot be written; the model's folder, the template, the adapter
-            or the checkpoint to go on from is not there; the DeepSpeed file is wrong.
+        ConfigError: the run directory or the mirror is used or cannot be written; the model's folder, the template,
+            the adapter or the checkpoint to go on from is not there; the DeepSpeed file is wrong.
+        CheckpointError: the mirror does not answer.
         DataError: a source is not there, where the hub is not asked for a dataset; the template is not Jinja.
     """
     if is_first_to_look():
         with _written(Path(config.output_dir)):
             run_lock.look(Path(config.output_dir))
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
-    find_checkpoints(resume, config.output_dir)
+    if not from_mirror.may_fetch(config, resume):
+        find_checkpoints(resume, config.output_dir)
+    # Not every rank has to ask the storage.
+    if from_mirror.needs_storage(config, resume) and is_first_to_look():
+        from_mirror.check_mirror(config, resume)
     model = config.model.path
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise ConfigError(f"model.path: the folder {model} does not exist", fix="give an existing folder or a hub id")

@@ -54,6 +54,7 @@ from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.audit import audit_prepared
 from sft_dist.train.books import Books
 from sft_dist.train.data import showing, told_of_rows
+from sft_dist.train.from_mirror import bring, check_mirror, needs_storage
 from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.position import position_after
@@ -350,8 +351,11 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
         ConfigError, CheckpointError, DataError: the run directory, the checkpoint, the weights, the data.
     """
     take_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER, say=_warn)
-    checkpoints = find_checkpoints(resume, run.output_dir)
     sweep(checkpoints_folder(run.output_dir))
+    if needs_storage(config, resume):
+        check_mirror(config, resume)
+        resume = bring(config, resume, say=_warn)
+    checkpoints = find_checkpoints(resume, run.output_dir)
     check_weights(run.model)
     cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
     with showing() as display:
