@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from sft_dist.config.deepspeed import load_knobs
@@ -16,6 +15,7 @@ from sft_dist.data.sources import check_source
 from sft_dist.errors import ConfigError
 from sft_dist.train import from_mirror, run_lock
 from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoints, holds_a_run
+from sft_dist.train.run_files import writing_into
 
 
 def preflight(config: Config, *, resume: str = NEVER) -> None:
@@ -31,7 +31,7 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         DataError: a source is not there, where the hub is not asked for a dataset; the template is not Jinja.
     """
     if is_first_to_look():
-        with _written(Path(config.output_dir)):
+        with writing_into(Path(config.output_dir)):
             run_lock.look(Path(config.output_dir))
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
     if not from_mirror.may_fetch(config, resume):
@@ -77,7 +77,7 @@ def take_run_directory(folder: Path, *, may_hold_a_run: bool, say: Callable[[str
     Raises:
         ConfigError: it is used, or cannot be written.
     """
-    with _written(folder):
+    with writing_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
         run_lock.hold(folder, say=say)
     check_run_directory(folder, may_hold_a_run=may_hold_a_run)
@@ -95,19 +95,7 @@ def check_run_directory(folder: Path, *, may_hold_a_run: bool) -> None:
             f"output_dir: {folder} already holds a run (it has {marks[0]})",
             fix="go on with it by --resume auto, or set another output_dir",
         )
-    with _written(folder):
+    with writing_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    """Turns the refusal of a file system into that of the run."""
-    try:
-        yield
-    except OSError as e:
-        raise ConfigError(
-            f"output_dir: {folder} cannot be written ({e.strerror or e})",
-            fix="set output_dir to a folder you may write, on a disk with room",
-        ) from e

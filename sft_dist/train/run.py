@@ -62,6 +62,7 @@ from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.receipt import made_with
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoints
 from sft_dist.train.resume_receipt import differences, resume_receipt
+from sft_dist.train.run_files import keep_file, writing_into
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.summary import long_rows_notice, summary, untrained_notice
 
@@ -255,6 +256,7 @@ def train(
         if logger is not None and books is not None:
             logger.say(f"saved {final}{_proven(run)}")
             books.close(logger, peak_allocated_bytes=peak_bytes)
+        _require_metrics(process, logger)
     strategy.close()
 
 
@@ -272,6 +274,16 @@ def _books(
         completed=completed,
         started=process.started,
     )
+
+
+def _require_metrics(process: Process, logger: RunLogger | None) -> None:
+    """Ends the run on every rank with the error of the one that writes its metrics, if it could not."""
+
+    def require() -> None:
+        assert logger is not None
+        logger.require_written()
+
+    run_on_main_first(process.world, process.store, "metrics", require)
 
 
 @contextmanager
@@ -333,8 +345,11 @@ def _logger(run: Run, world: World, config: Config, num_steps: int, completed: i
         return
     folder = Path(run.output_dir)
     settings = config.model_dump(mode="json")
-    with RunLogger(folder, run.logging.wandb, settings, num_steps=num_steps, completed=completed) as logger:
-        (folder / "config.yaml").write_text(dump_config(config))
+    with writing_into(folder):
+        logger = RunLogger(folder, run.logging.wandb, settings, num_steps=num_steps, completed=completed)
+    with logger:
+        with writing_into(folder):
+            keep_file(folder / "config.yaml", dump_config(config))
         yield logger
 
 
@@ -363,7 +378,8 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
     assert sets.train is not None
     untrained = _warn_of_the_data(run, renderer, open_prepared(sets.train))
     found_in_data = audit_prepared(config, cache, sets, untrained=untrained)
-    (Path(run.output_dir) / AUDIT).write_text(found_in_data.to_json(), encoding="utf-8")
+    with writing_into(Path(run.output_dir)):
+        keep_file(Path(run.output_dir) / AUDIT, found_in_data.to_json())
     for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
         if folder is not None:
             for line in told_of_rows(folder, run.data):
