@@ -71,6 +71,31 @@ def bring(config: Config, resume: str, *, say: Callable[[str], None]) -> str:
     return resume
 
 
+def replace_damaged(config: Config, checkpoint: Path, *, say: Callable[[str], None]) -> bool:
+    """Puts the copy of a damaged checkpoint of the run directory in its place, which is kept under another name.
+
+    Returns:
+        False: there is no copy, or it is damaged too.
+
+    Raises:
+        CheckpointError: a transfer failed for good.
+    """
+    mirror, step = mirror_of(config), store.step_of(checkpoint.name)
+    if mirror is None or step is None or step not in mirror.complete():
+        return False
+    kept = store.set_aside(checkpoint)
+    say(f"{checkpoint} is damaged, it is kept as {kept.name}; fetching its copy, {decimal(mirror.num_bytes(step))}")
+    try:
+        mirror.fetch(step, checkpoint.parent)
+    except CheckpointError as error:
+        kept.rename(checkpoint)
+        if not isinstance(error, DamagedCopy):
+            raise
+        say(f"{error.what}; it is skipped")
+        return False
+    return True
+
+
 def mirror_of(config: Config) -> Mirror | None:
     """
     Raises:

@@ -54,7 +54,7 @@ from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.audit import audit_prepared
 from sft_dist.train.books import Books
 from sft_dist.train.data import showing, told_of_rows
-from sft_dist.train.from_mirror import bring, check_mirror, needs_storage
+from sft_dist.train.from_mirror import bring, check_mirror, needs_storage, replace_damaged
 from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.position import position_after
@@ -88,7 +88,11 @@ def run_training(config: Config, *, resume: str = NEVER, allowed: Collection[str
     if process.world.is_main:
         outlook = look_ahead(ready.config, run, process.device, inputs.train_data, inputs.eval_data)
     with process_group(process.world, process.device, ready.store):
-        start = newest_valid(ready.checkpoints, own=checkpoints_folder(run.output_dir))
+        start = newest_valid(
+            ready.checkpoints,
+            own=checkpoints_folder(run.output_dir),
+            replace=_by_its_copy(ready.config, process),
+        )
         train(run, ready.config, process, inputs, outlook, start=start, allowed=allowed)
         dist.barrier()
 
@@ -274,6 +278,20 @@ def _books(
         completed=completed,
         started=process.started,
     )
+
+
+def _by_its_copy(config: Config, process: Process) -> Callable[[Path], bool]:
+    """Replaces a damaged checkpoint. The others wait on the store, where nothing times out while rank 0 fetches."""
+
+    def replace(checkpoint: Path) -> bool:
+        def fetch() -> str | None:
+            return "whole" if replace_damaged(config, checkpoint, say=_warn) else None
+
+        if config.checkpoint.mirror is None:
+            return False
+        return run_on_main_first(process.world, process.store, f"copy of {checkpoint.name}", fetch) is not None
+
+    return replace
 
 
 def _require_metrics(process: Process, logger: RunLogger | None) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
+
+# What leads to the server.
+VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 
 
 @contextmanager
@@ -18,17 +22,13 @@ def s3_server() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    settings = dict(zip(VARIABLES, (f"http://{host}:{port}", "test", "test", "us-east-1"), strict=True))
+    bucket = f"sft-dist-{uuid.uuid4().hex}"  # servers of one process share their buckets
     try:
         with mock.patch.dict(os.environ, settings):
             import fsspec
 
-            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("sft-dist")
-            yield "s3://sft-dist"
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
+            yield f"s3://{bucket}"
     finally:
         server.stop()

@@ -13,7 +13,7 @@ from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config
 from sft_dist.config.validate import validate
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.train.from_mirror import bring, check_mirror
+from sft_dist.train.from_mirror import bring, check_mirror, replace_damaged
 from sft_dist.train.preflight import preflight
 from tests.unit.test_mirror import checkpoint
 
@@ -86,6 +86,21 @@ def test_a_damaged_copy_is_named_and_skipped(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="step-00000005 is damaged") as caught:
         bring(config(tmp_path), url, say=said.append)
     assert type(caught.value) is CheckpointError, "as which it is known on other ranks"
+
+
+def test_a_damaged_checkpoint_is_replaced_by_its_copy(tmp_path: Path) -> None:
+    said: list[str] = []
+    older, newest = mirrored(tmp_path, 3, 5)
+    (newest / "shard-1.safetensors").write_bytes(b"lost")
+    assert replace_damaged(config(tmp_path), newest, say=said.append)
+    assert (newest / "shard-1.safetensors").read_bytes() == b"weights" * 6
+    assert (newest.parent / "step-00000005.damaged/shard-1.safetensors").read_bytes() == b"lost"
+    assert len(said) == 1
+    assert said[0].startswith(f"{newest} is damaged, it is kept as step-00000005.damaged; fetching its copy, ")
+    damage(tmp_path, 3)
+    assert not replace_damaged(config(tmp_path), older, say=said.append)
+    assert not replace_damaged(config(tmp_path), checkpoint(tmp_path / "run", 9), say=pytest.fail), "there is no copy"
+    assert steps_of(tmp_path) == [3, 5, 9], "what is not replaced keeps its name"
 
 
 def test_storage_that_fails_is_not_passed_over_for_an_older_copy(
