@@ -33,7 +33,7 @@ from sft_dist.data.messages import Conversation
 from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
-from sft_dist.errors import ConfigError, DataError, RowError
+from sft_dist.errors import CheckpointError, ConfigError, DataError, RowError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.model.renderer import renderer_of
@@ -343,11 +343,17 @@ def _write_artefact(final: Path, run: Run, process: Process, inputs: Inputs, str
     probes = take_probes(strategy, inputs.train_data, process.device) if run.checkpoint.prove_final else []
     parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
     tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
-    saved = export(final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed)
+    failure, saved = None, {}
+    try:
+        saved = export(final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed)
+    except CheckpointError as error:
+        failure = error  # rank 0's; the others, which have gathered with it, hear of it below
     weights = {name: digest(tensor) for name, tensor in saved.items()}
     saved.clear()  # the fresh process needs the room
 
     def prove_and_publish() -> None:
+        if failure is not None:
+            raise failure
         if run.checkpoint.prove_final:
             prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, inputs.sample)
         publish(final)
