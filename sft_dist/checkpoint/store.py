@@ -24,11 +24,17 @@ def name_of(completed_steps: int) -> str:
     return f"step-{completed_steps:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step in the name of a complete checkpoint; None: it is not called as one."""
+    match = _COMPLETE.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest step first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
+    found = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None]
     return [path for _, path in sorted(found)]
 
 

@@ -359,6 +359,12 @@ class CheckpointConfig(Section):
         description="When a checkpoint cannot be written, such as on a full disk: train on, if there is an earlier "
         "one, or stop.",
     )
+    mirror: str | None = Field(
+        None,
+        description="URL below which complete checkpoints are copied, such as s3://bucket/runs/x, gs://, az:// or "
+        "file:///mnt/x, and fetched from by --resume auto where output_dir has none as new; it holds those that "
+        "output_dir holds.",
+    )
     prove_final: bool = Field(
         True,
         description="Load final/ in a fresh process on the CPU with plain transformers and peft, and compare it with "

@@ -291,6 +291,15 @@ def _evaluation(config: Config) -> Iterator[Finding]:
         )
 
 
+def _mirror(config: Config) -> Iterator[Finding]:
+    mirror = config.checkpoint.mirror
+    if mirror is not None and "://" not in mirror:
+        yield (
+            f"checkpoint.mirror {mirror} is no URL",
+            "write s3://bucket/runs/x, gs://, az:// or file:///mnt/runs/x, or remove it",
+        )
+
+
 def _hardware(config: Config) -> Iterator[Finding]:
     hardware = config.hardware
     prices = {
@@ -359,5 +368,6 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _supervision,
     _packing,
     _evaluation,
+    _mirror,
     _hardware,
 )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,7 +23,8 @@ from rich.progress import (
 )
 
 from sft_dist.config.schema import WandbConfig
-from sft_dist.errors import ConfigError
+from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.metrics.line_file import LineFile
 
 Metrics = dict[str, int | float]
 
@@ -33,6 +37,8 @@ LINES_WITHOUT_TERMINAL = 20
 class RunLogger:
     """Writes metrics while a run lasts; use as a context.
 
+    A disk that is full for a while costs no line and ends no run: see ``LineFile``.
+
     Args:
         folder: the run directory; ``metrics.jsonl`` goes there, one JSON object a line, flushed at once.
         settings: the resolved configuration, for W&B.
@@ -41,6 +47,7 @@ class RunLogger:
 
     Raises:
         ConfigError: W&B was asked for and cannot start. Once it runs, a failure of it is said once and stops nothing.
+        OSError: the folder cannot be written.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class RunLogger:
         # First, because it may fail: a run that has not written its metrics has not taken the folder.
         self._wandb = _start_wandb(wandb, folder, settings, is_resumed=completed > 0)
         keep_lines(folder / METRICS, completed=completed)
-        self._file = (folder / METRICS).open("a", buffering=1)
+        self._lines = LineFile(folder / METRICS)
         self._bar = Progress(
             TextColumn("[bold]train"),
             BarColumn(),
@@ -74,14 +81,39 @@ class RunLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        self._file.close()
+        self._lines.close()
+        if self._lines.waiting:
+            self.say(f"[yellow]these lines are not in {self._lines.path} ({self._lines.problem}); append them:")
+            for line in self._lines.waiting:
+                self.say(escape(line))
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            try:
+                self._wandb.finish(exit_code=0 if kind is None else 1)
+            except Exception as e:
+                self.say(f"[yellow]W&B did not finish ({escape(str(e))}); {METRICS} has all metrics")
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        # soft_wrap: a narrow terminal wraps a line, a log file keeps it whole.
-        self._bar.console.print(text, soft_wrap=True)
+        # What the console writes to may be a file on the full disk, or a terminal that was closed. Nobody can be told
+        # then, and a run need not end for it.
+        with suppress(OSError):
+            # soft_wrap: a narrow terminal wraps a line, a log file keeps it whole.
+            self._bar.console.print(text, soft_wrap=True)
+
+    def require_written(self) -> None:
+        """At the end of a run, when its lines have nothing left to wait for.
+
+        Raises:
+            CheckpointError: some still cannot be written; they are shown when the context ends.
+        """
+        self._lines.sync()
+        if self._lines.problem is not None:
+            count = len(self._lines.waiting)
+            missing = f"{count} lines are missing" if count else "its last lines may be missing"
+            raise CheckpointError(
+                f"{self._lines.path} cannot be written ({self._lines.problem}): {missing}",
+                fix="make room on the disk and append them, they are shown above; all else is saved",
+            )
 
     def training_step(self, metrics: Metrics, *, bill: str = "") -> None:
         """One line of training metrics; see docs/architecture.md for the keys.
@@ -112,23 +144,41 @@ class RunLogger:
         # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         broken = [k for k, v in finite.items() if v is None]
-        self._file.write(json.dumps(finite | ({"non_finite": broken} if broken else {})) + "\n")
+        had_problem = self._lines.problem is not None
+        self._lines.write(json.dumps(finite | ({"non_finite": broken} if broken else {})))
+        if had_problem and self._lines.problem is None:
+            self.say(f"{METRICS} is written again, and has all lines")
+        elif not had_problem and self._lines.problem is not None:
+            also = "" if self._wandb is None else "; W&B's own files may lack some, which it does not tell"
+            self.say(
+                f"[yellow]{METRICS} cannot be written ({self._lines.problem}): training goes on, its lines wait in "
+                f"memory and are written when there is room{also}"
+            )
         if self._wandb is None:
             return
         try:
             self._wandb.log(metrics, step=int(metrics["step"]))
         except Exception as e:
-            self.say(f"[yellow]W&B stopped taking metrics ({e}); training goes on, metrics.jsonl has them all")
+            self.say(f"[yellow]W&B stopped taking metrics ({e}); training goes on, {METRICS} has them all")
             self._wandb = None
 
 
 def keep_lines(path: Path, *, completed: int) -> None:
-    """Leaves of a ``metrics.jsonl`` what belongs to the first ``completed`` steps, and no line that was cut short."""
+    """Leaves of a ``metrics.jsonl`` what belongs to the first ``completed`` steps, and no line that was cut short.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    kept = b"".join(line for line in lines if completed and 0 <= _step_of(line) <= completed)
+    if before.startswith(kept):
+        os.truncate(path, len(kept))  # needs no room, also on a full disk
+        return
     shortened = path.with_name(path.name + ".new")
-    shortened.write_bytes(b"".join(line for line in lines if completed and 0 <= _step_of(line) <= completed))
+    shortened.write_bytes(kept)
     shortened.replace(path)
 
 

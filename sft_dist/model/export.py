@@ -78,11 +78,18 @@ def export(
             gathered = {name: tensor.to(TORCH_DTYPES[spec.compute]) for name, tensor in gathered.items()}
             _save_model(unfinished, model, gathered, tokenizer)
         tokenizer.save_pretrained(unfinished)
-    except OSError as e:
+    except Exception as e:
+        if not _is_of_the_disk(e):
+            raise
         raise CheckpointError(
-            f"cannot write {folder} ({e})", fix="make room on the disk or set another output_dir"
+            f"cannot write {folder} ({e})", fix="make room on the disk, then go on with --resume auto"
         ) from e
     return gathered
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """safetensors and tokenizers, written in Rust, pass on what the system says in exceptions of their own."""
+    return isinstance(error, OSError) or "(os error " in str(error)
 
 
 def publish(folder: Path) -> None:

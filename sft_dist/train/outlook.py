@@ -18,6 +18,7 @@ from sft_dist.plan.expected import Expected, expect
 from sft_dist.plan.machines import Machines, machines_here
 from sft_dist.plan.to_json import plan_json
 from sft_dist.run import Run
+from sft_dist.train.run_files import keep_file
 
 NO_GPU = "trained on a CPU: no seconds are planned, and device memory is not counted"
 
@@ -42,7 +43,7 @@ def look_ahead(
     config: Config, run: Run, device: torch.device, train_data: PreparedData, eval_data: PreparedData | None
 ) -> Outlook:
     """Plans a resolved run on its own data; rank 0's. Writes ``plan.json`` where there is none and the GPU is known."""
-    missing = []
+    missing: list[str] = []
     machines = expected = price = None
     if device.type == "cuda":
         try:
@@ -58,7 +59,7 @@ def look_ahead(
         expected, plan = expect(config, run, machines, data)
         if plan is not None and not (Path(run.output_dir) / PLAN).exists():
             text = json.dumps(plan_json(plan), indent=1, ensure_ascii=False)
-            (Path(run.output_dir) / PLAN).write_text(text + "\n", encoding="utf-8")
+            _write_plan(Path(run.output_dir), text + "\n", missing)
     except Exception as error:
         missing.append(f"no plan to compare with: {_told(error)}")
     try:
@@ -66,6 +67,14 @@ def look_ahead(
     except Exception as error:
         missing.append(f"no bill: {_told(error)}")
     return Outlook(machines, expected, price, tuple(missing))
+
+
+def _write_plan(folder: Path, text: str, missing: list[str]) -> None:
+    """The plan is of use without the file."""
+    try:
+        keep_file(folder / PLAN, text)
+    except OSError as error:
+        missing.append(f"{PLAN} cannot be written: {error.strerror or error}")
 
 
 def _told(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from sft_dist.config.deepspeed import load_knobs
@@ -11,7 +13,9 @@ from sft_dist.data.jinja_template import JinjaTemplate
 from sft_dist.data.named_templates import read_template
 from sft_dist.data.sources import check_source
 from sft_dist.errors import ConfigError
+from sft_dist.train import from_mirror, run_lock
 from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoints, holds_a_run
+from sft_dist.train.run_files import writing_into
 
 
 def preflight(config: Config, *, resume: str = NEVER) -> None:
@@ -21,12 +25,20 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         resume: ``never``, ``auto`` or the path of a checkpoint, as for ``train --resume``.
 
     Raises:
-        ConfigError: the run directory is used or cannot be written; the model's folder, the template, the adapter
-            or the checkpoint to go on from is not there; the DeepSpeed file is wrong.
+        ConfigError: the run directory or the mirror is used or cannot be written; the model's folder, the template,
+            the adapter or the checkpoint to go on from is not there; the DeepSpeed file is wrong.
+        CheckpointError: the mirror does not answer.
         DataError: a source is not there, where the hub is not asked for a dataset; the template is not Jinja.
     """
+    if is_first_to_look():
+        with writing_into(Path(config.output_dir)):
+            run_lock.look(Path(config.output_dir))
     check_run_directory(Path(config.output_dir), may_hold_a_run=resume != NEVER)
-    find_checkpoints(resume, config.output_dir)
+    if not from_mirror.may_fetch(config, resume):
+        find_checkpoints(resume, config.output_dir)
+    # Not every rank has to ask the storage.
+    if from_mirror.needs_storage(config, resume) and is_first_to_look():
+        from_mirror.check_mirror(config, resume)
     model = config.model.path
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise ConfigError(f"model.path: the folder {model} does not exist", fix="give an existing folder or a hub id")
@@ -51,6 +63,26 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
         check_source(source)
 
 
+def is_first_to_look() -> bool:
+    """Whether this process is no rank of a launch: those come later, and leave to rank 0 what only one has to do."""
+    return "RANK" not in os.environ
+
+
+def take_run_directory(folder: Path, *, may_hold_a_run: bool, say: Callable[[str], None]) -> None:
+    """Makes the folder this run's own, until the process ends; then as ``check_run_directory``.
+
+    Args:
+        say: told if another process has to end first, or if nothing can be locked there.
+
+    Raises:
+        ConfigError: it is used, or cannot be written.
+    """
+    with writing_into(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        run_lock.hold(folder, say=say)
+    check_run_directory(folder, may_hold_a_run=may_hold_a_run)
+
+
 def check_run_directory(folder: Path, *, may_hold_a_run: bool) -> None:
     """Makes the folder, and proves that it can be written and holds no other run.
 
@@ -63,12 +95,7 @@ def check_run_directory(folder: Path, *, may_hold_a_run: bool) -> None:
             f"output_dir: {folder} already holds a run (it has {marks[0]})",
             fix="go on with it by --resume auto, or set another output_dir",
         )
-    try:
+    with writing_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as e:
-        raise ConfigError(
-            f"output_dir: {folder} cannot be written ({e.strerror or e})",
-            fix="set output_dir to a folder you may write",
-        ) from e

@@ -33,7 +33,7 @@ from sft_dist.data.messages import Conversation
 from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
-from sft_dist.errors import ConfigError, DataError, RowError
+from sft_dist.errors import CheckpointError, ConfigError, DataError, RowError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.model.renderer import renderer_of
@@ -54,13 +54,15 @@ from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.audit import audit_prepared
 from sft_dist.train.books import Books
 from sft_dist.train.data import showing, told_of_rows
+from sft_dist.train.from_mirror import bring, check_mirror, needs_storage, replace_damaged
 from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.position import position_after
-from sft_dist.train.preflight import NEVER, check_run_directory
+from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.receipt import made_with
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoints
 from sft_dist.train.resume_receipt import differences, resume_receipt
+from sft_dist.train.run_files import keep_file, writing_into
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.summary import long_rows_notice, summary, untrained_notice
 
@@ -86,7 +88,11 @@ def run_training(config: Config, *, resume: str = NEVER, allowed: Collection[str
     if process.world.is_main:
         outlook = look_ahead(ready.config, run, process.device, inputs.train_data, inputs.eval_data)
     with process_group(process.world, process.device, ready.store):
-        start = newest_valid(ready.checkpoints, own=checkpoints_folder(run.output_dir))
+        start = newest_valid(
+            ready.checkpoints,
+            own=checkpoints_folder(run.output_dir),
+            replace=_by_its_copy(ready.config, process),
+        )
         train(run, ready.config, process, inputs, outlook, start=start, allowed=allowed)
         dist.barrier()
 
@@ -254,6 +260,7 @@ def train(
         if logger is not None and books is not None:
             logger.say(f"saved {final}{_proven(run)}")
             books.close(logger, peak_allocated_bytes=peak_bytes)
+        _require_metrics(process, logger)
     strategy.close()
 
 
@@ -271,6 +278,30 @@ def _books(
         completed=completed,
         started=process.started,
     )
+
+
+def _by_its_copy(config: Config, process: Process) -> Callable[[Path], bool]:
+    """Replaces a damaged checkpoint. The others wait on the store, where nothing times out while rank 0 fetches."""
+
+    def replace(checkpoint: Path) -> bool:
+        def fetch() -> str | None:
+            return "whole" if replace_damaged(config, checkpoint, say=_warn) else None
+
+        if config.checkpoint.mirror is None:
+            return False
+        return run_on_main_first(process.world, process.store, f"copy of {checkpoint.name}", fetch) is not None
+
+    return replace
+
+
+def _require_metrics(process: Process, logger: RunLogger | None) -> None:
+    """Ends the run on every rank with the error of the one that writes its metrics, if it could not."""
+
+    def require() -> None:
+        assert logger is not None
+        logger.require_written()
+
+    run_on_main_first(process.world, process.store, "metrics", require)
 
 
 @contextmanager
@@ -312,11 +343,17 @@ def _write_artefact(final: Path, run: Run, process: Process, inputs: Inputs, str
     probes = take_probes(strategy, inputs.train_data, process.device) if run.checkpoint.prove_final else []
     parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
     tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
-    saved = export(final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed)
+    failure, saved = None, {}
+    try:
+        saved = export(final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed)
+    except CheckpointError as error:
+        failure = error  # rank 0's; the others, which have gathered with it, hear of it below
     weights = {name: digest(tensor) for name, tensor in saved.items()}
     saved.clear()  # the fresh process needs the room
 
     def prove_and_publish() -> None:
+        if failure is not None:
+            raise failure
         if run.checkpoint.prove_final:
             prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, inputs.sample)
         publish(final)
@@ -332,8 +369,11 @@ def _logger(run: Run, world: World, config: Config, num_steps: int, completed: i
         return
     folder = Path(run.output_dir)
     settings = config.model_dump(mode="json")
-    with RunLogger(folder, run.logging.wandb, settings, num_steps=num_steps, completed=completed) as logger:
-        (folder / "config.yaml").write_text(dump_config(config))
+    with writing_into(folder):
+        logger = RunLogger(folder, run.logging.wandb, settings, num_steps=num_steps, completed=completed)
+    with logger:
+        with writing_into(folder):
+            keep_file(folder / "config.yaml", dump_config(config))
         yield logger
 
 
@@ -349,9 +389,12 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
     Raises:
         ConfigError, CheckpointError, DataError: the run directory, the checkpoint, the weights, the data.
     """
-    check_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER)
-    checkpoints = find_checkpoints(resume, run.output_dir)
+    take_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER, say=_warn)
     sweep(checkpoints_folder(run.output_dir))
+    if needs_storage(config, resume):
+        check_mirror(config, resume)
+        resume = bring(config, resume, say=_warn)
+    checkpoints = find_checkpoints(resume, run.output_dir)
     check_weights(run.model)
     cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
     with showing() as display:
@@ -359,7 +402,8 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
     assert sets.train is not None
     untrained = _warn_of_the_data(run, renderer, open_prepared(sets.train))
     found_in_data = audit_prepared(config, cache, sets, untrained=untrained)
-    (Path(run.output_dir) / AUDIT).write_text(found_in_data.to_json(), encoding="utf-8")
+    with writing_into(Path(run.output_dir)):
+        keep_file(Path(run.output_dir) / AUDIT, found_in_data.to_json())
     for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
         if folder is not None:
             for line in told_of_rows(folder, run.data):
@@ -370,6 +414,10 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
         eval_data=None if sets.eval is None else str(sets.eval),
     )
     return json.dumps(asdict(found))
+
+
+def _warn(line: str) -> None:
+    Console(highlight=False).print(f"[yellow]{escape(line)}", soft_wrap=True)
 
 
 def _warn_of_the_data(run: Run, renderer: ChatRenderer, data: PreparedData) -> list[str]:

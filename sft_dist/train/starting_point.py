@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,7 +17,9 @@ from sft_dist.errors import CheckpointError
 MAX_SHOWN_PROBLEMS = 3
 
 
-def newest_valid(candidates: Sequence[Path], *, own: Path) -> Path | None:
+def newest_valid(
+    candidates: Sequence[Path], *, own: Path, replace: Callable[[Path], bool] = lambda _: False
+) -> Path | None:
     """Reads every file of the candidates until one is whole; every rank must call it, and reads a part of the files.
 
     A damaged one in ``own`` is set aside under another name, and named.
@@ -25,6 +27,7 @@ def newest_valid(candidates: Sequence[Path], *, own: Path) -> Path | None:
     Args:
         candidates: checkpoints, the one to be preferred first; without any a run begins.
         own: ``checkpoints/`` of the run.
+        replace: called with a damaged one in ``own``, on every rank; whether it is a whole one now.
 
     Raises:
         CheckpointError: all of them are damaged.
@@ -32,7 +35,7 @@ def newest_valid(candidates: Sequence[Path], *, own: Path) -> Path | None:
     skipped: dict[Path, str] = {}
     for checkpoint in candidates:
         problems = damage(checkpoint)
-        if not problems:
+        if not problems or (checkpoint.parent.resolve() == own.resolve() and replace(checkpoint)):
             if dist.get_rank() == 0:
                 for path, why in skipped.items():
                     _set_aside(path, why, is_own=path.parent.resolve() == own.resolve())

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from tests.helpers import pool
 
 
 class Ranks:
-    """``size`` processes that run ``sft-dist ARGUMENTS`` as one launch; all of them are gone when the context ends."""
+    """``size`` processes that run ``sft-dist ARGUMENTS`` as one launch; all of them are gone when the context ends.
 
-    def __init__(self, size: int, arguments: list[str], log: Path) -> None:
+    Args:
+        environment: on top of that of the first process that a test started.
+    """
+
+    def __init__(
+        self, size: int, arguments: list[str], log: Path, *, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         log.touch()  # a process may be killed before it writes anything
         server, port = pool.context(), pool.free_port()
         self.processes: list[ForkServerProcess] = [
-            server.Process(target=_run, args=(rank, size, port, arguments, str(log)), daemon=True)
+            server.Process(target=_run, args=(rank, size, port, arguments, str(log), dict(environment)), daemon=True)
             for rank in range(size)
         ]
 
@@ -51,7 +58,8 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def _run(rank: int, size: int, port: int, arguments: list[str], log: str) -> None:
+def _run(rank: int, size: int, port: int, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
