@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.host_copy import HostCopy, in_place
 from sft_dist.checkpoint.manifest import MANIFEST, MOVE_AWAY, FileRecord, Identity, Manifest, Position, TensorRecord
+from sft_dist.checkpoint.mirror import Mirror
 from sft_dist.checkpoint.proof import FileProof, digest_of, problems_of, prove_file, tensor_record
 from sft_dist.checkpoint.reader import CheckpointReader
 from sft_dist.checkpoint.rotation import best_of, rotate
@@ -38,6 +39,8 @@ from sft_dist.sharding.strategy import Strategy
 T = TypeVar("T")
 
 MAX_SHOWN_PROBLEMS = 3
+
+SETTINGS = "config.yaml"
 
 # A slow disk of one rank must not look like a lost rank to the others.
 WRITE_TIMEOUT = timedelta(hours=12)
@@ -55,6 +58,7 @@ class Outcome:
         error: what went wrong, or None.
         is_fatal: training must not go on.
         fix: what to do about the error.
+        notice: what else went wrong: the checkpoint is there, its copy in ``checkpoint.mirror`` is not.
         written_s: seconds from the copy to the end, on this rank.
     """
 
@@ -62,6 +66,7 @@ class Outcome:
     error: str | None = None
     is_fatal: bool = False
     fix: str = ""
+    notice: str | None = None
     written_s: float = 0.0
 
 
@@ -81,6 +86,7 @@ class Checkpointer:
         self.folder, self.rules, self.identity = folder, rules, identity
         self.strategy_name, self.settings = strategy_name, settings
         self._group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        self._mirror = None if rules.mirror is None else Mirror(rules.mirror)
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
@@ -174,7 +180,11 @@ class Checkpointer:
         if problems:
             return self._rejected(unfinished, problems, position)
         _, error = self._everywhere(lambda: self._finish(unfinished, expected, found, position), only_main=True)
-        return Outcome(complete) if error is None else self._cannot_write(complete, error)
+        if error is not None:
+            return self._cannot_write(complete, error)
+        return Outcome(
+            complete, notice=None if self._mirror is None else self._copied(self._mirror, complete, path.name)
+        )
 
     def _begin(self, completed_steps: int, num_bytes: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +196,7 @@ class Checkpointer:
     def _finish(
         self, unfinished: Path, expected: dict[str, TensorRecord], proofs: list[FileProof], position: Position
     ) -> None:
-        settings = unfinished / "config.yaml"
+        settings = unfinished / SETTINGS
         store.write_synced(settings, self.settings)
         num_bytes, digest = digest_of(settings)
         files = {proof.file: proof.record for proof in proofs}
@@ -201,6 +211,25 @@ class Checkpointer:
         store.write_synced(unfinished / MANIFEST, manifest.model_dump_json())
         store.commit(unfinished)
         rotate(self.folder, self.rules)
+
+    def _copied(self, mirror: Mirror, complete: Path, own: str) -> str | None:
+        """Copies a checkpoint to its mirror, each rank its own file, and lets go there of what is gone here.
+
+        Returns:
+            why the copy is not complete, or None.
+        """
+        names = [own] if (complete / own).exists() else []
+        _, error = self._everywhere(lambda: mirror.upload_files(complete, names))
+
+        def complete_it() -> None:
+            mirror.upload_files(complete, [SETTINGS])
+            mirror.commit(complete)
+
+        if error is None:
+            _, error = self._everywhere(complete_it, only_main=True)
+        # Also makes up for what failed before.
+        _, other = self._everywhere(lambda: mirror.follow(self.folder), only_main=True)
+        return error or other
 
     def _cannot_write(self, complete: Path, cause: str) -> Outcome:
         """What there is of it is removed: it may be what fills the disk."""
@@ -235,7 +264,7 @@ class Checkpointer:
         """Runs ``work`` on every rank or on rank 0, and tells all of them how it went.
 
         Returns:
-            the results by rank, and the first refusal of an operating system, or None.
+            the results by rank, and the first refusal of an operating system or of a mirror, or None.
         """
         answer: tuple[T | None, str | None] = (None, None)
         if dist.get_rank() == 0 or not only_main:
@@ -243,6 +272,8 @@ class Checkpointer:
                 answer = (work(), None)
             except OSError as error:
                 answer = (None, str(error.strerror or error))
+            except CheckpointError as error:
+                answer = (None, error.what)
         answers = _gathered(answer, self._group)
         return [result for result, _ in answers], next((error for _, error in answers if error is not None), None)
 
@@ -295,7 +326,7 @@ def _read(reader: CheckpointReader, state: Mapping[str, StateShard]) -> list[str
 
 
 def _after(outcome: Outcome, started: float) -> Outcome:
-    return Outcome(outcome.checkpoint, outcome.error, outcome.is_fatal, outcome.fix, time.perf_counter() - started)
+    return replace(outcome, written_s=time.perf_counter() - started)
 
 
 def _gathered(value: T, group: dist.ProcessGroup) -> list[T]:

@@ -47,8 +47,8 @@ def test_the_run_directory_is_lost_twice_and_a_checkpoint_damaged(tiny_base: Pat
         arguments = [f"checkpoint.mirror={url}", "--resume", "auto"]
         with started(config, output, tmp_path / "killed.log", *arguments) as ranks:
             wait_for(lambda: any(step > 8 for step in steps_of(output)), ranks)
+            wait_for(lambda: any(step >= 8 for step in Mirror(url).complete()), ranks)
             ranks.kill()
-        Mirror(url).follow(output / "checkpoints")
         newest = Mirror(url).complete()[-1]
         assert newest >= 8, "there is something to go on from"
 
@@ -59,7 +59,9 @@ def test_the_run_directory_is_lost_twice_and_a_checkpoint_damaged(tiny_base: Pat
         assert metrics(output) == {step: at for step, at in metrics(whole).items() if step > newest}
         for path in (whole / "final").glob("*.safetensors"):
             assert (output / "final" / path.name).read_bytes() == path.read_bytes()
-        Mirror(url).follow(output / "checkpoints")
+        kept = complete_checkpoints(output / "checkpoints")
+        assert Mirror(url).complete() == [int(path.name.removeprefix("step-")) for path in kept], "rotated like here"
+        assert all(Mirror(url).is_copy_of(path) for path in kept)
 
         # The end is damaged here, but not there.
         (last,) = complete_checkpoints(output / "checkpoints")[-1:]
