@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from sft_dist.config.schema import WandbConfig
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, Preempted
 
 Metrics = dict[str, int | float]
 
@@ -76,6 +76,8 @@ class RunLogger:
         self._bar.stop()
         self._file.close()
         if self._wandb is not None:
+            if isinstance(error, Preempted):
+                self._wandb.mark_preempting()
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def say(self, text: str) -> None:

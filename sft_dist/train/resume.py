@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,25 @@ DECIDE_THE_ORDER = {"data.train", "train.seed", "train.global_batch_size"}
 
 # Where a run is, what watches it and what it was planned and billed for change nothing about the run.
 PLACES = ("output_dir", "logging.", "hardware.")
+
+
+# Torchrun's, in a process that it has started again because one of a launch had failed: how often it did.
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
+
+
+def restarts(env: Mapping[str, str] = os.environ) -> int:
+    """How often the launcher has started the processes of this launch again."""
+    return int(env.get(RESTART_COUNT, "0"))
+
+
+def resume_after_restart(resume: str, output_dir: str) -> str:
+    """What ``--resume`` means in a process that was started again: to go on with what this launch has trained.
+
+    Until this launch has saved, a run that branched off goes on from its PATH once more.
+    """
+    if resume == NEVER or store.complete_checkpoints(checkpoints_folder(output_dir)):
+        return AUTO
+    return resume
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -79,7 +99,7 @@ def find_checkpoints(resume: str, output_dir: str) -> list[Path]:
         )
     completed = Manifest.read(wanted).completed_steps
     is_own = wanted.resolve().parent == folder.resolve()
-    if not is_own and holds_a_run(Path(output_dir)):
+    if not is_own and holds_a_run(Path(output_dir)) and not restarts():
         raise ConfigError(
             f"--resume {resume} is of another run than the one that output_dir {output_dir} holds",
             fix="set another output_dir, where the run goes on from that checkpoint",
