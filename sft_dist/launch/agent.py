@@ -7,19 +7,23 @@ import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.launcher import api as launcher
 
 from sft_dist.launch.children import FORWARDED, Children, Process
 from sft_dist.launch.outcome import ENDED_BY_USR1, NAMED_EXIT_CODES, PREEMPTED_EXIT_CODE, code_of_signal
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, SIBLING_GRACE_S, forget, noted_exit_codes
+from sft_dist.runtime.process_group import ATTEMPT
 
 # Processes that were preempted have met before they end. One that is not there was not training, or is stuck.
 LEAVING_S = 60.0
@@ -49,6 +53,7 @@ class Agent(LocalElasticAgent):
         super().__init__(*arguments, **keywords)
         self._children, self._folder, self._ended = children, folder, ended
         self._started: list[Process] = []
+        self._rounds = 0
         forwarded = {number.name for number in FORWARDED}
         others = [name for name in os.environ[HANDLED].split(",") if name.strip() not in forwarded]
         os.environ[HANDLED] = ",".join(others or [signal.SIGHUP.name])
@@ -58,6 +63,13 @@ class Agent(LocalElasticAgent):
             sys.exit(code_of_signal(self._children.signals[0]))
         self._children.processes.clear()
         super()._rendezvous(worker_group)
+        self._rounds += 1
+        handler, store = worker_group.spec.rdzv_handler, cast(dist.Store, worker_group.store)
+        # The store of a static rendezvous is the same in every round; its launchers all take part in every round.
+        key = f"{ATTEMPT}/{self._rounds}" if isinstance(handler, StaticTCPRendezvous) else ATTEMPT
+        if worker_group.group_rank == 0:
+            store.set(key, uuid.uuid4().hex)
+        os.environ[ATTEMPT] = store.get(key).decode()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         forget(self._folder)
@@ -128,4 +140,5 @@ def watching_agent(children: Children, folder: Path) -> Iterator[Ended]:
     try:
         yield ended
     finally:
+        os.environ.pop(ATTEMPT, None)
         launcher.LocalElasticAgent = original  # type: ignore[misc]

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from sft_dist.errors import ConfigError
 
+# Torchrun's, in every process that it starts: how often it has started those of this launch again.
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
+
 
 @dataclass(frozen=True)
 class WorldShape:

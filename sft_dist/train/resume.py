@@ -12,6 +12,7 @@ from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
 from sft_dist.config.schema import Config
 from sft_dist.config.text import read_yaml
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.runtime.world import RESTART_COUNT
 
 if TYPE_CHECKING:
     from sft_dist.data.loader import TrainingOrder
@@ -26,10 +27,6 @@ DECIDE_THE_ORDER = {"data.train", "train.seed", "train.global_batch_size"}
 
 # Where a run is, what watches it and what it was planned and billed for change nothing about the run.
 PLACES = ("output_dir", "logging.", "hardware.")
-
-
-# Torchrun's, in a process that it has started again because one of a launch had failed: how often it did.
-RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 
 
 def restarts(env: Mapping[str, str] = os.environ) -> int:

@@ -159,6 +159,7 @@ def test_what_would_happen_again_is_not_started_again(launch: Launch, failing: s
     assert sorted(line for line in finished.stdout.splitlines() if "of" in line) == ["start 0 of 0", "start 0 of 1"]
 
 
+@pytest.mark.ci
 def test_a_peer_that_fails_first_does_not_hide_a_named_failure(launch: Launch) -> None:
     """Rank 0 is the first that the launcher sees; rank 1, the cause, says so a moment later."""
     statement = STARTS + (

@@ -21,6 +21,7 @@ from tests.launch.test_signals import LAUNCHERS
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 120
+SHORTER = "train.max_steps=24"
 WEIGHTS = "final/adapter_model.safetensors"
 
 
@@ -39,10 +40,10 @@ def launched(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes
     try:
         yield process
     finally:
-        started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for each in started:
-            each.kill()
-        process.wait()
+        if process.poll() is None:  # else it has waited for those that it started
+            for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                each.kill()
+            process.wait()
 
 
 def trainers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -78,10 +79,10 @@ def figures_of(output: Path) -> list[dict[str, float]]:
 def test_a_killed_rank_is_started_again_and_goes_on(tiny_base: Path, tmp_path: Path, options: list[str], kills: int) -> None:  # fmt: skip
     """``--resume never``, the default: the run directory is this launch's own."""
     config, output, log = write_config(tiny_base, tmp_path, "ddp", "lora"), tmp_path / "killed", tmp_path / "log"
-    with launched([*options, "train", str(config), f"output_dir={output}"], log) as launcher:
+    with launched([*options, "train", str(config), f"output_dir={output}", SHORTER], log) as launcher:
         for number in range(kills):
             first = max(steps_of(output), default=0)
-            wait_for_step(first + 7, output, launcher, log)
+            wait_for_step(first + 5, output, launcher, log)
             trainers(launcher)[1 - number].kill()
         assert launcher.wait(PATIENCE_S) == 0, log.read_text()
     text = log.read_text()
@@ -89,7 +90,7 @@ def test_a_killed_rank_is_started_again_and_goes_on(tiny_base: Path, tmp_path: P
         assert f"rank {1 - number} was ended by SIGKILL: starting all again, restart {number + 1} of " in text
         assert f"restart {number + 1}: going on from the newest checkpoint, as with --resume auto" in text
     assert text.count("resumed   ") == kills
-    whole = run_to_the_end(config, tmp_path / "whole")
+    whole = run_to_the_end(config, tmp_path / "whole", SHORTER)
     assert figures_of(output) == whole
     assert (output / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
@@ -102,14 +103,14 @@ def test_a_killed_rank_is_started_again_and_goes_on(tiny_base: Path, tmp_path: P
 )
 def test_stopped_through_the_launcher(tiny_base: Path, tmp_path: Path, launcher: str, number: signal.Signals) -> None:
     config, output, log = write_config(tiny_base, tmp_path, "fsdp2", "lora"), tmp_path / "stopped", tmp_path / "log"
-    with launched([*LAUNCHERS[launcher], "train", str(config), f"output_dir={output}"], log) as process:
+    with launched([*LAUNCHERS[launcher], "train", str(config), f"output_dir={output}", SHORTER], log) as process:
         wait_for_step(5, output, process, log)
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == 75, log.read_text()
     assert log.read_text().count(f"preempted by {number.name} at step {max(steps_of(output))}: saved ") == 1
     assert "Traceback" not in log.read_text()
-    whole = run_to_the_end(config, tmp_path / "whole")
-    assert run_to_the_end(config, output, "--resume", "auto") == whole
+    whole = run_to_the_end(config, tmp_path / "whole", SHORTER)
+    assert run_to_the_end(config, output, "--resume", "auto", SHORTER) == whole
 
 
 @pytest.mark.ci
@@ -119,7 +120,7 @@ def test_one_rank_under_a_launcher_that_the_user_calls(tiny_base: Path, tmp_path
     config, output, log = write_config(tiny_base, tmp_path, "ddp", "lora"), tmp_path / "stopped", tmp_path / "log"
     signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     torchrun = [str(BIN / "torchrun"), "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", signals]
-    with launched([*torchrun, "launch/train.py", str(config), f"output_dir={output}"], log) as process:
+    with launched([*torchrun, "launch/train.py", str(config), f"output_dir={output}", SHORTER], log) as process:
         wait_for_step(5, output, process, log)
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == 1, log.read_text()
