@@ -137,8 +137,9 @@ def train(
     if dry_run:
         _plan(checked)
         return
+    from sft_dist.runtime.world import restarts
     from sft_dist.train.preflight import preflight
-    from sft_dist.train.resume import AUTO, restarts, resume_after_restart
+    from sft_dist.train.resume import AUTO, resume_after_restart
 
     if restarts():
         resume = resume_after_restart(resume, checked.output_dir)

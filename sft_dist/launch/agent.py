@@ -23,7 +23,7 @@ from torch.distributed.launcher import api as launcher
 from sft_dist.launch.children import FORWARDED, Children, Process
 from sft_dist.launch.outcome import ENDED_BY_USR1, NAMED_EXIT_CODES, PREEMPTED_EXIT_CODE, code_of_signal
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, SIBLING_GRACE_S, forget, noted_exit_codes
-from sft_dist.runtime.process_group import ATTEMPT
+from sft_dist.runtime.world import ATTEMPT
 
 # Processes that were preempted have met before they end. One that is not there was not training, or is stuck.
 LEAVING_S = 60.0
@@ -68,7 +68,7 @@ class Agent(LocalElasticAgent):
         # The store of a static rendezvous is the same in every round; its launchers all take part in every round.
         key = f"{ATTEMPT}/{self._rounds}" if isinstance(handler, StaticTCPRendezvous) else ATTEMPT
         if worker_group.group_rank == 0:
-            store.set(key, uuid.uuid4().hex)
+            store.set(key, f"{self._rounds - 1}-{uuid.uuid4().hex}")
         os.environ[ATTEMPT] = store.get(key).decode()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:

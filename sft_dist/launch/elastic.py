@@ -72,7 +72,8 @@ def run_elastic(run: Callable[[str], None]) -> int:
             return 128 + int(error.sigval)
         finally:
             del os.environ[LAUNCH_FOLDER]
-        held.clear()  # of attempts that were followed by another
+        if ended:
+            held.clear()  # of an attempt that was followed by another
     return 0
 
 

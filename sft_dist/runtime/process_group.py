@@ -12,15 +12,11 @@ import torch
 import torch.distributed as dist
 
 from sft_dist.errors import ConfigError, SftError
-from sft_dist.runtime.world import RESTART_COUNT, World
+from sft_dist.runtime.world import World, attempt_name
 
 # Preparing data may take longer than any collective of training may: ranks wait for it on the store.
 PREPARE_TIMEOUT = timedelta(hours=24)
 HEARD_TIMEOUT = timedelta(seconds=10)
-
-# A word for this attempt, the same for all processes, where a launcher starts them again. Torchrun's count of restarts
-# is each node's own: a node that starts again only because another one does leaves it as it is.
-ATTEMPT = "SFT_DIST_ATTEMPT"
 
 
 def device_of(world: World) -> torch.device:
@@ -45,8 +41,7 @@ def join(world: World) -> dist.Store:
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size))
         # Under torchrun the store lives in the launcher, and still has what an earlier attempt wrote.
-        attempt = os.environ.get(ATTEMPT) or os.environ.get(RESTART_COUNT, "0")
-        return dist.PrefixStore(f"attempt-{attempt}", store)
+        return dist.PrefixStore(f"attempt-{attempt_name()}", store)
     # DeepSpeed reads this even when the group already stands.
     os.environ.setdefault("LOCAL_RANK", "0")
     return dist.HashStore()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
 from sft_dist.config.schema import Config
 from sft_dist.config.text import read_yaml
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.runtime.world import RESTART_COUNT
+from sft_dist.runtime.world import restarts
 
 if TYPE_CHECKING:
     from sft_dist.data.loader import TrainingOrder
@@ -27,11 +26,6 @@ DECIDE_THE_ORDER = {"data.train", "train.seed", "train.global_batch_size"}
 
 # Where a run is, what watches it and what it was planned and billed for change nothing about the run.
 PLACES = ("output_dir", "logging.", "hardware.")
-
-
-def restarts(env: Mapping[str, str] = os.environ) -> int:
-    """How often the launcher has started the processes of this launch again."""
-    return int(env.get(RESTART_COUNT, "0"))
 
 
 def resume_after_restart(resume: str, output_dir: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.pool import free_port
 from tests.launch.conftest import Launch, command_line
 
 LAUNCHERS = {
@@ -196,3 +197,33 @@ def test_no_restart_after_a_signal_to_the_launcher(stop: Stop, tmp_path: Path) -
     code, out, _ = stop(*TWO, "--max-restarts", "3", "train", "run.yaml", sending=send, seconds=60)
     assert code == 137
     assert "restart" not in out
+
+
+@pytest.mark.ci
+def test_nodes_start_again_together(environment: dict[str, str], tmp_path: Path) -> None:
+    """The launcher of the other node, whose process has not failed, counts no restart; its process knows of it."""
+    meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    statement = (
+        "import time; from sft_dist.runtime.world import attempt_name, restarts\n"
+        "print(rank, restarts(), attempt_name())\n"
+        "time.sleep(2); os.kill(os.getpid(), 9) if rank == 0 and not restarts() else time.sleep(60 * (not restarts()))"
+    )
+    nodes = [
+        subprocess.Popen(
+            command_line("torchrun.sh", *meeting, "--nproc-per-node", "1", "--max-restarts", "1", "train", "run.yaml"),
+            cwd=tmp_path, env=environment | {"IN_EACH_PROCESS": statement},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        answers = [node.communicate(timeout=120) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], answers
+    lines = [line.split() for out, _ in answers for line in out.splitlines() if not line.startswith("starting")]
+    assert sorted(line[:2] for line in lines) == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]
+    names = {count: {line[2] for line in lines if line[1] == count} for count in "01"}
+    assert [len(names[count]) for count in "01"] == [1, 1]
+    assert names["0"] != names["1"]

@@ -8,8 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+
+from sft_dist.errors import Preempted
+from sft_dist.runtime.failure import forget, noted_exit_codes, report
 
 PROLOGUE = """
 import signal, sys, time
@@ -117,3 +121,17 @@ print("ready", flush=True)
 """
     with python(program) as process:
         assert process.wait(timeout=10) == 0
+
+
+def test_preempted_is_told_in_one_line_by_rank_0_and_noted_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SFT_DIST_LAUNCH_FOLDER", str(tmp_path))
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        report(Preempted("preempted by SIGTERM at step 3: saved there", fix="go on with --resume auto"), debug=False)
+    said = capsys.readouterr()
+    assert said.err == "preempted by SIGTERM at step 3: saved there; go on with --resume auto\n"
+    assert noted_exit_codes(tmp_path) == {0: 75, 1: 75}
+    forget(tmp_path)
+    assert noted_exit_codes(tmp_path) == {}
