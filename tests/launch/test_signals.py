@@ -222,7 +222,7 @@ def test_nodes_start_again_together(environment: dict[str, str], tmp_path: Path)
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], answers
-    lines = [line.split() for out, _ in answers for line in out.splitlines() if not line.startswith("starting")]
+    lines = [line.split() for out, _ in answers for line in out.splitlines() if line[0].isdigit()]
     assert sorted(line[:2] for line in lines) == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]
     names = {count: {line[2] for line in lines if line[1] == count} for count in "01"}
     assert [len(names[count]) for count in "01"] == [1, 1]
