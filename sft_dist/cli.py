@@ -24,7 +24,7 @@ UNEXPECTED_EXIT_CODE = 1
 
 EPILOG = (
     "Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 3 does not fit, 4 data, "
-    "5 checkpoint or model on disk, 6 training diverged, 130 interrupted."
+    "5 checkpoint or model on disk, 6 training diverged, 75 stopped by a signal and saved, 130 interrupted."
 )
 
 
@@ -137,8 +137,15 @@ def train(
     if dry_run:
         _plan(checked)
         return
+    from sft_dist.runtime.world import restarts
     from sft_dist.train.preflight import preflight
+    from sft_dist.train.resume import AUTO, resume_after_restart
 
+    if restarts():
+        resume = resume_after_restart(resume, checked.output_dir)
+        if os.environ["RANK"] == "0":
+            place = f"--resume {resume}" if resume != AUTO else "the newest checkpoint, as with --resume auto"
+            typer.echo(f"restart {restarts()}: going on from {place}")
     preflight(checked, resume=resume)
     _put_own_tools_on_path()
     from sft_dist.runtime.quiet import quiet_libraries

@@ -87,6 +87,17 @@ class TrainingDiverged(SftError):
     exit_code = 6
 
 
+class Preempted(SftError):
+    """No failure: a signal asked the run to stop, and it has saved a checkpoint first.
+
+    ``what`` says so and ``fix`` how to go on. Every rank raises it. Schedulers know its exit code, EX_TEMPFAIL of
+    sysexits.h, as that of a job to be started again.
+    """
+
+    exit_code = 75
+    on_all_ranks = True
+
+
 class ShardingMismatch(SftError):
     """What a rank holds is not what the plan said it would hold, or the optimizer moves nothing."""
 

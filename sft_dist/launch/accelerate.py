@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 
 from sft_dist.errors import ConfigError
-from sft_dist.launch.children import watched_children
 from sft_dist.launch.command import MODULE, USAGE, WHAT_FOLLOWS, split_debug, start
 from sft_dist.launch.elastic import LOOPBACK, address_of_this_node, run_elastic
-from sft_dist.launch.outcome import exit_code, report_killed
 from sft_dist.runtime.quiet import name_accelerator
 
 PROGRAM = "launch/accelerate.sh"
@@ -169,18 +166,10 @@ def _choose_how_to_meet(options: argparse.Namespace) -> None:
 
 def _launch(options: argparse.Namespace, command: list[str]) -> int:
     options.module, options.training_script, options.training_script_args = True, MODULE, command
-    # One process alone, or DeepSpeed's launcher for several machines, is waited for; the others torchrun starts.
-    with watched_children() as children:
-        try:
-            return run_elastic(lambda folder: _run(options, folder))
-        except subprocess.CalledProcessError as error:
-            if children.signals:
-                return 128 + children.signals[0]
-            if error.returncode < 0:
-                report_killed(-error.returncode)
-            return exit_code({0: error.returncode})
-        except (ValueError, ConnectionError) as error:
-            raise ConfigError(f"accelerate's options: {error}", fix=SEE_HELP) from error
+    try:
+        return run_elastic(lambda folder: _run(options, folder))
+    except (ValueError, ConnectionError) as error:
+        raise ConfigError(f"accelerate's options: {error}", fix=SEE_HELP) from error
 
 
 def _run(options: argparse.Namespace, folder: str) -> None:

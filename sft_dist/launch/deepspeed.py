@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -17,9 +18,9 @@ from pathlib import Path
 import torch
 
 from sft_dist.errors import ConfigError
-from sft_dist.launch.children import watched_children
+from sft_dist.launch.children import FORWARDED, Process, watched_children
 from sft_dist.launch.command import MODULE, USAGE, WHAT_FOLLOWS, split_debug, start
-from sft_dist.launch.outcome import exit_code, report_killed
+from sft_dist.launch.outcome import code_of_signal, exit_code, report_killed
 from sft_dist.runtime.failure import LAUNCH_FOLDER, noted_exit_codes
 from sft_dist.runtime.quiet import name_accelerator
 
@@ -36,6 +37,8 @@ runs `sft-dist train CONFIG ...` in each. {WHAT_FOLLOWS}
 
 DeepSpeed says of its options, where user_script stands for the command:
 """
+
+NODE_LAUNCHER = "deepspeed.launcher.launch"
 
 # The launcher of a machine that ends by signal N reports 256 - N, as every program does that exits with -N.
 FIRST_SIGNAL_CODE = 192
@@ -152,8 +155,18 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _starts_the_processes(process: Process) -> bool:
+    """Whether this is DeepSpeed's launcher for one machine.
+
+    Told to end, it kills the processes after 30 s, saved or not. They end by themselves, and it with them.
+    """
+    return isinstance(process.args, list) and NODE_LAUNCHER in process.args
+
+
 def _launch(arguments: list[str]) -> int:
-    with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, watched_children() as children:
+    # SIGHUP too: in a session of its own, the launcher does not see its terminal go.
+    watched = watched_children(is_launcher=_starts_the_processes, numbers=(*FORWARDED, signal.SIGHUP))
+    with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, watched as children:
         os.environ[LAUNCH_FOLDER] = folder
         code = 0
         try:
@@ -165,8 +178,6 @@ def _launch(arguments: list[str]) -> int:
         finally:
             del os.environ[LAUNCH_FOLDER]
         noted = noted_exit_codes(Path(folder))
-        if children.signals:
-            return 128 + children.signals[0]
         if code == 0:
             code = children.last_code  # the runner is silent about a launcher that a signal ended
     if code == 0:
@@ -176,7 +187,9 @@ def _launch(arguments: list[str]) -> int:
         return exit_code(noted)
     if code > FIRST_SIGNAL_CODE:
         code -= 256
-    if code < 0:
+    if code == 1 and children.signals:
+        return code_of_signal(children.signals[0])
+    if code < 0 and not children.signals:
         report_killed(-code)
     return exit_code({0: code})
 

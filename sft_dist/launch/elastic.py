@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from sft_dist.errors import ConfigError
+from sft_dist.launch.agent import watching_agent
+from sft_dist.launch.children import Children, watched_children
 from sft_dist.launch.outcome import NAMED_EXIT_CODES, PREEMPTED_EXIT_CODE, exit_code, report_killed
+from sft_dist.runtime.failure import LAUNCH_FOLDER, noted_exit_codes
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_RENDEZVOUS_PORT = 29400  # torchrun's own
@@ -33,29 +39,52 @@ CANNOT_LEAVE = "has failed to shutdown the rendezvous"
 def run_elastic(run: Callable[[str], None]) -> int:
     """Runs a launch and returns its exit code, leaving out what the launcher says about a failure that is told already.
 
+    Signals to this process are sent on to those that train, and it waits for them: saving takes as long as it takes.
+
     Args:
         run: gets a temporary folder for the launcher's own files, which it would otherwise leave behind.
     """
     logging.getLogger(RENDEZVOUS_LOGGER).addFilter(_is_no_farewell)
-    with tempfile.TemporaryDirectory(prefix="sft_dist_launch_") as folder, _held_back(LOGGERS) as held:
+    temporary = tempfile.TemporaryDirectory(prefix="sft_dist_launch_")
+    with temporary as folder, _held_back(LOGGERS) as held, watched_children() as children:
+        os.environ[LAUNCH_FOLDER] = folder
         try:
-            run(folder)
+            with watching_agent(children, Path(folder)) as ended:
+                run(folder)
         except ChildFailedError as error:
-            code = exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
-            killed = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
-            killed = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
-            if code in NAMED_EXIT_CODES or code == PREEMPTED_EXIT_CODE:
+            # What the launcher did to the others afterwards is no cause.
+            failures = {rank: code for rank, code in ended.items() if code} or {
+                rank: failure.exitcode for rank, failure in error.failures.items()
+            }
+            code = exit_code(failures | noted_exit_codes(Path(folder)))
+            if _is_told(code, failures, children):
                 held.clear()
-            elif killed:
-                held.clear()
-                report_killed(killed[min(killed)], rank=min(killed))
             else:
                 print(error, file=sys.stderr)
             return code
+        except subprocess.CalledProcessError as error:
+            # Accelerate starts one process alone without torchrun, and DeepSpeed's launcher for several machines.
+            if error.returncode < 0 and not children.signals:
+                report_killed(-error.returncode)
+            return exit_code({0: error.returncode})
         except SignalException as error:
             held.clear()
             return 128 + int(error.sigval)
+        finally:
+            del os.environ[LAUNCH_FOLDER]
+        if ended:
+            held.clear()  # of an attempt that was followed by another
     return 0
+
+
+def _is_told(code: int, failures: dict[int, int], children: Children) -> bool:
+    """Whether the user knows why the launch failed; of a process that was killed, which could not say it, now."""
+    if code in NAMED_EXIT_CODES or code == PREEMPTED_EXIT_CODE or children.signals:
+        return True
+    killed = {rank: -code for rank, code in failures.items() if code < 0 and code != -signal.SIGTERM}
+    if killed:
+        report_killed(killed[min(killed)], rank=min(killed))
+    return bool(killed)
 
 
 def address_of_this_node(endpoint: str) -> str | None:

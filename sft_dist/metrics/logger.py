@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from sft_dist.config.schema import WandbConfig
-from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.errors import CheckpointError, ConfigError, Preempted
 from sft_dist.metrics.line_file import LineFile
 
 Metrics = dict[str, int | float]
@@ -88,6 +88,8 @@ class RunLogger:
                 self.say(escape(line))
         if self._wandb is not None:
             try:
+                if isinstance(error, Preempted):
+                    self._wandb.mark_preempting()
                 self._wandb.finish(exit_code=0 if kind is None else 1)
             except Exception as e:
                 self.say(f"[yellow]W&B did not finish ({escape(str(e))}); {METRICS} has all metrics")

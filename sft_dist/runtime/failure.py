@@ -12,12 +12,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from sft_dist.errors import SftError
+from sft_dist.errors import Preempted, SftError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what shells report for Ctrl-C
 
 # Names a folder that the processes of a launch on a node share, where the launcher does not give them one itself.
 LAUNCH_FOLDER = "SFT_DIST_LAUNCH_FOLDER"
+
+# In that folder: what a process that reported a failure notes of its exit code, and what has been said for all.
+NOTE, SAID = "failed-", "said-"
 
 # Longer than a launcher needs to see that a process has failed and to end the others; deepspeed looks every second.
 SIBLING_GRACE_S = 3.0
@@ -31,7 +34,11 @@ def report(error: SftError, *, debug: bool) -> None:
     """
     rank = os.environ.get("RANK", "0")
     if "RANK" in os.environ and LAUNCH_FOLDER in os.environ:
-        (Path(os.environ[LAUNCH_FOLDER]) / f"failed-{rank}").write_text(str(error.exit_code), encoding="utf-8")
+        (Path(os.environ[LAUNCH_FOLDER]) / f"{NOTE}{rank}").write_text(str(error.exit_code), encoding="utf-8")
+    if isinstance(error, Preempted):
+        if rank == "0":
+            _write(f"{error.what}; {error.fix}", prefix="")
+        return
     shared = error.on_all_ranks
     if shared and "RANK" in os.environ and not _is_first_to_say(str(error)):
         return
@@ -51,7 +58,7 @@ def _is_first_to_say(message: str) -> bool:
     """Whether no other process of this launch on this node has said ``message``."""
     folder = _folder_of_this_launch()
     if folder is not None:
-        said = folder / f"said-{hashlib.sha256(message.encode()).hexdigest()}"
+        said = folder / f"{SAID}{hashlib.sha256(message.encode()).hexdigest()}"
         try:
             said.touch(exist_ok=False)
         except FileExistsError:
@@ -74,7 +81,14 @@ def _folder_of_this_launch() -> Path | None:
 
 def noted_exit_codes(folder: Path) -> dict[int, int]:
     """Exit codes by rank of the processes that reported a failure, in a launch that shares ``folder``."""
-    return {int(file.name.rpartition("-")[2]): int(file.read_text()) for file in folder.glob("failed-*")}
+    return {int(file.name.rpartition("-")[2]): int(file.read_text()) for file in folder.glob(f"{NOTE}*")}
+
+
+def forget(folder: Path) -> None:
+    """Empties what the processes of an earlier attempt of the same launch left in ``folder``."""
+    for prefix in (NOTE, SAID):
+        for file in folder.glob(f"{prefix}*"):
+            file.unlink()
 
 
 def report_interrupt() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sft_dist.errors import ConfigError, SftError
-from sft_dist.runtime.world import World
+from sft_dist.runtime.world import World, attempt_name
 
 # Preparing data may take longer than any collective of training may: ranks wait for it on the store.
 PREPARE_TIMEOUT = timedelta(hours=24)
@@ -40,7 +40,8 @@ def join(world: World) -> dist.Store:
     store: dist.Store
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size))
-        return store
+        # Under torchrun the store lives in the launcher, and still has what an earlier attempt wrote.
+        return dist.PrefixStore(f"attempt-{attempt_name()}", store)
     # DeepSpeed reads this even when the group already stands.
     os.environ.setdefault("LOCAL_RANK", "0")
     return dist.HashStore()

@@ -12,6 +12,21 @@ from dataclasses import dataclass
 
 from sft_dist.errors import ConfigError
 
+# Torchrun's, in every process that it starts: how often it has started those of this node again after a failure. A node
+# that starts again only because another one does leaves it as it is; so the scripts of launch/ set a variable of their
+# own, "RESTARTS-NAME", the same for all processes of an attempt.
+RESTART_COUNT, ATTEMPT = "TORCHELASTIC_RESTART_COUNT", "SFT_DIST_ATTEMPT"
+
+
+def attempt_name(env: Mapping[str, str] = os.environ) -> str:
+    """Of this start of the processes, among those of the same launch."""
+    return env.get(ATTEMPT) or env.get(RESTART_COUNT, "0")
+
+
+def restarts(env: Mapping[str, str] = os.environ) -> int:
+    """How often the processes of this launch have been started again."""
+    return int(attempt_name(env).partition("-")[0])
+
 
 @dataclass(frozen=True)
 class WorldShape:

@@ -100,6 +100,14 @@ class Account:
     def end_training(self) -> None:
         self._ended = self._clock()
 
+    def preempted(self, by: str) -> None:
+        """The session ends here.
+
+        Args:
+            by: name of a signal.
+        """
+        self._session = replace(self._session, preempted_by=by)
+
     def evaluated(self, seconds: float) -> None:
         self._beside["evaluating"] += seconds
 

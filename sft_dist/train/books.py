@@ -88,6 +88,10 @@ class Books:
         if told is not None:
             logger.say(f"[yellow]{escape(told)}")
 
+    def break_off(self, logger: RunLogger) -> None:
+        """The session ends before the run does, by a signal: its wall time and price are known."""
+        self._write(logger, self.account.sessions())
+
     def _write(self, logger: RunLogger, sessions: tuple[Session, ...], **more: dict[str, Any]) -> None:
         parts = {"made_with": self.made_with, "planned": planned(self.account.outlook), **more}
         try:

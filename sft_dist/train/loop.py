@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -13,18 +14,21 @@ from rich.markup import escape
 
 from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.manifest import Position
+from sft_dist.checkpoint.store import name_of
 from sft_dist.data.loader import Step, TrainingOrder
 from sft_dist.data.prepared import PreparedData
-from sft_dist.errors import TrainingDiverged
+from sft_dist.errors import Preempted, TrainingDiverged
 from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
 from sft_dist.runtime.seeding import seed_step
+from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from sft_dist.train.account import Account, TrainedStep
+from sft_dist.train.agreement import Agreement
 from sft_dist.train.position import position_after
 from sft_dist.train.step import StepOutcome, evaluate, train_step
 
@@ -51,6 +55,7 @@ class Training:
         spec: what this rank holds between steps.
         eval_data: held-out rows, or None.
         logger, account: on rank 0; None elsewhere.
+        signals: that this process notes.
         completed: steps that are behind ``strategy``'s state; more than 0 when the run is resumed.
     """
 
@@ -66,22 +71,26 @@ class Training:
         logger: RunLogger | None,
         account: Account | None,
         checkpointer: Checkpointer,
+        signals: Signals,
         *,
         num_steps: int,
         completed: int,
     ) -> None:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
         self.order, self.eval_data, self.checkpointer = order, eval_data, checkpointer
-        self.logger, self.account = logger, account
+        self.logger, self.account, self.signals = logger, account, signals
+        self.agreement = Agreement()
         self.num_steps, self.completed = num_steps, completed
         self._best_loss = checkpointer.best_loss()
         self._eval_loss: float | None = None  # of the state as it is
+        self._saved_at = time.monotonic()
         self._unread: _Finished | None = None
 
     def train(self) -> None:
         """Trains to the last step.
 
         Raises:
+            Preempted: a signal asked for it, on any rank; a checkpoint is saved.
             TrainingDiverged: a loss or a gradient norm is not finite.
             ShardingMismatch: the first step moved nothing, or left something gathered.
         """
@@ -94,6 +103,7 @@ class Training:
             self._finish_saving()
             raise
         self._finish_saving()
+        self._agree(is_saved=True)
         if self.account is not None:
             self.account.end_training()
 
@@ -127,9 +137,43 @@ class Training:
         self._eval_loss = None
         if self._evaluation_is_due():
             self._evaluate()
-        if self._checkpoint_is_due():
+        is_saved = self._checkpoint_is_due()
+        if is_saved:
             self._save()
         self._tell_of_saves()
+        self._agree(is_saved=is_saved)
+
+    def _agree(self, *, is_saved: bool) -> None:
+        """Does what any rank asks all of them to do at the end of a step.
+
+        Args:
+            is_saved: whether this step has a checkpoint already.
+        """
+        agreed = self.agreement.reached(
+            signal=self.signals.noted,
+            save_is_due=self._clock_says_so(),
+            save_failed=self.checkpointer.has_failed,
+        )
+        if agreed.save_failed:
+            self._finish_saving()
+        if (agreed.signal or agreed.save_is_due) and not is_saved:
+            self._save()
+        if agreed.signal:
+            self._leave(signal.Signals(agreed.signal).name)
+
+    def _clock_says_so(self) -> bool:
+        """Whether ``checkpoint.every_minutes`` are over, by the clock of rank 0."""
+        minutes = self.run.checkpoint.every_minutes
+        return minutes is not None and self.world.is_main and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _leave(self, by: str) -> None:
+        self._finish_saving()
+        if self.account is not None:
+            self.account.preempted(by)
+        checkpoint = self.checkpointer.folder / name_of(self.completed)
+        # With checkpoint.on_failure: continue, a disk that is full has been told and stops nothing.
+        how = f"saved {checkpoint}" if checkpoint.exists() else f"{checkpoint} could not be saved, older ones are there"
+        raise Preempted(f"preempted by {by} at step {self.completed}: {how}", fix="go on with --resume auto")
 
     def _evaluation_is_due(self) -> bool:
         return self._is_due(self.run.eval.every_steps)
@@ -147,7 +191,7 @@ class Training:
         """Begins to save; it goes on beside the steps that follow."""
         # A step that diverged must not become a checkpoint.
         self._read()
-        started = time.perf_counter()
+        started, self._saved_at = time.perf_counter(), time.monotonic()
         self.checkpointer.save(self.strategy, self._position())
         if self._eval_loss is not None:
             self._best_loss = min(self._best_loss, self._eval_loss)

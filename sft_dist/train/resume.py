@@ -11,6 +11,7 @@ from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
 from sft_dist.config.schema import Config
 from sft_dist.config.text import read_yaml
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.runtime.world import restarts
 
 if TYPE_CHECKING:
     from sft_dist.data.loader import TrainingOrder
@@ -25,6 +26,16 @@ DECIDE_THE_ORDER = {"data.train", "train.seed", "train.global_batch_size"}
 
 # Where a run is, what watches it and what it was planned and billed for change nothing about the run.
 PLACES = ("output_dir", "logging.", "hardware.", "checkpoint.mirror")
+
+
+def resume_after_restart(resume: str, output_dir: str) -> str:
+    """What ``--resume`` means in a process that was started again: to go on with what this launch has trained.
+
+    Until this launch has saved, a run that branched off goes on from its PATH once more.
+    """
+    if resume == NEVER or store.complete_checkpoints(checkpoints_folder(output_dir)):
+        return AUTO
+    return resume
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -79,7 +90,7 @@ def find_checkpoints(resume: str, output_dir: str) -> list[Path]:
         )
     completed = Manifest.read(wanted).completed_steps
     is_own = wanted.resolve().parent == folder.resolve()
-    if not is_own and holds_a_run(Path(output_dir)):
+    if not is_own and holds_a_run(Path(output_dir)) and not restarts():
         raise ConfigError(
             f"--resume {resume} is of another run than the one that output_dir {output_dir} holds",
             fix="set another output_dir, where the run goes on from that checkpoint",

@@ -33,7 +33,7 @@ from sft_dist.data.messages import Conversation
 from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
-from sft_dist.errors import CheckpointError, ConfigError, DataError, RowError
+from sft_dist.errors import CheckpointError, ConfigError, DataError, Preempted, RowError
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.model.renderer import renderer_of
@@ -46,6 +46,7 @@ from sft_dist.run import Run
 from sft_dist.runtime.accelerate_environment import read_accelerate_environment
 from sft_dist.runtime.memory import least_memory_bytes, most_allocated_bytes
 from sft_dist.runtime.process_group import device_of, join, process_group, run_on_main_first
+from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import unsupported_on
@@ -80,7 +81,13 @@ def run_training(config: Config, *, resume: str = NEVER, allowed: Collection[str
     Raises:
         SftError: one of its kinds for every mistake in configuration, data or model, when training diverges, and when
             what was saved is not what was trained.
+        Preempted: a signal ended training. This process is then to end: it no longer heeds such signals.
     """
+    with Signals(is_main=World.from_environment().is_main) as signals:
+        _run_training(config, signals, resume=resume, allowed=allowed)
+
+
+def _run_training(config: Config, signals: Signals, *, resume: str, allowed: Collection[str]) -> None:
     ready = make_ready(config, resume=resume)
     run, process, inputs = ready.run, ready.process, ready.inputs
     # Before there is a process group: a plan of ranks that share sequences makes one of its own.
@@ -93,7 +100,12 @@ def run_training(config: Config, *, resume: str = NEVER, allowed: Collection[str
             own=checkpoints_folder(run.output_dir),
             replace=_by_its_copy(ready.config, process),
         )
-        train(run, ready.config, process, inputs, outlook, start=start, allowed=allowed)
+        try:
+            train(run, ready.config, process, inputs, outlook, signals, start=start, allowed=allowed)
+        except Preempted:
+            # A launcher may end the others as soon as one has ended, and rank 0 has more to do.
+            dist.barrier()
+            raise
         dist.barrier()
 
 
@@ -201,6 +213,7 @@ def train(
     process: Process,
     inputs: Inputs,
     outlook: Outlook | None,
+    signals: Signals,
     *,
     start: Path | None = None,
     allowed: Collection[str] = (),
@@ -250,10 +263,17 @@ def train(
                 for line in changed_settings(start, config):
                     logger.say(f"[yellow]changed   {escape(line)}")
             books.begin(logger)
-        Training(
+        training = Training(
             run, world, process.device, strategy, spec, order, inputs.eval_data, logger,
-            None if books is None else books.account, checkpointer, num_steps=num_steps, completed=completed,
-        ).train()  # fmt: skip
+            None if books is None else books.account, checkpointer, signals, num_steps=num_steps, completed=completed,
+        )  # fmt: skip
+        try:
+            with signals.while_training():
+                training.train()
+        except Preempted:
+            if logger is not None and books is not None:
+                books.break_off(logger)
+            raise
         checkpointer.close()
         peak_bytes = most_allocated_bytes(process.device)
         _write_artefact(final, run, process, inputs, strategy)

@@ -29,6 +29,7 @@ class Session:
         elapsed_s: wall time, of a session that did not end until its last line.
         cost_usd: None where no price was known.
         ended: whether it came to its end.
+        preempted_by: name of the signal after which it saved and stopped; else None.
     """
 
     started: str
@@ -36,6 +37,7 @@ class Session:
     elapsed_s: float = 0.0
     cost_usd: float | None = None
     ended: bool = False
+    preempted_by: str | None = None
 
 
 _SESSIONS = TypeAdapter(tuple[Session, ...])

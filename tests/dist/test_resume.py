@@ -22,6 +22,7 @@ from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.loader import micro_batches
 from sft_dist.errors import SftError
 from sft_dist.resolve import resolve
+from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.train import loop
 from sft_dist.train import run as train_run
@@ -69,9 +70,9 @@ def run_part(cfg_yaml: str, start: str | None, allowed: tuple[str, ...] = ()) ->
         )
         process = train_run.Process(world, cells.CPU, cells.store())
         outlook = look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
-        train_run.train(
-            run, cfg, process, inputs, outlook, start=None if start is None else Path(start), allowed=allowed
-        )
+        with Signals(is_main=world.is_main) as signals:
+            place = None if start is None else Path(start)
+            train_run.train(run, cfg, process, inputs, outlook, signals, start=place, allowed=allowed)
     steps = [line for line in metrics(Path(run.output_dir)) if "loss" in line]
     return Part(seen, [(line["step"], line["loss"], line["grad_norm"]) for line in steps])
 
@@ -351,3 +352,35 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert all(kinds[n + 1] == "written" for n, kind in enumerate(kinds) if kind == "write"), "not one step meanwhile"
     assert shards(tmp_path / "a") == shards(tmp_path / "b") != {}
     assert final_bytes(tmp_path / "a") == final_bytes(tmp_path / "b")
+
+
+def test_the_clock_of_rank_0_makes_all_save(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    text = yaml.safe_load(config(tiny_base, tmp_path / "a", "full", "fsdp2", every_steps=99))
+    text["checkpoint"]["every_minutes"] = 1e-9
+    world(2).run(run_part, yaml.safe_dump(text), None)
+    assert sorted(path.name[-1] for path in (tmp_path / "a/checkpoints").iterdir()) == ["1", "2", "3", "4", "5"]
+
+
+def until_it_fails(cfg_yaml: str) -> tuple[str, list[int]]:
+    """What a run says whose first checkpoint finds no room on rank 1, and the steps that were trained until then."""
+    write, output = checkpointer.write_shard, Path(yaml.safe_load(cfg_yaml)["output_dir"])
+
+    def refuse(path: Path, pieces: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return write(path, pieces)
+
+    with patch.object(checkpointer, "write_shard", refuse), pytest.raises(SftError) as caught:
+        run_part(cfg_yaml, None)
+    return caught.value.what, [line["step"] for line in metrics(output)]
+
+
+def test_a_save_that_must_not_fail_ends_the_run_before_the_next_one(
+    world: Worlds, tiny_base: Path, tmp_path: Path
+) -> None:
+    text = yaml.safe_load(config(tiny_base, tmp_path / "a", "full", "fsdp2", every_steps=999))
+    epoch = cells.synthetic_data(rows=60, packing=text["data"]["packing"] != "none").num_sequences
+    text["train"] |= {"global_batch_size": 1, "max_steps": 2 * epoch}
+    for what, steps in world(2).run(until_it_fails, yaml.safe_dump(text)):
+        assert f"step-{epoch:08d}: No space left on device" in what
+        assert epoch <= steps[-1] < 2 * epoch - 1, "saved at the end of the epoch, and next at the end of the run"

@@ -22,6 +22,7 @@ from sft_dist.data.chat_template import load_renderer
 from sft_dist.errors import CheckpointError, ShardingMismatch, TrainingDiverged
 from sft_dist.resolve import resolve
 from sft_dist.runtime.seeding import step_seed
+from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
@@ -44,7 +45,8 @@ def train(cfg_yaml: str, sample: Any = None) -> None:
     held_out = cells.synthetic_data(rows=5, seed=99) if cfg.eval.every_steps is not None else None
     inputs = train_run.Inputs(cells.synthetic_data(), held_out, renderer, sample)
     seen = outlook.look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
-    train_run.train(run, cfg, train_run.Process(world, cells.CPU, cells.store()), inputs, seen)
+    with Signals(is_main=world.is_main) as signals:
+        train_run.train(run, cfg, train_run.Process(world, cells.CPU, cells.store()), inputs, seen, signals)
 
 
 def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any) -> Config:

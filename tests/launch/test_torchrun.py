@@ -160,6 +160,9 @@ def test_a_rendezvous_that_no_one_can_find(
         ({0: 75, 1: -15}, 75),
         ({0: 75, 1: 4}, 4),  # rank 0 was ended because rank 1 failed: do not requeue
         ({0: 75, 1: 1}, 1),
+        ({0: -10, 1: 75}, 75),  # rank 0 had not begun to listen to SIGUSR1
+        ({0: 1, 1: -9}, 137),  # rank 0 lost its peer, which was killed
+        ({0: 130, 1: -2}, 130),
         ({0: 1, 1: -15}, 1),
         ({2: -9, 3: -15}, 137),
         ({0: -15, 1: -15}, 143),

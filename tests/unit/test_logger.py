@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sft_dist.config.schema import WandbConfig
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, Preempted
 from sft_dist.metrics.logger import RunLogger
 
 OFF = WandbConfig(mode="disabled")
@@ -31,6 +31,7 @@ class FakeWandb(SimpleNamespace):
 
     def __init__(self) -> None:
         super().__init__(logged=[], finished=[], ids=[], id="first", Settings=lambda **_: None)
+        self.is_preempting = False
 
     def init(self, **settings: Any) -> FakeWandb:
         self.ids.append((settings["id"], settings["resume"]))
@@ -40,6 +41,9 @@ class FakeWandb(SimpleNamespace):
         if step == 2:
             raise OSError("disk full")
         self.logged.append((step, metrics["loss"]))
+
+    def mark_preempting(self) -> None:
+        self.is_preempting = True
 
     def finish(self, exit_code: int) -> None:
         self.finished.append(exit_code)
@@ -94,6 +98,15 @@ def test_wandb_is_told_how_the_run_ended(
             run()
     assert wandb.logged == [(1, 1.5)]
     assert wandb.finished == [code]
+
+
+def test_wandb_is_told_that_the_run_was_preempted(tmp_path: Path, wandb: FakeWandb) -> None:
+    with (
+        pytest.raises(Preempted),
+        RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=1),
+    ):
+        raise Preempted("preempted", fix="go on")
+    assert (wandb.is_preempting, wandb.finished) == (True, [1])
 
 
 def test_wandb_that_does_not_start_is_a_mistake_in_the_config(

@@ -20,8 +20,8 @@ from sft_dist.data.packing import Packs
 from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.resolve import resolve
-from sft_dist.runtime.world import WorldShape
-from sft_dist.train.resume import changed_settings, check_position, find_checkpoints
+from sft_dist.runtime.world import WorldShape, restarts
+from sft_dist.train.resume import changed_settings, check_position, find_checkpoints, resume_after_restart
 from tests.helpers import cells
 from tests.helpers.checkpoints import make_checkpoint
 
@@ -42,6 +42,27 @@ def test_auto_does_not_overwrite_what_is_finished(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has final/ of a finished run and no checkpoint"):
         find_checkpoints("auto", str(tmp_path))
     assert find_checkpoints("auto", str(make_checkpoint(tmp_path, 3).parents[1]))
+
+
+def test_a_launch_that_was_started_again_goes_on_with_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {"TORCHELASTIC_RESTART_COUNT": "0"}
+    assert [restarts({}), restarts(first), restarts({"TORCHELASTIC_RESTART_COUNT": "2"})] == [0, 0, 2]
+    # Another node's process failed: the count of this node is what it was.
+    assert restarts({**first, "SFT_DIST_ATTEMPT": "1-abc"}) == 1
+
+    begun = tmp_path / "branch"
+    begun.mkdir()
+    (begun / "metrics.jsonl").touch()
+    trunk = str(make_checkpoint(tmp_path / "trunk", 5))
+    with pytest.raises(ConfigError, match="is of another run"):
+        find_checkpoints(trunk, str(begun))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [resume_after_restart(resume, str(begun)) for resume in ("never", "auto", trunk)] == ["auto", "auto", trunk]
+    assert find_checkpoints(trunk, str(begun)) == [Path(trunk)]
+    make_checkpoint(begun, 7)
+    assert [resume_after_restart(resume, str(begun)) for resume in ("never", "auto", trunk)] == ["auto"] * 3
 
 
 def test_what_was_changed_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""What all ranks decide together at the end of a step, from what each of them knows alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The same on all ranks.
+
+    Args:
+        signal: the largest number of a signal that any rank has noted; 0: none has.
+        save_is_due: whether any rank says so.
+        save_failed: whether any rank knows that a save went wrong in a way that ends the run.
+    """
+
+    signal: int
+    save_is_due: bool
+    save_failed: bool
+
+
+class Agreement:
+    """Made once, by all ranks at the same place of the program; needs the process group.
+
+    It has a gloo group of its own, on GPUs too: it waits for the other hosts, never for a device, and what it sends is
+    no part of the collectives of training.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+
+    def reached(self, *, signal: int, save_is_due: bool, save_failed: bool) -> Agreed:
+        """All ranks call this at the same place; each returns when all have called.
+
+        Args:
+            signal: number of a signal that this rank has noted, or 0.
+            save_is_due, save_failed: by what this rank alone knows, such as its clock.
+        """
+        # int64 [fields], the largest of each over the ranks.
+        said = torch.tensor([signal, save_is_due, save_failed], dtype=torch.int64)
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
+        number, is_due, has_failed = said.tolist()
+        return Agreed(signal=number, save_is_due=bool(is_due), save_failed=bool(has_failed))
