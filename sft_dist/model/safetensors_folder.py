@@ -137,7 +137,7 @@ class UnmappedFolder(SafetensorsFolder):
         stored = self.tensors[key]
         size = _itemsize(stored.dtype)
         values = torch.empty((stop - start) * size, dtype=torch.uint8)
-        missing, at = memoryview(values.numpy()), self._offsets[key] + start * size
+        missing, at = values.numpy().data, self._offsets[key] + start * size
         while missing:
             try:
                 count = os.preadv(self._descriptors[stored.file], [missing], at)

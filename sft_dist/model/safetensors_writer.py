@@ -143,7 +143,7 @@ class SafetensorsWriter:
                 f"{name} is {plan.dtype} {list(plan.shape)}: {part.numel()} elements of {part.dtype} behind "
                 f"{place.written} are none of it"
             )
-        data = memoryview(part.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+        data = part.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data
         at = place.offset + place.written * plan.dtype.itemsize
         while data:
             count = os.pwrite(place.descriptor, data, at)
