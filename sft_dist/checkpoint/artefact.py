@@ -120,6 +120,7 @@ def write_expected(
         "method": spec.method.type,
         "quantization": spec.method.quantization.model_dump() if isinstance(spec.method, QloraMethod) else None,
         "dtype": spec.compute,
+        "stored": spec.compute,
         "vocabulary": spec.vocab_size if spec.tokens.new_rows else None,
         "weights": dict(weights),
         "probes": [{"input_ids": probe.input_ids, "positions": probe.positions} for probe in probes],

@@ -54,7 +54,8 @@ def main(artefact: Path, expected_folder: Path) -> None:
         # First, one after the other: two models need twice the memory.
         references = [reference_logits(each, expected["probes"], dtype) for each in expected["references"]]
     if is_adapter:
-        model = load_adapter(artefact, expected["quantization"], dtype, expected["vocabulary"])
+        stored = DTYPES[expected["stored"]]
+        model = load_adapter(artefact, expected["quantization"], dtype, expected["vocabulary"], stored)
     else:
         model, load_findings = load(artefact, dtype)
         findings += load_findings
@@ -98,7 +99,11 @@ def load(artefact: Path, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
 
 
 def load_adapter(
-    artefact: Path, quantization: dict[str, Any] | None, dtype: torch.dtype, vocabulary: int | None
+    artefact: Path,
+    quantization: dict[str, Any] | None,
+    dtype: torch.dtype,
+    vocabulary: int | None,
+    stored: torch.dtype | None = None,
 ) -> nn.Module:
     """An adapter on its base on the CPU, computing in ``dtype`` with the values that it was trained with.
 
@@ -106,6 +111,7 @@ def load_adapter(
         quantization: of the base, its ``type`` "nf4" or "int8" and the layers that ``skip`` lists; None for 16 or 32
             bits.
         vocabulary: size to which the base is resized, as README.md in the artefact says, or None.
+        stored: dtype that the base has before it is quantised and computes; None for ``dtype``.
     """
     adapter = json.loads((artefact / "adapter_config.json").read_text())
     base, revision = adapter["base_model_name_or_path"], adapter["revision"] or "main"
@@ -117,7 +123,7 @@ def load_adapter(
         # Without a list Transformers leaves out the output layer; a list has to name it.
         skip = [*skip, output_layer(config)] if skip else None
         options["quantization_config"] = quantize_as(quantization["type"], skip, dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=stored or dtype, **options)
     compute_in(loaded, dtype)
     by_whole_blocks(loaded, dtype)
     if vocabulary is not None:
@@ -234,7 +240,9 @@ def reference_logits(reference: dict[str, Any], probes: list[dict[str, Any]], dt
     """Logits of another artefact on each probe: an adapter on its base, or a whole model."""
     folder = Path(reference["folder"])
     if (folder / "adapter_config.json").is_file():
-        model = load_adapter(folder, reference["quantization"], dtype, reference["vocabulary"])
+        # NF4 of weights that were rounded before has other bytes.
+        stored = DTYPES[reference["stored"]]
+        model = load_adapter(folder, reference["quantization"], dtype, reference["vocabulary"], stored)
     else:
         model, _ = load(folder, dtype)
     return [probe_logits(model, probe) for probe in probes]

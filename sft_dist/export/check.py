@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from sft_dist.checkpoint import fresh_process
 from sft_dist.checkpoint.artefact import TOLERANCE, require_proof
 from sft_dist.config.schema import QloraMethod
-from sft_dist.model.spec import ModelSpec
+from sft_dist.model.spec import Dtype, ModelSpec
 
 # Two short texts; whoever answers them differently is another model.
 PROMPTS = ("The capital of Japan is", "1, 2, 3, 5, 8,")
@@ -30,6 +30,7 @@ class Reference:
         folder: an adapter or a whole model.
         quantization: of the adapter's base: ``type`` and ``skip``; None where it is not quantised.
         vocabulary: to which that is resized, or None.
+        stored: dtype of that before it is quantised, "fp32" or "bf16"; fp32 where it is not.
         tolerance: of the logits, root mean square over root mean square; None: the difference is only measured.
     """
 
@@ -37,6 +38,7 @@ class Reference:
     quantization: dict[str, object] | None
     vocabulary: int | None
     tolerance: float | None
+    stored: Dtype = "fp32"
 
     @classmethod
     def adapter(cls, folder: Path, spec: ModelSpec, *, tolerance: float | None) -> Reference:
@@ -44,7 +46,8 @@ class Reference:
         method = spec.method
         quantization = method.quantization.model_dump() if isinstance(method, QloraMethod) else None
         vocabulary = spec.vocab_size if spec.tokens.new_rows else None
-        return cls(str(folder), quantization, vocabulary, tolerance)
+        stored = spec.compute if quantization is not None else "fp32"
+        return cls(str(folder), quantization, vocabulary, tolerance, stored)
 
 
 def tolerance_of(*dtypes: str) -> float:
@@ -82,6 +85,7 @@ def prove_export(
         "quantization": None if adapter is None else adapter.quantization,
         "dtype": "fp32",
         "vocabulary": None if adapter is None else adapter.vocabulary,
+        "stored": "fp32" if adapter is None else adapter.stored,
         "weights": None if weights is None else dict(weights),
         "probes": [{"input_ids": each, "positions": list(range(len(each)))} for each in ids],
         "template": None,

@@ -96,7 +96,8 @@ def run_export(path: Path, wish: Wish, *, checkpoint: str | None = None) -> Path
         else:
             proven = _export_adapter(source, wish, folder, console)
         _publish(unfinished, folder)
-    console.print(_summary(folder, source, proven, time.perf_counter() - started, is_adapter=what == "adapter"))
+    told = _summary(folder, source, proven, time.perf_counter() - started, is_adapter=what == "adapter")
+    console.print(told, soft_wrap=True)
     return folder
 
 

@@ -122,8 +122,10 @@ def _sorted(names: Iterable[tuple[str, str]]) -> _Names:
         elif path.endswith(TOKEN_ROWS):
             found.rows[f"{path.removesuffix(TOKEN_ROWS)}.weight"] = name
         else:
-            # A part that is trained whole; older versions of PEFT name their copy of it.
-            found.whole[path.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")] = name
+            # Trained whole, or the base's own under an adapter of the output layer, which PEFT saves too.
+            for part in (".modules_to_save.default.", ".modules_to_save.", ".base_layer."):
+                path = path.replace(part, ".")
+            found.whole[path] = name
     return found
 
 

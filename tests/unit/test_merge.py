@@ -44,10 +44,14 @@ def plain(folder: Path, more: tuple[int, ...] = ()) -> list[Tensor]:
 
 
 def peft(
-    folder: Path, quantization: dict[str, Any] | None = None, vocabulary: int | None = None, more: tuple[int, ...] = ()
+    folder: Path,
+    quantization: dict[str, Any] | None = None,
+    vocabulary: int | None = None,
+    more: tuple[int, ...] = (),
+    stored: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Logits of an adapter on its base by peft."""
-    return logits(fresh_process.load_adapter(folder, quantization, torch.float32, vocabulary), more)
+    return logits(fresh_process.load_adapter(folder, quantization, torch.float32, vocabulary, stored), more)
 
 
 def difference(some: list[Tensor], others: list[Tensor]) -> float:
@@ -137,8 +141,8 @@ def test_a_base_that_is_quantised_in_its_files(tiny_base: Path, tmp_path: Path, 
         run_export(tmp_path / "run", replace(UNCHECKED, base="original", out=tmp_path / "other"))
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("bf16", 8), ("fp16", 11), (None, 24)])
-def test_the_dtype_is_what_is_asked_for(tiny_base: Path, tmp_path: Path, dtype: Any, bits: int) -> None:
+@pytest.mark.parametrize(("dtype", "most"), [("bf16", 1e-2), ("fp16", 2e-3), (None, 1e-6)])
+def test_the_dtype_is_what_is_asked_for(tiny_base: Path, tmp_path: Path, dtype: Any, most: float) -> None:
     finished_run(tiny_base, tmp_path, "lora")
     folder = run_export(tmp_path, replace(UNCHECKED, dtype=dtype))
     exact = load_file(run_export(tmp_path, replace(UNCHECKED, dtype="fp32", out=tmp_path / "exact")) / WEIGHTS)
@@ -148,7 +152,7 @@ def test_the_dtype_is_what_is_asked_for(tiny_base: Path, tmp_path: Path, dtype: 
     config = json.loads((folder / "config.json").read_text())
     assert str(wanted).removeprefix("torch.") in (config.get("dtype"), config.get("torch_dtype"))
     assert all(torch.equal(found[name], value.to(wanted)) for name, value in exact.items()), "rounded once"
-    assert difference(plain(folder), peft(tmp_path / "final")) < 4 * 2**-bits
+    assert difference(plain(folder), peft(tmp_path / "final")) < most
 
 
 WEIGHTS = "model.safetensors"
@@ -158,7 +162,8 @@ def test_a_run_in_bf16_is_merged_in_bf16(tiny_base: Path, tmp_path: Path) -> Non
     finished_run(tiny_base, tmp_path, "qlora", compute="bf16")
     folder = run_export(tmp_path, UNCHECKED)
     assert {tensor.dtype for tensor in load_file(folder / WEIGHTS).values()} == {torch.bfloat16}
-    assert difference(plain(folder), peft(tmp_path / "final", {"type": "nf4", "skip": []})) < 2e-2
+    expected = peft(tmp_path / "final", {"type": "nf4", "skip": []}, stored=torch.bfloat16)
+    assert difference(plain(folder), expected) < 1e-2
 
 
 def test_what_fp16_cannot_hold_is_refused(tiny_base: Path, tmp_path: Path) -> None:
@@ -225,7 +230,7 @@ def test_what_would_be_merged_wrongly_is_refused(tiny_base: Path, tmp_path: Path
 
 def test_an_adapter_of_another_base_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     finished_run(tiny_base, tmp_path, "lora")
-    for wrong, what in (({"num_layers": 1}, "changes 14 parameters"), ({"hidden_size": 32}, "is wanted")):
+    for wrong, what in (({"num_layers": 1}, "changes 7 parameters"), ({"hidden_size": 32}, "is wanted")):
         base = build_base(tmp_path / f"base{next(iter(wrong))}", **wrong)
         path = tmp_path / "final/adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
