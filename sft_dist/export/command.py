@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.fresh_process import digest
+from sft_dist.checkpoint.manifest import Manifest
 from sft_dist.config.schema import FullMethod, QloraMethod
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.export.check import Reference, prove_export, tolerance_of
@@ -268,7 +269,7 @@ def _about(source: Source) -> str:
     if source.config is None:
         return ""
     identity = identity_of_source(source)
-    steps = int(source.folder.name.removeprefix("step-")) if source.kind == "checkpoint" else None
+    steps = Manifest.read(source.folder).position.completed_steps if source.kind == "checkpoint" else None
     return training_section(source.config, source.run_directory, identity=identity, steps=steps)
 
 

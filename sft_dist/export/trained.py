@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,12 @@ def master_weights(reader: CheckpointReader) -> Iterator[tuple[str, Tensor]]:
             yield name.removeprefix(MASTER), reader.read(name)
 
 
+def _read_and_release(reader: CheckpointReader, name: str) -> Tensor:
+    value = reader.read(name)
+    reader.release()
+    return value
+
+
 def merged(source: Source, base: Base | None) -> Whole:
     """The model that an adapter makes of its base.
 
@@ -160,7 +167,7 @@ def merged(source: Source, base: Base | None) -> Whole:
         return trained_adapter(
             spec.method,
             [name.removeprefix(MASTER) for name in reader.names if name.startswith(MASTER)],
-            lambda name: reader.read(f"{MASTER}{name}"),
+            lambda name: _read_and_release(reader, f"{MASTER}{name}"),
             token_ids=spec.tokens.trained_ids,
             started_from=weights.factors,
         )
@@ -214,7 +221,7 @@ def whole_model(source: Source) -> Whole:
             if f"{MASTER}{name}" in reader.names
             for hf_name in tensor.names
         }
-        return trained_whole(names, reader.read)
+        return trained_whole(names, partial(_read_and_release, reader))
 
     return Whole.of(spec, changes, trained=spec)
 

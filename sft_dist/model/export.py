@@ -128,7 +128,9 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
     assert isinstance(model.hf, PeftModel)
     config = lora_config(spec.method, base_model=spec.path, revision=spec.revision)
     # The names that `all-linear` stood for: the adapter must load on its base without guessing.
-    config.target_modules = model.hf.peft_config["default"].target_modules
+    names = model.hf.peft_config["default"].target_modules
+    # PEFT keeps a set, whose order would be another one in each process.
+    config.target_modules = names if isinstance(names, str) or names is None else sorted(names)
     config.use_dora = spec.method.dora
     config.inference_mode = True
     rows = sorted(name for name in state if name.endswith(TOKEN_ROWS))
