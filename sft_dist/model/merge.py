@@ -23,8 +23,8 @@ from sft_dist.model.safetensors_writer import SafetensorsWriter, TensorPlan
 from sft_dist.model.weights import Weights
 from sft_dist.runtime.memory import release_freed_memory
 
-# That are merged at a time; in fp32 64 MiB, and as much for the product.
-ELEMENTS_AT_ONCE = 1 << 24
+# That are merged at a time: 16 MiB in fp32, few enough for freed memory to be used again at once.
+ELEMENTS_AT_ONCE = 1 << 22
 
 # After so many bytes what was freed on the way is handed back.
 RELEASE_EVERY_BYTES = 1 << 28
@@ -77,9 +77,11 @@ class Merge:
         for name, tensor in self._base.items():
             key, digest = self._weights.key(name), xxhash.xxh3_128()
             for part in self._parts(name, tensor):
-                written = part if tensor.is_buffer else self._cast(part, tensor.names[0])
+                written = part if tensor.is_buffer else part.to(self._dtype)
+                exact = written.float()
+                self._require_finite(exact, part, tensor.names[0])
                 writer.write(key, written)
-                digest.update(written.float().numpy().data)
+                digest.update(exact.numpy().data)
                 on_bytes(written.nbytes)
                 since_release += written.nbytes
                 if since_release > RELEASE_EVERY_BYTES:
@@ -153,18 +155,22 @@ class Merge:
 
         return replaced
 
-    def _cast(self, values: Tensor, parameter: str) -> Tensor:
-        cast = values.to(self._dtype)
-        if not torch.isfinite(cast).all():
-            if torch.isfinite(values).all():
-                raise ConfigError(
-                    f"{parameter} has values that {self._dtype} cannot hold (up to {float(values.abs().max()):.3g})",
-                    fix="choose --dtype bf16 or fp32",
-                )
-            raise CheckpointError(
-                f"{parameter} has values that are not finite", fix="export an earlier checkpoint, or see where it broke"
+    def _require_finite(self, written: Tensor, values: Tensor, parameter: str) -> None:
+        """
+        Args:
+            written: in fp32; values: before they were cast.
+        """
+        # One pass, and NaN comes through it.
+        if not written.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(written))).all()):
+            return
+        if torch.isfinite(values).all():
+            raise ConfigError(
+                f"{parameter} has values that {self._dtype} cannot hold (up to {float(values.abs().max()):.3g})",
+                fix="choose --dtype bf16 or fp32",
             )
-        return cast
+        raise CheckpointError(
+            f"{parameter} has values that are not finite", fix="export an earlier checkpoint, or see where it broke"
+        )
 
     def _check(self) -> None:
         known = {each for tensor in self._base.values() for each in tensor.names}
