@@ -4,7 +4,7 @@
 
 Makes a Llama of 2.1B random parameters in bf16 (4.2 GB) and an adapter of rank 16 on all its linear layers, runs
 ``sft-dist export --merge`` in a process of its own, and compares the most memory that this process ever had
-(``VmHWM``, mapped files included) with the bound: two of the largest tensors and 1 GB. Everything is deleted in the end.
+(``VmHWM``, mapped files included) with the bound: two of the largest tensors and 1 GB. All is deleted in the end.
 """
 
 from __future__ import annotations
