@@ -48,7 +48,7 @@ def qlora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     receipt = {
-        "identity": {"the training data": "17 rows in 4 sequences, 0123abcd"},
+        "identity": {"data.train": "17 rows in 4 sequences, 0123abcd"},
         "versions": {"torch": "2.13.0", "peft": "0.21"},
         "topology": {"device": "NVIDIA H100", "processes": 8, "nodes": 2, "strategy": "fsdp2"},
     }
