@@ -84,18 +84,30 @@ def prove_artefact(
     with tempfile.TemporaryDirectory(prefix="sft_dist_proof_") as temporary:
         expected = Path(temporary)
         write_expected(expected, spec, weights, probes, sample)
-        # -P: the folder of the script is no place to import from.
-        command = [sys.executable, "-P", fresh_process.__file__, str(folder), str(expected)]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            findings = [f"it does not load: {last}"]
-        else:
-            findings = json.loads((expected / fresh_process.FINDINGS).read_text(encoding="utf-8"))
+        require_proof(folder, expected, fix="the checkpoints are kept")
+
+
+def require_proof(folder: Path, expected: Path, *, fix: str) -> None:
+    """Lets a fresh process compare ``folder`` with what the folder ``expected`` says.
+
+    Args:
+        fix: what is there in its place.
+
+    Raises:
+        CheckpointError: it does not load, or is not what is expected.
+    """
+    # -P: the folder of the script is no place to import from.
+    command = [sys.executable, "-P", fresh_process.__file__, str(folder), str(expected)]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        findings = [f"it does not load: {last}"]
+    else:
+        findings = json.loads((expected / fresh_process.FINDINGS).read_text(encoding="utf-8"))
     if findings:
         raise CheckpointError(
             f"{folder} failed its proof: " + "; ".join(findings[: fresh_process.MAX_SHOWN]),
-            fix="the checkpoints are kept; please report this, with the versions of transformers and peft",
+            fix=f"{fix}; please report this, with the versions of transformers and peft",
         )
 
 
@@ -108,11 +120,13 @@ def write_expected(
         "method": spec.method.type,
         "quantization": spec.method.quantization.model_dump() if isinstance(spec.method, QloraMethod) else None,
         "dtype": spec.compute,
+        "stored": spec.compute,
         "vocabulary": spec.vocab_size if spec.tokens.new_rows else None,
         "weights": dict(weights),
         "probes": [{"input_ids": probe.input_ids, "positions": probe.positions} for probe in probes],
         "template": None if sample is None else asdict(sample),
         "tolerance": TOLERANCE[spec.compute],
+        "references": None,
     }
     (folder / fresh_process.EXPECTED).write_text(json.dumps(description), encoding="utf-8")
 

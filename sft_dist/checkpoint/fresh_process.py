@@ -4,6 +4,8 @@
 
 Imports nothing of this project: what it finds, a stranger would find. ``EXPECTED`` is a folder with ``expected.json``
 and ``logits.safetensors`` (``artefact.py`` writes them); the findings, one line each, go to ``findings.json`` in it.
+
+Where ``expected.json`` names references, other artefacts, their logits are computed here, in place of that file.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from transformers.utils import logging as transformers_logging
 
 EXPECTED, LOGITS, FINDINGS = "expected.json", "logits.safetensors", "findings.json"
 
+# By how much the logits differ from those of each reference, where there are references.
+DIFFERENCES = "differences.json"
+
 # Names that PEFT gives to what an adapter holds: low-rank factors, or what virtual tokens are.
 ADAPTER = re.compile(r"\.lora_|\.modules_to_save\.|\.trainable_tokens_delta\.|^prompt_encoder\.")
 
@@ -44,14 +49,22 @@ def main(artefact: Path, expected_folder: Path) -> None:
     expected = json.loads((expected_folder / EXPECTED).read_text(encoding="utf-8"))
     findings = [] if expected["template"] is None else list(tokenizer_findings(artefact, expected["template"]))
     is_adapter, dtype = expected["method"] != "full", DTYPES[expected["dtype"]]
+    references = None
+    if expected["references"] is not None:
+        # First, one after the other: two models need twice the memory.
+        references = [reference_logits(each, expected["probes"], dtype) for each in expected["references"]]
     if is_adapter:
-        model = load_adapter(artefact, expected["quantization"], dtype, expected["vocabulary"])
+        stored = DTYPES[expected["stored"]]
+        model = load_adapter(artefact, expected["quantization"], dtype, expected["vocabulary"], stored)
     else:
         model, load_findings = load(artefact, dtype)
         findings += load_findings
-    findings += weight_findings(model, expected["weights"], is_adapter=is_adapter)
-    if not findings:
+    if expected["weights"] is not None:
+        findings += weight_findings(model, expected["weights"], is_adapter=is_adapter)
+    if not findings and references is None:
         findings += logit_findings(model, expected, load_file(expected_folder / LOGITS))
+    elif not findings:
+        findings += reference_findings(model, expected, references or [], expected_folder / DIFFERENCES)
     (expected_folder / FINDINGS).write_text(json.dumps(findings), encoding="utf-8")
 
 
@@ -86,7 +99,11 @@ def load(artefact: Path, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
 
 
 def load_adapter(
-    artefact: Path, quantization: dict[str, Any] | None, dtype: torch.dtype, vocabulary: int | None
+    artefact: Path,
+    quantization: dict[str, Any] | None,
+    dtype: torch.dtype,
+    vocabulary: int | None,
+    stored: torch.dtype | None = None,
 ) -> nn.Module:
     """An adapter on its base on the CPU, computing in ``dtype`` with the values that it was trained with.
 
@@ -94,6 +111,7 @@ def load_adapter(
         quantization: of the base, its ``type`` "nf4" or "int8" and the layers that ``skip`` lists; None for 16 or 32
             bits.
         vocabulary: size to which the base is resized, as README.md in the artefact says, or None.
+        stored: dtype that the base has before it is quantised and computes; None for ``dtype``.
     """
     adapter = json.loads((artefact / "adapter_config.json").read_text())
     base, revision = adapter["base_model_name_or_path"], adapter["revision"] or "main"
@@ -105,7 +123,7 @@ def load_adapter(
         # Without a list Transformers leaves out the output layer; a list has to name it.
         skip = [*skip, output_layer(config)] if skip else None
         options["quantization_config"] = quantize_as(quantization["type"], skip, dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=stored or dtype, **options)
     compute_in(loaded, dtype)
     by_whole_blocks(loaded, dtype)
     if vocabulary is not None:
@@ -196,16 +214,56 @@ def logit_findings(model: nn.Module, expected: dict[str, Any], logits: dict[str,
     which changes no probability.
     """
     for number, probe in enumerate(expected["probes"]):
-        with torch.no_grad():
-            output = model(input_ids=torch.tensor([probe["input_ids"]])).logits[0].float()
-        # PEFT returns logits at virtual tokens too; they come first.
-        output = output[-len(probe["input_ids"]) :][probe["positions"]]
-        trained = logits[str(number)].float()
-        difference = _rms(output - trained) / max(_rms(trained), 1e-30)
+        difference = relative_difference(probe_logits(model, probe), logits[str(number)].float())
         if not difference <= expected["tolerance"]:
             yield (
                 f"the logits of probe {number} differ by {difference:.1e} of their size from those of the trained "
                 f"model, more than {expected['tolerance']:.0e}"
+            )
+
+
+def probe_logits(model: nn.Module, probe: dict[str, Any]) -> Tensor:
+    """[positions, V] fp32 of a row."""
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([probe["input_ids"]])).logits[0].float()
+    # PEFT returns logits at virtual tokens too; they come first.
+    result: Tensor = output[-len(probe["input_ids"]) :][probe["positions"]]
+    return result
+
+
+def relative_difference(logits: Tensor, others: Tensor) -> float:
+    """See ``logit_findings``."""
+    return _rms(logits - others) / max(_rms(others), 1e-30)
+
+
+def reference_logits(reference: dict[str, Any], probes: list[dict[str, Any]], dtype: torch.dtype) -> list[Tensor]:
+    """Logits of another artefact on each probe: an adapter on its base, or a whole model."""
+    folder = Path(reference["folder"])
+    if (folder / "adapter_config.json").is_file():
+        # NF4 of weights that were rounded before has other bytes.
+        stored = DTYPES[reference["stored"]]
+        model = load_adapter(folder, reference["quantization"], dtype, reference["vocabulary"], stored)
+    else:
+        model, _ = load(folder, dtype)
+    return [probe_logits(model, probe) for probe in probes]
+
+
+def reference_findings(
+    model: nn.Module, expected: dict[str, Any], references: list[list[Tensor]], told: Path
+) -> Iterator[str]:
+    """Logits must be those of every reference that has a tolerance; all differences are written to ``told``."""
+    logits = [probe_logits(model, probe) for probe in expected["probes"]]
+    if not all(bool(torch.isfinite(each).all()) for each in logits):
+        yield "its logits are not finite"
+    differences = [
+        max(relative_difference(mine, theirs) for mine, theirs in zip(logits, each, strict=True)) for each in references
+    ]
+    told.write_text(json.dumps(differences), encoding="utf-8")
+    for reference, difference in zip(expected["references"], differences, strict=True):
+        if reference["tolerance"] is not None and not difference <= reference["tolerance"]:
+            yield (
+                f"the logits differ by {difference:.1e} of their size from those of {reference['folder']}, more than "
+                f"{reference['tolerance']:.0e}"
             )
 
 

@@ -13,30 +13,33 @@ from sft_dist.run import Run
 # Of each end of a weight file: enough to tell two models of one shape apart without reading hundreds of GB.
 FINGERPRINT_BYTES = 1 << 16
 
+# Keys of an identity.
+BASE_WEIGHTS, TRAINING_DATA = "model.weights", "data.train"
+
 
 def identity_of(run: Run, data: PreparedData) -> Identity:
     """The identity of a run over its prepared training data; the same on every rank.
 
     A model in a folder is known by its weights, which may be moved; one of the hub by its name and revision.
     """
-    weights = _weights_fingerprint(Path(run.model.path))
+    weights = weights_fingerprint(Path(run.model.path))
     method = run.model.method.model_dump(mode="json")
     return Identity(
         values={
             "model.path": run.model.path if weights is None else "a folder",
             "model.revision": run.model.revision,
             "model.add_tokens": list(run.model.tokens.added) or None,
-            "model.weights": weights,
+            BASE_WEIGHTS: weights,
             **{f"method.{key}": value for key, value in method.items()},
             "optim.type": run.optim.type,
             "train.seed": run.seed,
             "train.global_batch_size": run.batch.global_batch_size,
-            "data.train": f"{data.num_rows} rows in {data.num_sequences} sequences, {data.digest}",
+            TRAINING_DATA: f"{data.num_rows} rows in {data.num_sequences} sequences, {data.digest}",
         }
     )
 
 
-def _weights_fingerprint(folder: Path) -> str | None:
+def weights_fingerprint(folder: Path) -> str | None:
     """Of names, sizes and both ends of a folder's weight files; None for a hub id, which its revision identifies."""
     if not folder.is_dir():
         return None

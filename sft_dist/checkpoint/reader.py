@@ -56,6 +56,11 @@ class CheckpointReader:
     ) -> None:
         self._stack.close()
 
+    def release(self) -> None:
+        """Unmaps the files: until then what was read of them may count as memory of the process."""
+        self._stack.close()
+        self._open.clear()
+
     def read(self, name: str) -> Tensor:
         """A whole tensor on the CPU, in the dtype that it was stored in."""
         record = self.manifest.tensors[name]

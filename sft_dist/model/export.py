@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable
@@ -15,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sft_dist.config.schema import LoraMethod, QloraMethod, VirtualTokensMethod
+from sft_dist.config.schema import LoraMethod, VirtualTokensMethod
 from sft_dist.errors import CheckpointError
 from sft_dist.model.adapters import lora_config
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.card import trained_card
 from sft_dist.model.spec import ModelSpec
 from sft_dist.model.token_rows import TOKEN_ROWS
 from sft_dist.model.virtual_tokens import LOADED_NAME, SAVED_NAME, peft_config, to_save
@@ -43,6 +43,7 @@ def export(
     *,
     is_main: bool,
     seed: int,
+    about: str = "",
 ) -> dict[str, Tensor]:
     """Writes an artefact as ``folder`` with ``.unfinished`` behind its name. Every rank must call it; rank 0 writes.
 
@@ -52,6 +53,7 @@ def export(
     Args:
         parameters: (name, full tensor) of every trainable parameter, of the others too when the method is full.
         seed: that the adapter started from.
+        about: Markdown for the model card: what was trained, on what, with what result.
 
     Returns:
         on rank 0 what was saved, by the names of transformers and peft; nothing on the others.
@@ -78,6 +80,7 @@ def export(
             gathered = {name: tensor.to(TORCH_DTYPES[spec.compute]) for name, tensor in gathered.items()}
             _save_model(unfinished, model, gathered, tokenizer)
         tokenizer.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(trained_card(spec, model, about=about), encoding="utf-8")
     except Exception as e:
         if not _is_of_the_disk(e):
             raise
@@ -106,12 +109,12 @@ def _save_model(folder: Path, model: SftModel, state: dict[str, Tensor], tokeniz
     causal_lm = model.causal_lm
     causal_lm.config.use_cache = True
     if causal_lm.generation_config is not None:
-        _stop_at_end_of_turn(causal_lm.generation_config, tokenizer)
+        stop_at_end_of_turn(causal_lm.generation_config, tokenizer)
     # A dict of its own: transformers empties it while it writes.
     causal_lm.save_pretrained(folder, state_dict=dict(state))
 
 
-def _stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Generation must stop where training taught the model to; a base model often knows only its document's end."""
     eos = config.eos_token_id
     known = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
@@ -125,7 +128,9 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
     assert isinstance(model.hf, PeftModel)
     config = lora_config(spec.method, base_model=spec.path, revision=spec.revision)
     # The names that `all-linear` stood for: the adapter must load on its base without guessing.
-    config.target_modules = model.hf.peft_config["default"].target_modules
+    names = model.hf.peft_config["default"].target_modules
+    # PEFT keeps a set, whose order would be another one in each process.
+    config.target_modules = names if isinstance(names, str) or names is None else sorted(names)
     config.use_dora = spec.method.dora
     config.inference_mode = True
     rows = sorted(name for name in state if name.endswith(TOKEN_ROWS))
@@ -143,70 +148,9 @@ def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[st
     adapter |= {name.removesuffix(".default"): state[name] for name in rows}
     save_file({n: t.contiguous() for n, t in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
-    how = _how_to_load(spec, model)
-    if how is not None:
-        (folder / "README.md").write_text(how, encoding="utf-8")
     for name in whole:
         module, _, parameter = name.rpartition(".")
         state[f"{module}.modules_to_save.default.{parameter}"] = state.pop(name)
-
-
-def _how_to_load(spec: ModelSpec, model: SftModel) -> str | None:
-    """What a user of an adapter must know of a base that is not loaded as it is; None where it is.
-
-    On a grown vocabulary the base lacks rows that it must get first; one that was quantised in part is the same only if
-    the same layers are left out.
-    """
-    skip = spec.method.quantization.skip if isinstance(spec.method, QloraMethod) else []
-    tokens, revision = spec.tokens, "" if spec.revision is None else f", revision={json.dumps(spec.revision)}"
-    about, imports, quantization, options, resize = [], "", "", revision, ""
-    if tokens.new_rows:
-        about.append(
-            f"The tokenizer here has {len(tokens.added)} special tokens more than the base model's: "
-            f"{', '.join(f'`{token}`' for token in tokens.added)}. The base model gets rows for them before the "
-            "adapter is put on it; the adapter brings their values."
-        )
-        resize = f"\nmodel.resize_token_embeddings({spec.vocab_size}, mean_resizing=False)"
-    if skip:
-        assert isinstance(spec.method, QloraMethod)
-        kind = spec.method.quantization.type
-        head = next(name for name, module in model.causal_lm.named_modules() if module is model.head)
-        bits = (
-            'load_in_4bit=True,\n    bnb_4bit_quant_type="nf4",\n    bnb_4bit_use_double_quant=True,\n    '
-            f"bnb_4bit_compute_dtype={TORCH_DTYPES[spec.compute]}"
-            if kind == "nf4"
-            else "load_in_8bit=True"
-        )
-        layers = "".join(f"        {json.dumps(name)},\n" for name in [*skip, head])
-        about.append(
-            f"The adapter was trained on a base whose linear layers are stored in {kind}, but for {len(skip)} of them "
-            "and the output layer. Loaded as here the base is the same; it may be loaded in 16 bits as well."
-        )
-        imports = "import torch\n" if kind == "nf4" else ""
-        quantization = (
-            f"quantization = BitsAndBytesConfig(\n    {bits},\n    llm_int8_skip_modules=[\n{layers}    ],\n)\n"
-        )
-        options += ", quantization_config=quantization"
-    if not about:
-        return None
-    names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantization else "")
-    explanation = "\n\n".join(about)
-    return f"""---
-base_model: {spec.path}
-library_name: peft
----
-
-{explanation}
-
-```python
-{imports}from peft import PeftModel
-from transformers import {names}
-
-{quantization}tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
-model = AutoModelForCausalLM.from_pretrained({json.dumps(spec.path)}{options}){resize}
-model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
-```
-"""
 
 
 def _from_the_base_as_it_was(state: dict[str, Tensor], config: LoraConfig, weights: Weights) -> None:

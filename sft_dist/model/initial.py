@@ -58,7 +58,7 @@ class InitialAdapters:
         """
         if self._saved is None:
             return
-        wanted = {_saved_name(name): shape for name, shape in shapes.items()}
+        wanted = {peft_key(name): shape for name, shape in shapes.items()}
         have = {key: stored.shape for key, stored in self._saved.tensors.items()}
         different = sorted(key for key in wanted.keys() | have.keys() if wanted.get(key) != have.get(key))
         if different:
@@ -79,12 +79,12 @@ class InitialAdapters:
 
     def has(self, name: str) -> bool:
         """Whether a part of the base model comes from ``method.init_from``."""
-        return self._saved is not None and _saved_name(name) in self._saved.tensors
+        return self._saved is not None and peft_key(name) in self._saved.tensors
 
     def saved(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start] flat elements of a parameter that is in ``method.init_from``."""
         assert self._saved is not None
-        return self._saved.read(_saved_name(name), start, stop)
+        return self._saved.read(peft_key(name), start, stop)
 
     def value(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The first value of an adapter's parameter, fp32.
@@ -169,8 +169,8 @@ def _open(folder: Path, method: LoraMethod) -> SafetensorsFolder:
     return SafetensorsFolder(folder, "adapter_model", key="method.init_from")
 
 
-def _saved_name(name: str) -> str:
-    """PEFT's key for a parameter of ours."""
+def peft_key(name: str) -> str:
+    """What PEFT's files call a parameter of an adapter of ours."""
     name = name.removeprefix("hf.").replace(".default.weight", ".weight")
     if name.endswith(TOKEN_ROWS):
         return name.removesuffix(".default")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,12 @@ from torch import Tensor
 
 from sft_dist.errors import CheckpointError
 from sft_dist.model.hub import weight_files
+from sft_dist.model.safetensors_writer import DTYPE_NAMES
 
 # Dtypes of weights that can be trained from, as the files name them; others are quantised or no numbers.
 TRAINABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+TORCH_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,53 @@ class SafetensorsFolder:
     def _error(self, what: str) -> CheckpointError:
         files = f"{self._name}.safetensors, or its shards and {self._name}.safetensors.index.json"
         return CheckpointError(f"{self._key}: {what}", fix=f"the folder needs {files}")
+
+
+class UnmappedFolder(SafetensorsFolder):
+    """The same, read instead of mapped.
+
+    What is read of a mapped file counts as memory of the process until it is closed, though the system may take it
+    back. Where every byte of a large model is read once, and the memory that it takes must be told, nothing is mapped.
+    """
+
+    def __init__(self, folder: Path, name: str = "model", *, key: str = "model.path") -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._offsets: dict[str, int] = {}
+        super().__init__(folder, name, key=key)
+        for file in self._files:
+            try:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+                self._offsets |= _offsets(file)
+            except OSError as e:
+                raise self._unreadable(file, e) from e
+        self._files.clear()
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def read(self, key: str, start: int, stop: int) -> Tensor:
+        stored = self.tensors[key]
+        size = _itemsize(stored.dtype)
+        values = torch.empty((stop - start) * size, dtype=torch.uint8)
+        missing, at = values.numpy().data, self._offsets[key] + start * size
+        while missing:
+            try:
+                count = os.preadv(self._descriptors[stored.file], [missing], at)
+            except OSError as e:
+                raise self._unreadable(stored.file, e) from e
+            if count == 0:
+                raise self._unreadable(stored.file, ValueError(f"it ends within {key}"))
+            missing, at = missing[count:], at + count
+        return values.view(TORCH_DTYPES[stored.dtype])
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """First byte of each tensor in a file whose header has been checked."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _itemsize(stored: str) -> int:

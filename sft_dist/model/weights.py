@@ -27,7 +27,7 @@ from sft_dist.model.hub import model_folder
 from sft_dist.model.initial import InitialAdapters
 from sft_dist.model.matching import match_keys, quantized_layers, stored_state
 from sft_dist.model.prequantized import read_buffer
-from sft_dist.model.safetensors_folder import SafetensorsFolder
+from sft_dist.model.safetensors_folder import SafetensorsFolder, UnmappedFolder
 from sft_dist.model.spec import ModelSpec
 from sft_dist.model.token_rows import TOKEN_ROWS
 from sft_dist.model.virtual_tokens import InitialVirtualTokens, init_token_ids
@@ -74,6 +74,7 @@ class Weights:
         model: on the meta device.
         seed: of the first values of adapters and virtual tokens.
         on_bytes: is told how many bytes were read.
+        mapped: map the files; else read them (``UnmappedFolder``).
 
     Raises:
         CheckpointError: weights are missing, too many, of another shape, or damaged; before any of them is read.
@@ -81,9 +82,15 @@ class Weights:
     """
 
     def __init__(
-        self, model: SftModel, spec: ModelSpec, *, seed: int, on_bytes: Callable[[int], None] = lambda _: None
+        self,
+        model: SftModel,
+        spec: ModelSpec,
+        *,
+        seed: int,
+        on_bytes: Callable[[int], None] = lambda _: None,
+        mapped: bool = True,
     ) -> None:
-        self._folder = SafetensorsFolder(model_folder(spec.path, spec.revision))
+        self._folder = (SafetensorsFolder if mapped else UnmappedFolder)(model_folder(spec.path, spec.revision))
         self._base = model.base
         self._keys = match_keys(self._folder, model)
         self._compute, self._on_bytes = TORCH_DTYPES[spec.compute], on_bytes
@@ -195,8 +202,14 @@ class Weights:
     def _stored(self, layer: str) -> Tensor:
         """[out, in] fp32 the weight under an adapter as the model holds it."""
         name = f"{layer}{UNDER_ADAPTER}.weight"
-        if name not in self._quantized:
-            return self._dense(layer)
+        return self.dequantized(name).float() if name in self._quantized else self._dense(layer)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the model holds a weight in fewer bits."""
+        return name in self._quantized
+
+    def dequantized(self, name: str) -> Tensor:
+        """[out, in] of a quantised weight, in the compute dtype: what the model multiplies with."""
         place = self._quantized[name]
         packed = nn.Parameter(torch.empty(self._shapes[name], dtype=self._compute), requires_grad=False)
         whole = copy(place)
@@ -205,8 +218,17 @@ class Weights:
         if scales is not None:
             whole.set_scales(scales.absmax)
         else:
-            whole._buffers = {kind: self.buffer(f"{layer}{UNDER_ADAPTER}.{kind}") for kind in whole._buffers}
-        return whole.dequantize(whole.stored(), (place.out_features, place.in_features), self._compute).float()
+            layer = name.removesuffix(".weight")
+            whole._buffers = {kind: self.buffer(f"{layer}.{kind}") for kind in whole._buffers}
+        return whole.dequantize(whole.stored(), (place.out_features, place.in_features), self._compute)
+
+    def key(self, name: str) -> str:
+        """What the files call a tensor of the base model."""
+        return self._keys[name]
+
+    def base_values(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start] flat elements of a tensor of the base model that is not quantised, as ``_read``."""
+        return self._read(name, start, stop)
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start] flat elements of a tensor of the base model, in the files' dtype if all are in the files."""

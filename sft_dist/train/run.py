@@ -34,6 +34,7 @@ from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
 from sft_dist.errors import CheckpointError, ConfigError, DataError, Preempted, RowError
+from sft_dist.export.provenance import training_section
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.model.renderer import renderer_of
@@ -276,7 +277,7 @@ def train(
             raise
         checkpointer.close()
         peak_bytes = most_allocated_bytes(process.device)
-        _write_artefact(final, run, process, inputs, strategy)
+        _write_artefact(final, run, config, process, inputs, strategy)
         if logger is not None and books is not None:
             logger.say(f"saved {final}{_proven(run)}")
             books.close(logger, peak_allocated_bytes=peak_bytes)
@@ -354,7 +355,9 @@ def _proven(run: Run) -> str:
     return ", proven in a fresh process" if run.checkpoint.prove_final else ", not proven (checkpoint.prove_final)"
 
 
-def _write_artefact(final: Path, run: Run, process: Process, inputs: Inputs, strategy: Strategy) -> None:
+def _write_artefact(
+    final: Path, run: Run, config: Config, process: Process, inputs: Inputs, strategy: Strategy
+) -> None:
     """Exports the trained model, which is called ``final`` when a fresh process has found it in the files.
 
     Raises:
@@ -363,9 +366,12 @@ def _write_artefact(final: Path, run: Run, process: Process, inputs: Inputs, str
     probes = take_probes(strategy, inputs.train_data, process.device) if run.checkpoint.prove_final else []
     parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
     tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
+    about = training_section(config, final.parent) if is_main else ""
     failure, saved = None, {}
     try:
-        saved = export(final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed)
+        saved = export(
+            final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed, about=about
+        )
     except CheckpointError as error:
         failure = error  # rank 0's; the others, which have gathered with it, hear of it below
     weights = {name: digest(tensor) for name, tensor in saved.items()}

@@ -14,9 +14,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from sft_dist.export.provenance import RECEIPT as RECEIPT
 from sft_dist.metrics.logger import METRICS
-
-RECEIPT = "receipt.json"
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,18 @@ def test_generation_stops_where_training_taught_it_to(run_directory: Path) -> No
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ([eos] if isinstance(eos, int) else eos)
 
 
+def test_final_has_a_model_card(run_directory: Path) -> None:
+    _, front, card = (run_directory / "final/README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    steps, (*_, evaluation) = metrics(run_directory, "loss"), metrics(run_directory, "eval_loss")
+    trained = sum(line["supervised_tokens"] for line in steps)
+    for told in (
+        "17 rows in ", f"{len(steps)}, ", f"{trained:,} of them trained", f"{evaluation['eval_loss']:.4f} after step",
+        "2 x cpu, fsdp2", f"torch {torch.__version__}", "type: full",
+    ):  # fmt: skip
+        assert told in card, told
+
+
 def test_resolved_config_is_kept_and_loads(run_directory: Path) -> None:
     from sft_dist.config.load import load_config
 
