@@ -127,12 +127,25 @@ def train(
             "hardware.gpu=NAME, hardware.gpus_per_node=N and the like say on what. Ends with 3 where it does not fit.",
         ),
     ] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="First do each thing that the run will do once, at full size: the longest batch, an evaluation, a "
+            "save, a reload, a resumption, the export and its proof. Then train, as without.",
+        ),
+    ] = False,
+    rehearse_only: Annotated[
+        bool, typer.Option("--rehearse-only", help="Do that and end: output_dir is then as it was.")
+    ] = False,
 ) -> None:
     """Train. Under a launcher (torchrun, accelerate, deepspeed) each process runs this; without one, this process does.
 
     Paths in the configuration count from the current directory. See `plan` and --dry-run for what a run will take;
     receipt.json in output_dir says in the end what it took.
     """
+    if dry_run and (rehearse or rehearse_only):
+        raise ConfigError("--dry-run trains nothing, and a rehearsal trains some steps", fix="give one of the two")
     checked = _load(config, overrides)
     if dry_run:
         _plan(checked)
@@ -153,7 +166,8 @@ def train(
     quiet_libraries()
     from sft_dist.train.run import run_training
 
-    run_training(checked, resume=resume, allowed=allow_change or ())
+    rehearsing = "only" if rehearse_only else "first" if rehearse else "no"
+    run_training(checked, resume=resume, allowed=allow_change or (), rehearsing=rehearsing)
 
 
 @app.command()

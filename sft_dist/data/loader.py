@@ -57,6 +57,15 @@ class TrainingOrder:
         )
 
 
+def dealt(values: NDArray[np.int64], batch: BatchPlan) -> NDArray[np.int64]:
+    """[passes, micro_batch_size, world_size] of ``values`` [sequences] of a step, by the pass and the rank (or group of
+    ranks) that runs each; 0 where nothing is left. See ``micro_batches``."""
+    passes = batch.micro_batches(len(values))
+    filled = np.zeros(passes * batch.micro_batch_size * batch.world_size, np.int64)
+    filled[: len(values)] = values
+    return filled.reshape(passes, batch.micro_batch_size, batch.world_size)
+
+
 def micro_batches(
     data: PreparedData, batch: BatchPlan, sequences: NDArray[np.int64], rank: int
 ) -> Iterator[tuple[MicroBatch, bool]]:

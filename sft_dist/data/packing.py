@@ -78,6 +78,12 @@ class Packs(Sequence[NDArray[np.int64]]):
             return np.zeros(0, np.int64)
         return np.add.reduceat(values[self.rows], self.bounds[:-1])
 
+    def largest(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[sequences] the largest of ``values`` [rows] over the rows of each."""
+        if len(self) == 0:
+            return np.zeros(0, np.int64)
+        return np.maximum.reduceat(values[self.rows], self.bounds[:-1])
+
 
 # Tried after best-fit decreasing, where that needs more packs than the least by more than one in so many.
 FURTHER_WAYS = ((exact_fill, 20_000), (priced_fill, 2_000))

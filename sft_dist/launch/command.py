@@ -18,11 +18,13 @@ from sft_dist.runtime.failure import report
 from sft_dist.train.preflight import NEVER, preflight
 
 MODULE = "sft_dist"  # what runs in every process: python -m sft_dist train ...
-USAGE = "train CONFIG [--resume auto|PATH|never] [KEY.PATH=VALUE ...]"
+USAGE = "train CONFIG [--resume auto|PATH|never] [--rehearse] [KEY.PATH=VALUE ...]"
 WHAT_FOLLOWS = (
-    "What stands after the command belongs to it: a configuration file, --resume and key.path=value overrides."
+    "What stands after the command belongs to it: a configuration file, --resume, --rehearse and key.path=value "
+    "overrides."
 )
 RESUME, ALLOW_CHANGE, DRY_RUN, PROBE = "--resume", "--allow-change", "--dry-run", "--probe"
+REHEARSALS = ("--rehearse", "--rehearse-only")
 
 
 def split_debug(arguments: Sequence[str] | None) -> tuple[list[str], bool]:
@@ -55,6 +57,7 @@ def start(
         if rest[0] == "train" and DRY_RUN in rest:
             rest.remove(DRY_RUN)
             return subprocess.run([sys.executable, "-m", MODULE, *arguments, *_machines(rest, prepare)]).returncode
+        rest = [word for word in rest if word not in REHEARSALS]
         if rest[0] != "train" or len(rest) == 1 or any(word.startswith("-") for word in rest):
             # Help or a usage error: one process says it once.
             return subprocess.run([sys.executable, "-m", MODULE, *arguments]).returncode

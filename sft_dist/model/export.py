@@ -107,11 +107,14 @@ def publish(folder: Path) -> None:
 
 def _save_model(folder: Path, model: SftModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
     causal_lm = model.causal_lm
-    causal_lm.config.use_cache = True
     if causal_lm.generation_config is not None:
         stop_at_end_of_turn(causal_lm.generation_config, tokenizer)
-    # A dict of its own: transformers empties it while it writes.
-    causal_lm.save_pretrained(folder, state_dict=dict(state))
+    causal_lm.config.use_cache = True
+    try:
+        # A dict of its own: transformers empties it while it writes.
+        causal_lm.save_pretrained(folder, state_dict=dict(state))
+    finally:
+        causal_lm.config.use_cache = False  # training may go on
 
 
 def stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:

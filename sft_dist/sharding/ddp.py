@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sft_dist.data.batch import MicroBatch
+from sft_dist.data.loader import Part, empty_micro_batch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.lora import readers
 from sft_dist.model.weights import Weights, fill
@@ -43,6 +44,18 @@ class Ddp(NativeStrategy):
         if reduce_dtype != TORCH_DTYPES[run.precision.master]:
             self.ddp.register_comm_hook(reduce_dtype, reduce_in_dtype)
         self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
+        self._settle_buckets(run, device)
+
+    def _settle_buckets(self, run: Run, device: torch.device) -> None:
+        """Lets DDP order its buckets, which it does once, after its first backward, as gradients came.
+
+        From three ranks on, the order in which a gradient is added up depends on its place in a bucket: a resumed run,
+        whose buckets are as new in another step, would not have the bits of the uninterrupted one.
+        """
+        sharers = run.batch.sequence_parallel
+        empty = empty_micro_batch(Part(dist.get_rank() % sharers, sharers))
+        self.forward_backward(empty.to(device), supervised_in_step=1, is_last_micro_batch=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
         self.ddp.require_backward_grad_sync = is_last_micro_batch

@@ -81,6 +81,7 @@ class Account:
         self._steady: list[tuple[float, int]] = []
         self._occupancy = Occupancy()
         self._beside = {"evaluating": 0.0, "saving": 0.0}
+        self._rehearsing_s = 0.0
         self._begun: float | None = None
         self._ended: float | None = None
 
@@ -93,6 +94,10 @@ class Account:
     def trained_s(self) -> float:
         """Wall time of all sessions of the run until now."""
         return sum(session.elapsed_s for session in self._earlier) + self.elapsed_s
+
+    def rehearsed(self, seconds: float) -> None:
+        """Before training begins."""
+        self._rehearsing_s += seconds
 
     def begin_training(self) -> None:
         self._begun = self._clock()
@@ -179,7 +184,8 @@ class Account:
         is_packed = run.data.packing == "best_fit" and taken.sequences > 0
         return Waste(
             session_s=self.elapsed_s,
-            starting_s=self._begun - self._started,
+            starting_s=self._begun - self._started - self._rehearsing_s,
+            rehearsing_s=self._rehearsing_s,
             evaluating_s=self._beside["evaluating"],
             saving_s=self._beside["saving"],
             finishing_s=self._clock() - self._ended,

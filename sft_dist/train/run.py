@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,7 @@ from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.position import position_after
 from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.receipt import made_with
+from sft_dist.train.rehearsal import Stage, is_restart, rehearse, remove_leftovers
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoints
 from sft_dist.train.resume_receipt import differences, resume_receipt
 from sft_dist.train.run_files import keep_file, writing_into
@@ -72,7 +74,13 @@ from sft_dist.train.summary import long_rows_notice, summary, untrained_notice
 AUDIT = "audit.json"
 
 
-def run_training(config: Config, *, resume: str = NEVER, allowed: Collection[str] = ()) -> None:
+# Whether a run is rehearsed: not, before it, or without it.
+Rehearsing = Literal["no", "first", "only"]
+
+
+def run_training(
+    config: Config, *, resume: str = NEVER, allowed: Collection[str] = (), rehearsing: Rehearsing = "no"
+) -> None:
     """Trains as ``config`` says, in this process and its peers; returns when ``final/`` is written and proven.
 
     Args:
@@ -85,10 +93,12 @@ def run_training(config: Config, *, resume: str = NEVER, allowed: Collection[str
         Preempted: a signal ended training. This process is then to end: it no longer heeds such signals.
     """
     with Signals(is_main=World.from_environment().is_main) as signals:
-        _run_training(config, signals, resume=resume, allowed=allowed)
+        _run_training(config, signals, resume=resume, allowed=allowed, rehearsing=rehearsing)
 
 
-def _run_training(config: Config, signals: Signals, *, resume: str, allowed: Collection[str]) -> None:
+def _run_training(
+    config: Config, signals: Signals, *, resume: str, allowed: Collection[str], rehearsing: Rehearsing
+) -> None:
     ready = make_ready(config, resume=resume)
     run, process, inputs = ready.run, ready.process, ready.inputs
     # Before there is a process group: a plan of ranks that share sequences makes one of its own.
@@ -102,7 +112,10 @@ def _run_training(config: Config, signals: Signals, *, resume: str, allowed: Col
             replace=_by_its_copy(ready.config, process),
         )
         try:
-            train(run, ready.config, process, inputs, outlook, signals, start=start, allowed=allowed)
+            train(
+                run, ready.config, process, inputs, outlook, signals,
+                start=start, allowed=allowed, rehearsing=rehearsing,
+            )  # fmt: skip
         except Preempted:
             # A launcher may end the others as soon as one has ended, and rank 0 has more to do.
             dist.barrier()
@@ -218,8 +231,9 @@ def train(
     *,
     start: Path | None = None,
     allowed: Collection[str] = (),
+    rehearsing: Rehearsing = "no",
 ) -> None:
-    """Build -> shard -> verify -> resume -> loop -> export -> proof.
+    """Build -> shard -> verify -> resume -> rehearsal -> loop -> export -> proof.
 
     Args:
         config: that ``run`` was resolved from.
@@ -249,6 +263,18 @@ def train(
         settings=dump_config(config),
     )
     manifest = None if start is None else checkpointer.load(start, strategy)
+    if rehearsing != "no" and completed < num_steps and not is_restart():
+        stage = Stage(
+            run, world, process.device, strategy, spec, order, inputs.eval_data, checkpointer, outlook,
+            lambda folder: _write_artefact(folder, run, process, inputs, strategy), num_steps, completed,
+        )  # fmt: skip
+        rehearsed_s = rehearse(stage)
+        if books is not None:
+            books.account.rehearsed(rehearsed_s)
+    if rehearsing == "only":
+        checkpointer.close()
+        strategy.close()
+        return
     with _logger(run, world, config, num_steps, completed) as logger:
         if logger is not None and books is not None:
             logger.say(summary(run, spec, inputs.train_data, inputs.eval_data, num_steps=num_steps))
@@ -384,7 +410,7 @@ def _write_artefact(
             prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, inputs.sample)
         publish(final)
 
-    run_on_main_first(process.world, process.store, "final", prove_and_publish)
+    run_on_main_first(process.world, process.store, f"prove {final}", prove_and_publish)
 
 
 @contextmanager
@@ -417,6 +443,7 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
     """
     take_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER, say=_warn)
     sweep(checkpoints_folder(run.output_dir))
+    remove_leftovers(run.output_dir)
     if needs_storage(config, resume):
         check_mirror(config, resume)
         resume = bring(config, resume, say=_warn)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.data.batch import BatchPlan
+from sft_dist.data.loader import dealt
 from sft_dist.plan.bill import HourlyPrice
 from sft_dist.plan.units import duration, percent
 from sft_dist.run import StrategyName
@@ -51,13 +52,10 @@ def occupancy(tokens: NDArray[np.int64], batch: BatchPlan, strategy: StrategyNam
     Args:
         tokens: [sequences] of the step, in its order; they are dealt round-robin (``loader.micro_batches``).
     """
-    passes = batch.micro_batches(len(tokens))
-    dealt = np.zeros(passes * batch.micro_batch_size * batch.world_size, np.int64)
-    dealt[: len(tokens)] = tokens
-    of_pass = dealt.reshape(passes, batch.micro_batch_size, batch.world_size).sum(axis=1)
+    of_pass = dealt(tokens, batch).sum(axis=1)
     fullest = of_pass.sum(axis=0).max() if strategy in MEETS_ONCE_A_STEP else of_pass.max(axis=1).sum()
     return Occupancy(
-        passes=passes * batch.world_size,
+        passes=of_pass.size,
         idle=int((of_pass == 0).sum()),
         tokens=int(tokens.sum()),
         slots=int(fullest) * batch.world_size,
@@ -71,7 +69,8 @@ class Waste:
 
     Args:
         session_s: all of it.
-        starting_s: before its first step; evaluating_s, saving_s: checkpoints; finishing_s: ``final/`` and its proof.
+        starting_s: before its first step, without the rehearsal, rehearsing_s; evaluating_s, saving_s: checkpoints;
+            finishing_s: ``final/`` and its proof.
         data_wait_s: of training, rank 0's wait for its micro-batches.
         idle_s: of training, empty micro-batches: seconds that all ranks lose together. uneven_s: likewise, ranks with
             fewer tokens than the fullest.
@@ -81,6 +80,7 @@ class Waste:
 
     session_s: float
     starting_s: float
+    rehearsing_s: float
     evaluating_s: float
     saving_s: float
     finishing_s: float
@@ -93,6 +93,7 @@ class Waste:
         """(what, seconds) for people."""
         return [
             ("starting", self.starting_s),
+            ("rehearsing", self.rehearsing_s),
             ("evaluating", self.evaluating_s),
             ("saving checkpoints", self.saving_s),
             ("writing and proving final/", self.finishing_s),

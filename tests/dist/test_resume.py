@@ -127,6 +127,18 @@ def test_resumed_equals_uninterrupted(
     assert final_bytes(tmp_path / "b") == final_bytes(tmp_path / "a") != {}
 
 
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.ci) for name in ("fsdp2", "zero1", "zero2", "zero3"))]
+)
+def test_on_three_ranks_too(world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str) -> None:
+    """The sum of two does not depend on their order; that of three does."""
+    whole = world(3).run(run_part, config(tiny_base, tmp_path / "a", "full", strategy), None)
+    resumed_cfg = config(tiny_base, tmp_path / "b", "full", strategy)
+    resumed = world(3).run(run_part, resumed_cfg, checkpoint(tmp_path / "a"))
+    assert resumed[0].metrics == whole[0].metrics[STOP:]
+    assert final_bytes(tmp_path / "b") == final_bytes(tmp_path / "a") != {}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(world: Worlds, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Part]:
     """By method, the run that never stopped, in one process."""

@@ -1,0 +1,199 @@
+"""What a rehearsal says: a line an item as it passes, and in the end what the run will take by what was measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sft_dist.plan.expected import Expected
+from sft_dist.plan.units import duration, gib, percent, step_seconds
+from sft_dist.run import Run
+from sft_dist.train.outlook import Outlook
+
+SECONDS_PER_MINUTE = 60
+
+NAME_COLUMNS, SECONDS_COLUMNS, PEAK_COLUMNS = 22, 8, 11
+
+
+@dataclass
+class Item:
+    """One item while it runs.
+
+    Args:
+        result: what came out, for people.
+        peak_bytes: most memory of any rank: allocated on its GPU, or resident on a CPU.
+    """
+
+    name: str
+    result: str = ""
+    peak_bytes: int = 0
+
+
+class Report:
+    """What rank 0 prints; the others' is quiet."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        self.console = Console(highlight=False, quiet=not is_main)
+        self._done = "ok" if self.console.options.ascii_only else "✓"
+
+    def begin(self, run: Run, *, completed: int, num_steps: int) -> None:
+        ranks = "1 rank" if run.world.size == 1 else f"{run.world.size} ranks"
+        where = "from its start" if completed == 0 else f"from step {completed + 1:,}"
+        self.console.print(
+            f"[bold]rehearsal[/] of a run of {num_steps:,} steps, {where}, under {run.strategy} on {ranks}, before it "
+            "starts",
+            soft_wrap=True,
+        )
+        heading = f"    {'':<{NAME_COLUMNS}}{'time':>{SECONDS_COLUMNS}}{'peak':>{PEAK_COLUMNS}}"
+        self.console.print(Text(heading, "dim"), soft_wrap=True)
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[Item]:
+        """Shows that an item runs, and its line when it has passed."""
+        item, started = Item(name), time.perf_counter()
+        if self.console.is_terminal and not self.console.quiet:
+            with self.console.status(f"rehearsing: {name}"):
+                yield item
+        else:
+            yield item
+        took, peak = duration(time.perf_counter() - started), gib(item.peak_bytes)
+        line = Text.assemble("  ", (self._done, "bold green"), f" {name:<{NAME_COLUMNS}}{took:>{SECONDS_COLUMNS}}")
+        line.append(f"{peak:>{PEAK_COLUMNS}}  {item.result}")
+        self.console.print(line, soft_wrap=True)
+
+    def end(self, run: Run, found: Measured, outlook: Outlook, *, seconds: float) -> None:
+        """The projections, beside the plan where there is one."""
+        self.console.print(projections(run, found, outlook))
+        price = outlook.price
+        cost = "" if price is None else f", {price.both(price.usd_of(seconds))}"
+        self.console.print(
+            f"[bold green]rehearsed[/] in {duration(seconds)}{cost}: every item passed, and the state is the one "
+            "that the run starts from",
+            soft_wrap=True,
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the projections rest on.
+
+    Args:
+        step_s: of one step of ``step_tokens`` tokens, alone; beside_s: of the same while a checkpoint was written.
+        tokens: of all steps that are to come; steps, evaluations, saves: how many these are.
+        evaluation_s: of a whole evaluation, from a part; None where nothing is evaluated.
+        saving: of a checkpoint.
+        final_s: of ``final/`` and its proof.
+        peak_bytes: most that any item took on any rank; None on a CPU, where other things count too.
+    """
+
+    step_s: float
+    step_tokens: int
+    beside_s: float
+    tokens: float
+    steps: int
+    evaluations: int
+    saves: int
+    evaluation_s: float | None
+    saving: Saving
+    final_s: float
+    peak_bytes: int | None
+
+    @property
+    def steps_s(self) -> float:
+        return self.tokens * self.step_s / self.step_tokens
+
+    @property
+    def mean_step_s(self) -> float:
+        return self.steps_s / self.steps
+
+    def num_saves(self, every_minutes: float | None) -> float:
+        """With those that are made by the clock, if that comes before the step."""
+        by_clock = 0.0 if every_minutes is None else self.steps_s / (every_minutes * SECONDS_PER_MINUTE)
+        return max(float(self.saves), by_clock)
+
+    def saving_s(self, every_minutes: float | None) -> float:
+        """Seconds for which saving keeps the whole run waiting."""
+        saves = self.num_saves(every_minutes)
+        return saves * self.saving.waits_s(self.steps_s / saves)
+
+    def total_s(self, every_minutes: float | None) -> float:
+        evaluating_s = self.evaluations * (self.evaluation_s or 0.0)
+        return self.steps_s + evaluating_s + self.saving_s(every_minutes) + self.final_s
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Of one checkpoint.
+
+    Args:
+        num_bytes: of all its files.
+        blocked_s: until training went on; written_s: until it was written and proven, both from the start.
+    """
+
+    num_bytes: int
+    blocked_s: float
+    written_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.num_bytes / self.written_s
+
+    def waits_s(self, interval_s: float) -> float:
+        """What it costs a run that saves after every ``interval_s`` of steps: a save waits for the one before."""
+        return self.blocked_s + max(0.0, self.written_s - self.blocked_s - interval_s)
+
+
+def due(every: int | None, order_steps: int, *, first: int, last: int) -> int:
+    """How many of the moments after steps ``first + 1`` to ``last`` are due: every so many steps, every ``order_steps``
+    (of an epoch; 0: not then) and the last."""
+    after = np.arange(first + 1, last + 1)
+    is_due = after == last
+    for period in (every, order_steps):
+        if period:
+            is_due |= after % period == 0
+    return int(is_due.sum())
+
+
+def projections(run: Run, found: Measured, outlook: Outlook) -> Table:
+    """What the run will take from here on, planned and by what was measured."""
+    every_minutes = run.checkpoint.every_minutes
+    expected, price, total_s = outlook.expected, outlook.price, found.total_s(every_minutes)
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for heading in ("the run to come", "planned", "by this rehearsal", ""):
+        table.add_column(heading, justify="right" if heading in ("planned", "by this rehearsal") else "left")
+    slower = found.beside_s / found.step_s - 1
+    table.add_row(
+        "a step", _planned(expected, "step_s"), step_seconds(found.mean_step_s),
+        f"on average; {found.step_tokens:,} tokens took {step_seconds(found.step_s)}",
+    )  # fmt: skip
+    if found.evaluation_s is not None:
+        table.add_row(
+            "an evaluation", "", duration(found.evaluation_s), f"estimated from a part; {found.evaluations:,} of them"
+        )
+    saves, saving_s = found.num_saves(every_minutes), found.saving_s(every_minutes)
+    beside = f"a step beside it takes {percent(slower)} longer" if slower > 0 else "a step beside it takes no longer"
+    share = percent(saving_s / (found.steps_s + saving_s))
+    table.add_row("saving, of the loop", "", share, f"{saves:,.0f} checkpoints; {beside}")
+    if found.peak_bytes is not None:
+        planned = "" if expected is None else gib(expected.peak_allocated_bytes)
+        table.add_row("peak of device memory", planned, gib(found.peak_bytes), "of the rank that took most")
+    whole = "" if found.steps == (expected.steps if expected else found.steps) else f"{found.steps:,} steps are left"
+    table.add_row("in all", _planned(expected, "total_s"), duration(total_s), whole)
+    if price is not None:
+        planned_s = None if expected is None else expected.total_s
+        planned = "" if planned_s is None else price.both(price.usd_of(planned_s))
+        table.add_row("bill", planned, price.both(price.usd_of(total_s)), price.name)
+    return table
+
+
+def _planned(expected: Expected | None, key: str) -> str:
+    value = None if expected is None else getattr(expected, key)
+    text = step_seconds if key == "step_s" else duration
+    return "" if value is None else text(value)
