@@ -106,6 +106,10 @@ class Strategy(ABC):
         ``restored``. No rank gathers anything.
         """
 
+    def release(self) -> None:
+        """Lets go of what the last pass has left gathered, as the next step would; every rank must call it."""
+        return
+
     @abstractmethod
     def restored(self, *, completed_steps: int) -> None:
         """Takes over what was written into the values of ``state``; every rank must call it.

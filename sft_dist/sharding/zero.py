@@ -209,7 +209,13 @@ class Zero(Strategy):
                     state[f"optim.{kind}.{name}"] = self._part(parameter, kind)
         return state
 
+    def release(self) -> None:
+        if self.stage == 3:
+            self.engine.empty_partition_cache()
+
     def restored(self, *, completed_steps: int) -> None:
+        # What is still gathered would be read as it was.
+        self.release()
         base = self.base_optimizer()
         for master in self.master_weights():
             set_completed_steps(base, master, completed_steps)

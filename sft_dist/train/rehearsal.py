@@ -287,9 +287,8 @@ class _Rehearsal:
         verify_sharding(self.strategy, stage.spec)
         self.trained += 1
         sharers = "" if self.run.batch.sequence_parallel == 1 else f" of {self.run.batch.sequence_parallel} ranks"
-        what = f"step {hard.number + 1:,}: a micro-batch{sharers} of {hard.tokens:,} tokens"
-        rows = f", the longest row {hard.longest_row:,}"
-        return f"{what}{rows}; {step_seconds(done.seconds)}, loss {done.loss:.4f}{self._device_memory()}"
+        what = f"step {hard.number + 1:,} has a micro-batch{sharers} of {hard.tokens:,} tokens"
+        return f"{what}, its longest row {hard.longest_row:,}; loss {done.loss:.4f}{self._device_memory()}"
 
     def _device_memory(self) -> str:
         device = self.stage.device
@@ -457,9 +456,17 @@ class _Saved:
 
 def state_digests(strategy: Strategy) -> dict[str, str]:
     """XXH3-128 of the bits of everything on this rank that a step changes: what a checkpoint holds, what the forward
-    pass reads, and how many steps the optimizer has counted."""
-    digests = {name: _digest(shard.values) for name, shard in strategy.state().items()}
-    digests |= {f"forward.{name}": _digest(t) for name, t, trains in strategy.local_parameters() if trains}
+    pass reads, and how many steps the optimizer has counted. Every rank calls it."""
+    strategy.release()
+    state = strategy.state()
+    digests = {name: _digest(shard.values) for name, shard in state.items()}
+    for name, tensor, is_trained in strategy.local_parameters():
+        if is_trained:
+            shard = state[f"model.{name}"]
+            # Under ZeRO-3 the last ranks' parts are padded with what nothing reads.
+            is_part = tensor.numel() < max(shard.numel, 2)
+            real = tensor.view(-1)[: shard.values.numel()] if is_part else tensor
+            digests[f"forward.{name}"] = _digest(real)
     states = strategy.base_optimizer().state.values()
     return digests | {"steps": str([int(state["step"]) for state in states if "step" in state])}
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from sft_dist.plan.expected import Expected
@@ -70,7 +69,8 @@ class Report:
 
     def end(self, run: Run, found: Measured, outlook: Outlook, *, seconds: float) -> None:
         """The projections, beside the plan where there is one."""
-        self.console.print(projections(run, found, outlook))
+        for line in table(projections(run, found, outlook)):
+            self.console.print(line, soft_wrap=True)
         price = outlook.price
         cost = "" if price is None else f", {price.both(price.usd_of(seconds))}"
         self.console.print(
@@ -161,36 +161,59 @@ def due(every: int | None, order_steps: int, *, first: int, last: int) -> int:
     return int(is_due.sum())
 
 
-def projections(run: Run, found: Measured, outlook: Outlook) -> Table:
+@dataclass(frozen=True)
+class Projection:
+    """A figure of the run to come."""
+
+    name: str
+    planned: str
+    measured: str
+    note: str
+
+
+def projections(run: Run, found: Measured, outlook: Outlook) -> list[Projection]:
     """What the run will take from here on, planned and by what was measured."""
     every_minutes = run.checkpoint.every_minutes
     expected, price, total_s = outlook.expected, outlook.price, found.total_s(every_minutes)
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    for heading in ("the run to come", "planned", "by this rehearsal", ""):
-        table.add_column(heading, justify="right" if heading in ("planned", "by this rehearsal") else "left")
-    slower = found.beside_s / found.step_s - 1
-    table.add_row(
-        "a step", _planned(expected, "step_s"), step_seconds(found.mean_step_s),
-        f"on average; {found.step_tokens:,} tokens took {step_seconds(found.step_s)}",
-    )  # fmt: skip
-    if found.evaluation_s is not None:
-        table.add_row(
-            "an evaluation", "", duration(found.evaluation_s), f"estimated from a part; {found.evaluations:,} of them"
-        )
     saves, saving_s = found.num_saves(every_minutes), found.saving_s(every_minutes)
-    beside = f"a step beside it takes {percent(slower)} longer" if slower > 0 else "a step beside it takes no longer"
-    share = percent(saving_s / (found.steps_s + saving_s))
-    table.add_row("saving, of the loop", "", share, f"{saves:,.0f} checkpoints; {beside}")
+    slower = found.beside_s / found.step_s - 1
+    beside = f"a step beside one takes {percent(slower)} longer" if slower > 0 else "no step takes longer beside one"
+    took = f"one of {found.step_tokens:,} tokens took {step_seconds(found.step_s)}"
+    rows = [
+        Projection(
+            "a step", _planned(expected, "step_s"), step_seconds(found.mean_step_s),
+            f"on average, {found.steps:,} of them; {took}",
+        ),
+        Projection(
+            "saving", "", percent(saving_s / (found.steps_s + saving_s)),
+            f"of the loop, {saves:,.0f} checkpoints; {beside}",
+        ),
+    ]  # fmt: skip
+    if found.evaluation_s is not None:
+        said = f"estimated from a part of it, {found.evaluations:,} of them"
+        rows.insert(1, Projection("an evaluation", "", duration(found.evaluation_s), said))
     if found.peak_bytes is not None:
         planned = "" if expected is None else gib(expected.peak_allocated_bytes)
-        table.add_row("peak of device memory", planned, gib(found.peak_bytes), "of the rank that took most")
-    whole = "" if found.steps == (expected.steps if expected else found.steps) else f"{found.steps:,} steps are left"
-    table.add_row("in all", _planned(expected, "total_s"), duration(total_s), whole)
+        rows.append(Projection("peak of memory", planned, gib(found.peak_bytes), "of the device that took most"))
+    rows.append(Projection("in all", _planned(expected, "total_s"), duration(total_s), "from now on"))
     if price is not None:
         planned_s = None if expected is None else expected.total_s
         planned = "" if planned_s is None else price.both(price.usd_of(planned_s))
-        table.add_row("bill", planned, price.both(price.usd_of(total_s)), price.name)
-    return table
+        rows.append(Projection("bill", planned, price.both(price.usd_of(total_s)), price.name))
+    return rows
+
+
+def table(rows: list[Projection]) -> list[Text]:
+    """The projections in columns; without one for the plan where nothing is planned."""
+    heading = Projection("the run to come", "planned", "expected now", "")
+    widths = [max(len(getattr(row, key)) for row in [heading, *rows]) for key in ("planned", "measured")]
+    has_plan = any(row.planned for row in rows)
+    lines = []
+    for row in [heading, *rows]:
+        planned = f"{row.planned:>{widths[0]}}  " if has_plan else ""
+        text = f"    {row.name:<{NAME_COLUMNS}}{planned}{row.measured:>{max(widths[1], SECONDS_COLUMNS)}}  {row.note}"
+        lines.append(Text(text.rstrip(), "dim" if row is heading else ""))
+    return lines
 
 
 def _planned(expected: Expected | None, key: str) -> str:

@@ -174,6 +174,7 @@ def test_where_the_time_went(tiny_base: Path) -> None:
     clock = Clock()
     booked = account(tiny_base, clock)
     clock.now += 100
+    booked.rehearsed(40.0)
     booked.begin_training()
     clock.now += 200
     booked.trained(step(1, wait_s=7.0))
@@ -182,7 +183,7 @@ def test_where_the_time_went(tiny_base: Path) -> None:
     booked.end_training()
     clock.now += 50
     waste = booked.waste()
-    assert (waste.session_s, waste.starting_s, waste.finishing_s) == (350, 100, 50)
+    assert (waste.session_s, waste.starting_s, waste.rehearsing_s, waste.finishing_s) == (350, 60, 40, 50)
     assert (waste.evaluating_s, waste.saving_s, waste.data_wait_s) == (30, 10, 7)
     # Seven packs among two ranks, two a pass: 2 x 2 passes, the last of rank 1 with one pack, none empty.
     assert waste.idle_s == 0
@@ -191,7 +192,8 @@ def test_where_the_time_went(tiny_base: Path) -> None:
     assert waste.fill == pytest.approx(272 / (7 * 48))
     lines = waste_lines(waste, THREE_DOLLARS).splitlines()
     assert lines[0] == "waste     of 6 min  $0.29 (¥44):"
-    assert any(line.split() == ["starting", "29%", "2", "min", "$0.08", "(¥13)"] for line in lines)
+    assert any(line.split() == ["starting", "17%", "1", "min", "$0.05", "(¥8)"] for line in lines)
+    assert any(line.split()[:2] == ["rehearsing", "11%"] for line in lines)
     assert not any("empty micro-batches" in line for line in lines), "what is nothing is not told"
     assert "$" not in waste_lines(waste, None)
 
