@@ -63,9 +63,9 @@ def test_what_is_checked_and_what_the_processes_get(
     assert started == []
     assert go("train", "--resume=auto", "run.yaml") == 6
     assert go("train", "run.yaml", "--resume", "runs/x/checkpoints/step-00000001", "train.seed=7") == 6
-    assert go("train", "run.yaml", "--rehearse", "--rehearse-only") == 6
+    assert go("train", "run.yaml", "--rehearse", "--resume=auto", "--rehearse-only") == 6
     assert capfd.readouterr().out == "starting 2 processes on this machine\n" * 3
-    assert started.pop() == ["train", "run.yaml", "--rehearse", "--rehearse-only"]
+    assert started.pop() == ["train", "run.yaml", "--rehearse", "--resume=auto", "--rehearse-only"]
     assert started == [
         ["train", "--resume=auto", "run.yaml"],
         ["train", "run.yaml", "--resume", "runs/x/checkpoints/step-00000001", "train.seed=7", "--debug"],
