@@ -7,6 +7,8 @@ import re
 import time
 from pathlib import Path
 
+import pytest
+
 from sft_dist.train.resume import holds_a_run
 from tests.helpers import cells
 from tests.helpers.ranks import Ranks
@@ -30,6 +32,7 @@ def write_config(base: Path, folder: Path) -> Path:
     return folder / "run.yaml"
 
 
+@pytest.mark.ci
 def test_a_rehearsal_is_not_in_the_way_of_the_run(tiny_base: Path, tmp_path: Path) -> None:
     """Not one that was killed while it saved, and not one that came to its end."""
     config, out, log = write_config(tiny_base, tmp_path), tmp_path / "out", tmp_path / "log"
