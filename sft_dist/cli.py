@@ -166,8 +166,12 @@ def train(
     quiet_libraries()
     from sft_dist.train.run import run_training
 
-    rehearsing = "only" if rehearse_only else "first" if rehearse else "no"
-    run_training(checked, resume=resume, allowed=allow_change or (), rehearsing=rehearsing)
+    run_training(
+        checked,
+        resume=resume,
+        allowed=allow_change or (),
+        rehearsing="only" if rehearse_only else "first" if rehearse else "no",
+    )
 
 
 @app.command()

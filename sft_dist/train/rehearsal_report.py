@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from sft_dist.plan.expected import Expected
@@ -64,13 +65,13 @@ class Report:
             yield item
         took, peak = duration(time.perf_counter() - started), gib(item.peak_bytes)
         line = Text.assemble("  ", (self._done, "bold green"), f" {name:<{NAME_COLUMNS}}{took:>{SECONDS_COLUMNS}}")
-        line.append(f"{peak:>{PEAK_COLUMNS}}  {item.result}")
-        self.console.print(line, soft_wrap=True)
+        line.append(f"{peak:>{PEAK_COLUMNS}}")
+        self._print(line, item.result)
 
     def end(self, run: Run, found: Measured, outlook: Outlook, *, seconds: float) -> None:
         """The projections, beside the plan where there is one."""
-        for line in table(projections(run, found, outlook)):
-            self.console.print(line, soft_wrap=True)
+        for figures, note in table(projections(run, found, outlook)):
+            self._print(figures, note)
         price = outlook.price
         cost = "" if price is None else f", {price.both(price.usd_of(seconds))}"
         self.console.print(
@@ -78,6 +79,18 @@ class Report:
             "that the run starts from",
             soft_wrap=True,
         )
+
+
+    def _print(self, figures: Text, words: str) -> None:
+        """Columns of figures with words behind them: broken in their own column by a terminal, whole in a log."""
+        if not self.console.is_terminal:
+            self.console.print(Text.assemble(figures, "  ", words), soft_wrap=True)
+            return
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=figures.cell_len, no_wrap=True)
+        grid.add_column()
+        grid.add_row(figures, Text(words))
+        self.console.print(grid)
 
 
 @dataclass(frozen=True)
@@ -203,16 +216,16 @@ def projections(run: Run, found: Measured, outlook: Outlook) -> list[Projection]
     return rows
 
 
-def table(rows: list[Projection]) -> list[Text]:
-    """The projections in columns; without one for the plan where nothing is planned."""
-    heading = Projection("the run to come", "planned", "expected now", "")
+def table(rows: list[Projection]) -> list[tuple[Text, str]]:
+    """The projections in columns, each with its note; without a column for the plan where nothing is planned."""
+    heading = Projection("the run to come", "planned", "measured", "")
     widths = [max(len(getattr(row, key)) for row in [heading, *rows]) for key in ("planned", "measured")]
     has_plan = any(row.planned for row in rows)
     lines = []
     for row in [heading, *rows]:
         planned = f"{row.planned:>{widths[0]}}  " if has_plan else ""
-        text = f"    {row.name:<{NAME_COLUMNS}}{planned}{row.measured:>{max(widths[1], SECONDS_COLUMNS)}}  {row.note}"
-        lines.append(Text(text.rstrip(), "dim" if row is heading else ""))
+        text = f"    {row.name:<{NAME_COLUMNS}}{planned}{row.measured:>{widths[1]}}"
+        lines.append((Text(text, "dim" if row is heading else ""), row.note))
     return lines
 
 

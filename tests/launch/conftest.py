@@ -36,7 +36,7 @@ def print(*values):
     sys.stdout.write(" ".join(map(str, values)) + "\n")
     sys.stdout.flush()
 
-def run_training(config, resume="never", allowed=()):
+def run_training(config, resume="never", allowed=(), rehearsing="no"):
     rank = int(os.environ.get("RANK", "0"))
     exec(os.environ["IN_EACH_PROCESS"])
 

@@ -60,8 +60,10 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None]
     def replace(error: BaseException | None) -> list[Config]:
         calls: list[Config] = []
 
-        def run_training(config: Config, *, resume: str, allowed: object = ()) -> None:
+        def run_training(config: Config, *, resume: str, allowed: object = (), rehearsing: str = "no") -> None:
             calls.append(config)
+            if rehearsing != "no":
+                print(f"rehearsing {rehearsing}")
             if resume != "never":
                 print(f"resume {resume}")
             if error is not None:
