@@ -19,7 +19,7 @@ from sft_dist.train.outlook import Outlook
 
 SECONDS_PER_MINUTE = 60
 
-NAME_COLUMNS, SECONDS_COLUMNS, PEAK_COLUMNS = 22, 8, 11
+NAME_COLUMNS, SECONDS_COLUMNS, PEAK_COLUMNS = 20, 8, 11
 
 
 @dataclass
@@ -79,7 +79,6 @@ class Report:
             "that the run starts from",
             soft_wrap=True,
         )
-
 
     def _print(self, figures: Text, words: str) -> None:
         """Columns of figures with words behind them: broken in their own column by a terminal, whole in a log."""

@@ -50,7 +50,7 @@ def test_a_rehearsal_is_not_in_the_way_of_the_run(tiny_base: Path, tmp_path: Pat
         assert ranks.exit_codes(PATIENCE_S) == [0, 0], log.read_text()
     assert {path.name for path in out.iterdir()} <= {"audit.json", "cache", ".lock"}
     said = log.read_text()
-    passed = [line[4:26].strip() for line in said.splitlines() if line.startswith("  ✓ ")]
+    passed = [line[4:24].strip() for line in said.splitlines() if line.startswith("  ✓ ")]
     assert passed == list(ITEMS)
     assert "loaded and compared in a fresh process" in said
     assert re.search(r"^rehearsed in .*: every item passed", said, re.MULTILINE)

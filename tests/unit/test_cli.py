@@ -219,6 +219,14 @@ def test_resume_may_stand_anywhere(exit_code: Run, training: Training, place: in
     assert exit_code(*arguments) == (0, "resume auto\n", "")
 
 
+@pytest.mark.parametrize(("option", "said"), [("--rehearse", "first"), ("--rehearse-only", "only")])
+def test_a_rehearsal(exit_code: Run, training: Training, option: str, said: str) -> None:
+    training(None)
+    assert exit_code("train", option, "run.yaml") == (0, f"rehearsing {said}\n", "")
+    code, _, err = exit_code("train", "run.yaml", option, "--dry-run")
+    assert (code, err.splitlines()[1]) == (2, "  fix: give one of the two")
+
+
 def test_a_checkpoint_that_is_not_there(exit_code: Run, training: Training) -> None:
     calls = training(None)
     code, _, err = exit_code("train", "run.yaml", "--resume", "absent")
