@@ -192,7 +192,7 @@ def test_where_the_time_went(tiny_base: Path) -> None:
     assert waste.fill == pytest.approx(272 / (7 * 48))
     lines = waste_lines(waste, THREE_DOLLARS).splitlines()
     assert lines[0] == "waste     of 6 min  $0.29 (¥44):"
-    assert any(line.split() == ["starting", "17%", "1", "min", "$0.05", "(¥8)"] for line in lines)
+    assert any(line.split() == ["starting", "17%", "1", "min", "$0.05", "(¥7.5)"] for line in lines)
     assert any(line.split()[:2] == ["rehearsing", "11%"] for line in lines)
     assert not any("empty micro-batches" in line for line in lines), "what is nothing is not told"
     assert "$" not in waste_lines(waste, None)
