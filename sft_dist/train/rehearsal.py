@@ -8,7 +8,6 @@ would have had without. Nothing of it stays but what it printed.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +18,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-import xxhash
 from rich.filesize import decimal
-from torch import Tensor
 
 from sft_dist.checkpoint.checkpointer import Checkpointer, Outcome
 from sft_dist.checkpoint.manifest import Position
@@ -43,29 +40,15 @@ from sft_dist.train.hardest import HardStep, hardest_evaluation, hardest_steps
 from sft_dist.train.loop import LARGE_SHARE, peak_memory_gib
 from sft_dist.train.outlook import Outlook
 from sft_dist.train.rehearsal_report import Item, Measured, Report, Saving, due
+from sft_dist.train.rehearsed import FOLDER, note_rehearsed
 from sft_dist.train.starting_point import damage
+from sft_dist.train.state_digests import state_digests
 from sft_dist.train.step import evaluate, train_step
 
 T = TypeVar("T")
 
-# In the run directory, while a rehearsal lasts.
-FOLDER = "rehearsal"
-
 # A GPU may add up in another order each time. Where two replays of a step differ, this much is theirs.
 REPLAY_TOLERANCE = 1e-3
-
-# Bytes that are hashed at a time: what is on a GPU comes through the host.
-DIGEST_BYTES = 1 << 26
-
-
-def is_restart() -> bool:
-    """Whether a launcher has started this run again by itself: it was rehearsed the first time."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def remove_leftovers(output_dir: str) -> None:
-    """Of a rehearsal whose process was killed."""
-    shutil.rmtree(Path(output_dir) / FOLDER, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -131,6 +114,7 @@ def rehearse(stage: Stage) -> float:
         # Any rank that fails: the others may wait for it, and be ended.
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
+    note_rehearsed()
     return time.perf_counter() - started
 
 
@@ -452,30 +436,6 @@ class _Saved:
     checkpoint: Path
     digests: dict[str, str]
     saving: Saving
-
-
-def state_digests(strategy: Strategy) -> dict[str, str]:
-    """XXH3-128 of the bits of everything on this rank that a step changes: what a checkpoint holds, what the forward
-    pass reads, and how many steps the optimizer has counted. Every rank calls it."""
-    strategy.release()
-    state = strategy.state()
-    digests = {name: _digest(shard.values) for name, shard in state.items()}
-    for name, tensor, is_trained in strategy.local_parameters():
-        if is_trained:
-            shard = state[f"model.{name}"]
-            # Under ZeRO-3 the last ranks' parts are padded with what nothing reads.
-            is_part = tensor.numel() < max(shard.numel, 2)
-            real = tensor.view(-1)[: shard.values.numel()] if is_part else tensor
-            digests[f"forward.{name}"] = _digest(real)
-    states = strategy.base_optimizer().state.values()
-    return digests | {"steps": str([int(state["step"]) for state in states if "step" in state])}
-
-
-def _digest(tensor: Tensor) -> str:
-    result, flat = xxhash.xxh3_128(), tensor.detach().contiguous().view(-1)
-    for part in flat.split(max(1, DIGEST_BYTES // flat.element_size())):
-        result.update(part.cpu().view(torch.uint8).numpy().data)
-    return result.hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -63,7 +63,8 @@ from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.position import position_after
 from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.receipt import made_with
-from sft_dist.train.rehearsal import Stage, is_restart, rehearse, remove_leftovers
+from sft_dist.train.rehearsal import Stage, rehearse
+from sft_dist.train.rehearsed import remove_leftovers, was_rehearsed
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder, find_checkpoints
 from sft_dist.train.resume_receipt import differences, resume_receipt
 from sft_dist.train.run_files import keep_file, writing_into
@@ -263,7 +264,7 @@ def train(
         settings=dump_config(config),
     )
     manifest = None if start is None else checkpointer.load(start, strategy)
-    if rehearsing != "no" and completed < num_steps and not is_restart():
+    if rehearsing != "no" and completed < num_steps and not was_rehearsed():
         stage = Stage(
             run, world, process.device, strategy, spec, order, inputs.eval_data, checkpointer, outlook,
             lambda folder: _write_artefact(folder, run, process, inputs, strategy), num_steps, completed,

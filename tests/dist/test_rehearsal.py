@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from sft_dist.data.chat_template import load_renderer
 from sft_dist.errors import SftError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import World, WorldShape
-from sft_dist.train import rehearsal
+from sft_dist.train import rehearsal, rehearsed
 from sft_dist.train import run as train_run
 from sft_dist.train.outlook import look_ahead
 from sft_dist.train.resume import MARKS_OF_A_RUN
@@ -46,11 +47,18 @@ def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any
     return cells.dump(cells.whole_run(cfg, folder))
 
 
-def run(cfg_yaml: str, rehearsing: train_run.Rehearsing, start: str | None = None, fault: str | None = None) -> str:
+def run(
+    cfg_yaml: str,
+    rehearsing: train_run.Rehearsing,
+    start: str | None = None,
+    fault: str | None = None,
+    tries: str | None = None,
+) -> str:
     """One run of ``train``, and what its error says if it has one.
 
     Args:
         fault: a name in ``FAULTS``.
+        tries: folder of a launch that starts its processes again.
     """
     cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
     rank = dist.get_rank()
@@ -62,6 +70,8 @@ def run(cfg_yaml: str, rehearsing: train_run.Rehearsing, start: str | None = Non
     process = train_run.Process(world, cells.CPU, cells.store())
     outlook = look_ahead(cfg, resolved, cells.CPU, data, held_out) if world.is_main else None
     place = None if start is None else Path(start)
+    if tries is not None:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"{tries}/attempt_0/{rank}/error.json"
     torch.manual_seed(rank)
     drawn = torch.get_rng_state()
     with ExitStack() as stack:
@@ -71,6 +81,8 @@ def run(cfg_yaml: str, rehearsing: train_run.Rehearsing, start: str | None = Non
             train_run.train(resolved, cfg, process, inputs, outlook, start=place, rehearsing=rehearsing)
         except SftError as error:
             return f"{error.exit_code}: {error}"
+        finally:
+            os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
     if rehearsing == "only":
         assert torch.equal(torch.get_rng_state(), drawn), "random numbers are those of before"
     return ""
@@ -122,7 +134,7 @@ def test_a_rehearsed_run_is_the_run(
     assert result(rehearsed) == result(plain)
     assert [line["step"] for line in result(plain).lines if "loss" in line] == list(range(1, STEPS + 1))
     assert len(result(plain).checkpoints) >= 1 <= len(result(plain).final)
-    assert not (rehearsed / rehearsal.FOLDER).exists()
+    assert not (rehearsed / rehearsed.FOLDER).exists()
     waste = json.loads((rehearsed / "receipt.json").read_text())["waste"]
     assert waste["rehearsing_s"] > 0.2
     assert json.loads((plain / "receipt.json").read_text())["waste"]["rehearsing_s"] == 0
@@ -163,10 +175,23 @@ def test_alone_it_leaves_the_folder_as_it_was(world: Worlds, tiny_base: Path, tm
     cfg = config(tiny_base, tmp_path / "out", "full", "ddp")
     assert world(2).run(run, cfg, "only") == ["", ""]
     assert list((tmp_path / "out").iterdir()) == []
-    leftover = tmp_path / "out" / rehearsal.FOLDER / "step-00000000"
+    leftover = tmp_path / "out" / rehearsed.FOLDER / "step-00000000"
     leftover.mkdir(parents=True)
-    rehearsal.remove_leftovers(str(tmp_path / "out"))
-    assert not any((tmp_path / "out" / mark).exists() for mark in (*MARKS_OF_A_RUN, rehearsal.FOLDER))
+    rehearsed.remove_leftovers(str(tmp_path / "out"))
+    assert not any((tmp_path / "out" / mark).exists() for mark in (*MARKS_OF_A_RUN, rehearsed.FOLDER))
+
+
+def test_a_launcher_that_starts_again(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """One that failed is rehearsed again; one that passed is not."""
+    tries = str(tmp_path / "tries")
+    (tmp_path / "tries").mkdir()
+    cfg = config(tiny_base, tmp_path / "out", "lora", "ddp")
+    told: list[str] = world(2).run(run, cfg, "only", None, "out of memory", tries)
+    assert [line[0] for line in told] == ["3", "3"]
+    told = world(2).run(run, cfg, "only", None, "out of memory", tries)
+    assert [line[0] for line in told] == ["3", "3"]
+    assert world(2).run(run, cfg, "only", None, None, tries) == ["", ""]
+    assert world(2).run(run, cfg, "only", None, "out of memory", tries) == ["", ""], "it was rehearsed"
 
 
 def out_of_memory() -> Any:
