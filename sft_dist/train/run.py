@@ -267,7 +267,7 @@ def train(
     if rehearsing != "no" and completed < num_steps and not was_rehearsed():
         stage = Stage(
             run, world, process.device, strategy, spec, order, inputs.eval_data, checkpointer, outlook,
-            lambda folder: _write_artefact(folder, run, process, inputs, strategy), num_steps, completed,
+            lambda folder: _write_artefact(folder, run, config, process, inputs, strategy), num_steps, completed,
         )  # fmt: skip
         rehearsed_s = rehearse(stage)
         if books is not None:

@@ -21,6 +21,7 @@ from sft_dist.config.schema import Config
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.errors import SftError
 from sft_dist.resolve import resolve
+from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.train import rehearsal
 from sft_dist.train import run as train_run
@@ -79,7 +80,8 @@ def run(
         if fault is not None:
             stack.enter_context(FAULTS[fault]())
         try:
-            train_run.train(resolved, cfg, process, inputs, outlook, start=place, rehearsing=rehearsing)
+            signals = stack.enter_context(Signals(is_main=world.is_main))
+            train_run.train(resolved, cfg, process, inputs, outlook, signals, start=place, rehearsing=rehearsing)
         except SftError as error:
             return f"{error.exit_code}: {error}"
         finally:
