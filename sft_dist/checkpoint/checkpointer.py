@@ -45,6 +45,9 @@ SETTINGS = "config.yaml"
 # A slow disk of one rank must not look like a lost rank to the others.
 WRITE_TIMEOUT = timedelta(hours=12)
 
+# Of a save in flight when training fails: a rank that hangs must not keep the others for longer.
+SETTLE_TIMEOUT_S = 600
+
 # A block of an 8-bit moment has one scale: ranks that share a tensor otherwise may have other blocks.
 SCALES = ("optim.exp_avg_scale.", "optim.exp_avg_sq_scale.")
 
@@ -134,6 +137,11 @@ class Checkpointer:
         if self._outcomes and self._outcomes[-1].is_fatal:
             last = self._outcomes[-1]
             raise CheckpointError(last.error or "", fix=last.fix).everywhere()
+
+    def settle(self) -> None:
+        """Lets what is in flight come to its end beside another failure, unless the ranks it needs are gone."""
+        if self._thread is not None:
+            self._thread.join(SETTLE_TIMEOUT_S)
 
     @property
     def has_failed(self) -> bool:

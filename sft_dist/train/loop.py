@@ -98,9 +98,10 @@ class Training:
             self.account.begin_training()
         try:
             self._all_steps()
-        except TrainingDiverged:
+        except Exception:
             # What is being written is of an earlier step, and good.
-            self._finish_saving()
+            self.checkpointer.settle()
+            self._tell_of_saves()
             raise
         self._finish_saving()
         self._agree(is_saved=True)

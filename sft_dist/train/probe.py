@@ -45,8 +45,8 @@ from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.account import WARM_UP_STEPS, StepFigures
+from sft_dist.train.ready import Process, decide
 from sft_dist.train.receipt import calibrate
-from sft_dist.train.run import Process, decide
 from sft_dist.train.step import train_step
 
 # What a probe goes through.

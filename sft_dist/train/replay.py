@@ -28,9 +28,9 @@ from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.position import position_after
+from sft_dist.train.ready import Inputs, Process, make_ready
 from sft_dist.train.resume import AUTO, check_position, checkpoints_folder
 from sft_dist.train.resume_receipt import resume_receipt
-from sft_dist.train.run import Inputs, Process, make_ready
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.step import train_step
 

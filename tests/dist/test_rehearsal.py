@@ -24,6 +24,7 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.train import rehearsal
+from sft_dist.train import ready
 from sft_dist.train import run as train_run
 from sft_dist.train.outlook import look_ahead
 from sft_dist.train.rehearsed import FOLDER, remove_leftovers
@@ -68,8 +69,8 @@ def run(
     resolved = resolve(cfg, world.shape)
     data = cells.synthetic_data(rows=60, packing=resolved.data.packing != "none")
     held_out = cells.synthetic_data(rows=9, seed=99, packing=False)
-    inputs = train_run.Inputs(data, held_out, load_renderer(resolved.model.path, None, None), None)
-    process = train_run.Process(world, cells.CPU, cells.store())
+    inputs = ready.Inputs(data, held_out, load_renderer(resolved.model.path, None, None), None)
+    process = ready.Process(world, cells.CPU, cells.store())
     outlook = look_ahead(cfg, resolved, cells.CPU, data, held_out) if world.is_main else None
     place = None if start is None else Path(start)
     if tries is not None:

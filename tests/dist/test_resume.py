@@ -25,6 +25,7 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.train import loop
+from sft_dist.train import ready
 from sft_dist.train import run as train_run
 from sft_dist.train import step as train_step
 from sft_dist.train.outlook import look_ahead
@@ -65,10 +66,10 @@ def run_part(cfg_yaml: str, start: str | None, allowed: tuple[str, ...] = ()) ->
             yield batch, is_last
 
     with patch.object(train_step, "micro_batches", watched):
-        inputs = train_run.Inputs(
+        inputs = ready.Inputs(
             cells.synthetic_data(rows=60, packing=run.data.packing != "none"), held_out, load_renderer(run.model.path, None, None), None
         )
-        process = train_run.Process(world, cells.CPU, cells.store())
+        process = ready.Process(world, cells.CPU, cells.store())
         outlook = look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
         with Signals(is_main=world.is_main) as signals:
             place = None if start is None else Path(start)

@@ -27,6 +27,7 @@ from sft_dist.runtime.world import World, WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.train import loop, outlook
+from sft_dist.train import artefact, ready
 from sft_dist.train import run as train_run
 from sft_dist.train.step import StepOutcome
 from tests.helpers import cells
@@ -43,10 +44,10 @@ def train(cfg_yaml: str, sample: Any = None) -> None:
     run = resolve(cfg, world.shape)
     renderer = load_renderer(run.model.path, None, None)
     held_out = cells.synthetic_data(rows=5, seed=99) if cfg.eval.every_steps is not None else None
-    inputs = train_run.Inputs(cells.synthetic_data(), held_out, renderer, sample)
+    inputs = ready.Inputs(cells.synthetic_data(), held_out, renderer, sample)
     seen = outlook.look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
     with Signals(is_main=world.is_main) as signals:
-        train_run.train(run, cfg, train_run.Process(world, cells.CPU, cells.store()), inputs, seen, signals)
+        train_run.train(run, cfg, ready.Process(world, cells.CPU, cells.store()), inputs, seen, signals)
 
 
 def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any) -> Config:
@@ -203,7 +204,7 @@ def refused_artefact(cfg_yaml: str) -> str:
         assert (folder / "adapter_model.safetensors").exists()
         raise CheckpointError(f"{folder.name} is not it", fix="none")
 
-    with patch.object(train_run, "prove_artefact", refuse), pytest.raises(CheckpointError) as caught:
+    with patch.object(artefact, "prove_artefact", refuse), pytest.raises(CheckpointError) as caught:
         train(cells.dump(cfg), sample=object())
     return caught.value.what
 

@@ -66,7 +66,7 @@ def test_an_explicit_configuration_tells_nothing_new(train: Train) -> None:
 
 
 def test_what_does_not_fit_has_its_own_exit_code(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sft_dist.train.run.least_memory_bytes", lambda *_: 3 * 2**19)
+    monkeypatch.setattr("sft_dist.train.ready.least_memory_bytes", lambda *_: 3 * 2**19)
     code, _, err = train()
     assert code == 3
     assert "even when fsdp2 shards them over 1, and a process has 1.5 MiB" in err

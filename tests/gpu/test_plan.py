@@ -37,8 +37,8 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.process_group import process_group
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.train.probe import Probe, planned_peak_bytes, tell, train_some
+from sft_dist.train.ready import Process
 from sft_dist.train.receipt import versions
-from sft_dist.train.run import Process
 from tests.gpu.test_7b import CUDA, RESULTS, SEQ_LEN, packed_data
 from tests.helpers import cells
 from tests.helpers.big_model import write_checkpoint

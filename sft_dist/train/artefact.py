@@ -1,0 +1,50 @@
+"""``final/``: exported, proven, and only then given its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sft_dist.checkpoint.artefact import prove_artefact, take_probes
+from sft_dist.checkpoint.fresh_process import digest
+from sft_dist.config.schema import Config
+from sft_dist.errors import CheckpointError
+from sft_dist.export.provenance import training_section
+from sft_dist.model.export import UNFINISHED, export, publish
+from sft_dist.run import Run
+from sft_dist.runtime.process_group import run_on_main_first
+from sft_dist.sharding.strategy import Strategy
+from sft_dist.train.ready import Inputs, Process
+
+
+def proven(run: Run) -> str:
+    return ", proven in a fresh process" if run.checkpoint.prove_final else ", not proven (checkpoint.prove_final)"
+
+
+def write_artefact(final: Path, run: Run, config: Config, process: Process, inputs: Inputs, strategy: Strategy) -> None:
+    """Exports the trained model, which is called ``final`` when a fresh process has found it in the files.
+
+    Raises:
+        CheckpointError: it cannot be written, or is not the trained model; it then stays as ``final.unfinished``.
+    """
+    probes = take_probes(strategy, inputs.train_data, process.device) if run.checkpoint.prove_final else []
+    parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
+    tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
+    about = training_section(config, final.parent) if is_main else ""
+    failure, saved = None, {}
+    try:
+        saved = export(
+            final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed, about=about
+        )
+    except CheckpointError as error:
+        failure = error  # rank 0's; the others, which have gathered with it, hear of it below
+    weights = {name: digest(tensor) for name, tensor in saved.items()}
+    saved.clear()  # the fresh process needs the room
+
+    def prove_and_publish() -> None:
+        if failure is not None:
+            raise failure
+        if run.checkpoint.prove_final:
+            prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, inputs.sample)
+        publish(final)
+
+    run_on_main_first(process.world, process.store, f"prove {final}", prove_and_publish)

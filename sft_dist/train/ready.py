@@ -1,0 +1,255 @@
+"""What stands before there is a process group: decisions, the run directory, checkpoints to go on from, data."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+
+from sft_dist.checkpoint.store import sweep
+from sft_dist.config.data_schema import SourceConfig
+from sft_dist.config.schema import Config
+from sft_dist.data.chat_template import ChatRenderer, TemplateSample
+from sft_dist.data.files import is_url
+from sft_dist.data.fingerprint import is_offline
+from sft_dist.data.messages import Conversation
+from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
+from sft_dist.data.prepared import PreparedData, open_prepared
+from sft_dist.data.sources import read_source
+from sft_dist.errors import ConfigError, DataError, RowError
+from sft_dist.model.renderer import renderer_of
+from sft_dist.model.untrained import untrained_tokens
+from sft_dist.model.weights import check_weights
+from sft_dist.plan.accelerate import check_accelerate
+from sft_dist.plan.choose import choose
+from sft_dist.resolve import resolve
+from sft_dist.run import Run
+from sft_dist.runtime.accelerate_environment import read_accelerate_environment
+from sft_dist.runtime.memory import least_memory_bytes
+from sft_dist.runtime.process_group import device_of, join, run_on_main_first
+from sft_dist.runtime.world import World
+from sft_dist.sharding.optim import unsupported_on
+from sft_dist.train.audit import audit_prepared
+from sft_dist.train.data import showing, told_of_rows
+from sft_dist.train.from_mirror import bring, check_mirror, needs_storage
+from sft_dist.train.preflight import NEVER, take_run_directory
+from sft_dist.train.rehearsed import remove_leftovers
+from sft_dist.train.resume import checkpoints_folder, find_checkpoints
+from sft_dist.train.run_files import keep_file, writing_into
+from sft_dist.train.summary import long_rows_notice, untrained_notice
+
+# In the run directory: what was found in the data.
+AUDIT = "audit.json"
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process: its place among its peers, its accelerator, and the store that all of them share.
+
+    Args:
+        started: on ``time.perf_counter``; its machine is paid for from then on.
+    """
+
+    world: World
+    device: torch.device
+    store: dist.Store
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is ready before the model is built.
+
+    Args:
+        eval_data: held-out rows, or None.
+        sample: a row through the chat template, on rank 0. Kept, because after days of training its file may be gone.
+    """
+
+    train_data: PreparedData
+    eval_data: PreparedData | None
+    renderer: ChatRenderer
+    sample: TemplateSample | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What rank 0 tells the others when everything is ready; paths.
+
+    Args:
+        checkpoints: to go on from, the newest first.
+        train_data, eval_data: what it prepared.
+    """
+
+    checkpoints: tuple[str, ...]
+    train_data: str
+    eval_data: str | None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What stands before there is a process group.
+
+    Args:
+        config, run: with every ``auto`` made concrete.
+        store: that the processes of the launch share.
+        checkpoints: to go on from, the newest first.
+    """
+
+    config: Config
+    run: Run
+    process: Process
+    store: dist.Store
+    inputs: Inputs
+    checkpoints: list[Path]
+
+
+def make_ready(config: Config, *, resume: str) -> Ready:
+    """Meets the other processes, decides, and prepares the data on rank 0 or finds them prepared.
+
+    Args:
+        resume: ``never``, ``auto`` or the path of a checkpoint.
+    """
+    world = World.from_environment()
+    store = join(world)
+    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store))
+    config, run = decide(config, process)
+    load = renderer_of(config.model, config.data)
+    renderer = load()
+    # Before there is a process group: nothing of it can time out while rank 0 tokenises for hours.
+    told = run_on_main_first(world, process.store, "prepare", lambda: prepare_run(run, config, renderer, load, resume))
+    found = Found(**json.loads(told or ""))
+    inputs = open_inputs(run, renderer, found, is_main=world.is_main)
+    return Ready(config, run, process, store, inputs, [Path(path) for path in found.checkpoints])
+
+
+def decide(config: Config, process: Process) -> tuple[Config, Run]:
+    """Makes every ``auto`` concrete, the same on all ranks, and compares the result with what accelerate said."""
+    world, device = process.world, process.device
+    accelerate = read_accelerate_environment()
+    memory_bytes = least_memory_bytes(world, device, process.store)
+    choice = choose(config, world.shape, memory_bytes=memory_bytes, accelerate=accelerate)
+    run = resolve(choice.config, world.shape)
+    reason = unsupported_on(run, device.type)
+    if reason is not None:
+        raise ConfigError(reason, fix="set optim.paged to false")
+    if accelerate is not None:
+        check_accelerate(accelerate, run)
+    if world.is_main:
+        for line in choice.reasons:
+            Console(highlight=False).print(line, soft_wrap=True, markup=False)
+    return choice.config, run
+
+
+def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable[[], ChatRenderer], resume: str) -> str:
+    """Everything that can be found wrong without a GPU, and the data; on rank 0.
+
+    Args:
+        load: makes ``renderer`` in another process.
+
+    Returns:
+        ``Found``, as JSON.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: the run directory, the checkpoint, the weights, the data.
+    """
+    take_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER, say=warn)
+    sweep(checkpoints_folder(run.output_dir))
+    remove_leftovers(run.output_dir)
+    if needs_storage(config, resume):
+        check_mirror(config, resume)
+        resume = bring(config, resume, say=warn)
+    checkpoints = find_checkpoints(resume, run.output_dir)
+    check_weights(run.model)
+    cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
+    with showing() as display:
+        sets = prepare_sets(run.data, cache, seed=run.seed, display=display)
+    assert sets.train is not None
+    untrained = _warn_of_the_data(run, renderer, open_prepared(sets.train))
+    found_in_data = audit_prepared(config, cache, sets, untrained=untrained)
+    with writing_into(Path(run.output_dir)):
+        keep_file(Path(run.output_dir) / AUDIT, found_in_data.to_json())
+    for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
+        if folder is not None:
+            for line in told_of_rows(folder, run.data):
+                Console(highlight=False).print(f"[yellow]{name}: {escape(line)}", soft_wrap=True)
+    found = Found(
+        checkpoints=tuple(map(str, checkpoints)),
+        train_data=str(sets.train),
+        eval_data=None if sets.eval is None else str(sets.eval),
+    )
+    return json.dumps(asdict(found))
+
+
+def warn(line: str) -> None:
+    Console(highlight=False).print(f"[yellow]{escape(line)}", soft_wrap=True)
+
+
+def _warn_of_the_data(run: Run, renderer: ChatRenderer, data: PreparedData) -> list[str]:
+    """Tells of tokens that the model never learned, which are returned, and of rows longer than it was made for."""
+    special = renderer.special_ids
+    untrained = untrained_tokens(run.model, data.occurring(special), special)
+    lines = [renderer.notice, long_rows_notice(data.lengths, run.model)]
+    names = [str(name) for name in renderer.tokenizer.convert_ids_to_tokens(untrained)]
+    if names:
+        lines.append(untrained_notice(names, run.model))
+    for line in lines:
+        if line is not None:
+            Console(highlight=False).print(f"[yellow]model: {escape(line)}", soft_wrap=True)
+    return names
+
+
+def open_inputs(run: Run, renderer: ChatRenderer, found: Found, *, is_main: bool) -> Inputs:
+    """Maps what rank 0 prepared.
+
+    Raises:
+        ConfigError: this node does not see the files.
+    """
+    try:
+        return Inputs(
+            train_data=open_prepared(Path(found.train_data)),
+            eval_data=None if found.eval_data is None else open_prepared(Path(found.eval_data)),
+            renderer=renderer,
+            sample=_sample(run, renderer) if is_main else None,
+        )
+    except FileNotFoundError as e:
+        raise ConfigError(
+            f"this node does not see the data that rank 0 prepared ({e.filename})",
+            fix="set data.cache_dir to a folder that all nodes share",
+        ) from e
+
+
+def _sample(run: Run, renderer: ChatRenderer) -> TemplateSample | None:
+    """The first conversation that can be rendered; None if no source has conversations.
+
+    All rows of a source are of one kind. Rows that cannot be read or rendered were told when the data was prepared.
+    """
+    for source in run.data.train:
+        try:
+            row = _first_conversation(source, renderer)
+        except DataError as error:
+            if not (is_url(source.path) and is_offline()):
+                raise
+            line = f"{error.what}: the template in final/ will not be compared with its rows"
+            Console(highlight=False).print(f"[yellow]{escape(line)}", soft_wrap=True)
+            continue
+        if row is not None:
+            return renderer.sample(row)
+    return None
+
+
+def _first_conversation(source: SourceConfig, renderer: ChatRenderer) -> Conversation | None:
+    for row in read_source(source, on_rejected=lambda _: None):
+        if not isinstance(row, Conversation):
+            return None
+        with suppress(RowError):
+            renderer.render(row)
+            return row
+    return None
