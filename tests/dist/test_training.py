@@ -183,7 +183,7 @@ def test_every_rank_draws_its_own_in_every_step(world: Worlds, tiny_base: Path, 
 
 
 def interrupted_evaluation(cfg_yaml: str) -> None:
-    with patch.object(loop, "evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with patch.object(loop, "evaluate", side_effect=RuntimeError), pytest.raises(RuntimeError):
         train(cfg_yaml)
 
 
