@@ -168,11 +168,12 @@ def _adapter_of_checkpoint(source: Source, folder: Path, dtype: WrittenDtype | N
     assert trained is not None
     spec, reader = describe_trained(trained), open_checkpoint(source.folder)
     values = ((name, value if dtype is None else value.to(DTYPES[dtype])) for name, value in master_weights(reader))
-    saved = export(
+    weights: dict[str, str] = {}
+    export(
         folder, spec, build_model(spec), values, tokenizer_of(source), is_main=True, seed=trained.seed,
-        about=_about(source),
+        about=_about(source), on_saved=lambda name, tensor: weights.update({name: digest(tensor)}),
     )  # fmt: skip
-    return {name: digest(tensor) for name, tensor in saved.items()}
+    return weights
 
 
 def _copy_adapter(folder: Path, unfinished: Path, wish: Wish) -> None:

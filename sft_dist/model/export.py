@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,13 +12,15 @@ from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from sft_dist.config.schema import LoraMethod, VirtualTokensMethod
+from sft_dist.config.schema import FullMethod, LoraMethod, VirtualTokensMethod
 from sft_dist.errors import CheckpointError
 from sft_dist.model.adapters import lora_config
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.card import trained_card
+from sft_dist.model.safetensors_writer import SafetensorsWriter, TensorPlan
+from sft_dist.model.served import write_settings
 from sft_dist.model.spec import ModelSpec
 from sft_dist.model.token_rows import TOKEN_ROWS
 from sft_dist.model.virtual_tokens import LOADED_NAME, SAVED_NAME, peft_config, to_save
@@ -33,6 +35,9 @@ ADAPTED = "base_model.model."
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 
+# Of a file of a whole model, as others cut them.
+MAX_FILE_BYTES = 5_000_000_000
+
 
 def export(
     folder: Path,
@@ -44,50 +49,65 @@ def export(
     is_main: bool,
     seed: int,
     about: str = "",
-) -> dict[str, Tensor]:
+    on_saved: Callable[[str, Tensor], None] = lambda *_: None,
+) -> None:
     """Writes an artefact as ``folder`` with ``.unfinished`` behind its name. Every rank must call it; rank 0 writes.
 
-    A whole model is saved in the dtype it computed in, an adapter in that of its master weights. Virtual tokens are
-    saved without the encoder that made them.
+    A whole model is saved in the dtype it computed in, tensor by tensor as they come; an adapter in the dtype of its
+    master weights. Virtual tokens are saved without the encoder that made them.
 
     Args:
         parameters: (name, full tensor) of every trainable parameter, of the others too when the method is full.
         seed: that the adapter started from.
         about: Markdown for the model card: what was trained, on what, with what result.
-
-    Returns:
-        on rank 0 what was saved, by the names of transformers and peft; nothing on the others.
+        on_saved: called on rank 0 with every tensor that was saved, by its name in transformers or peft.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: on rank 0; the folder cannot be written.
     """
-    gathered = {}
-    for name, tensor in parameters:
-        # The other ranks take part in gathering and keep nothing: one copy in host memory, not one a rank.
-        if is_main:
-            gathered[name.removeprefix(PREFIX)] = tensor.to("cpu", copy=True)
-    if not is_main:
-        return {}
-    unfinished = folder.with_name(folder.name + UNFINISHED)
+    parameters = iter(parameters)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        if isinstance(spec.method, LoraMethod):
-            _save_adapter(unfinished, spec, model, gathered, seed)
-        elif isinstance(spec.method, VirtualTokensMethod):
-            gathered = _save_virtual_tokens(unfinished, spec, model, gathered)
-        else:
-            gathered = {name: tensor.to(TORCH_DTYPES[spec.compute]) for name, tensor in gathered.items()}
-            _save_model(unfinished, model, gathered, tokenizer)
-        tokenizer.save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(trained_card(spec, model, about=about), encoding="utf-8")
+        if is_main:
+            _write(
+                folder.with_name(folder.name + UNFINISHED), spec, model, parameters, tokenizer, seed, about, on_saved
+            )
     except Exception as e:
         if not _is_of_the_disk(e):
             raise
         raise CheckpointError(
             f"cannot write {folder} ({e})", fix="make room on the disk, then go on with --resume auto"
         ) from e
-    return gathered
+    finally:
+        for _ in parameters:  # the ranks gather together, to the end
+            pass
+
+
+def _write(
+    unfinished: Path,
+    spec: ModelSpec,
+    model: SftModel,
+    parameters: Iterator[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    about: str,
+    on_saved: Callable[[str, Tensor], None],
+) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    named = ((name.removeprefix(PREFIX), tensor) for name, tensor in parameters)
+    if isinstance(spec.method, FullMethod):
+        _save_model(unfinished, spec, model, named, tokenizer, on_saved)
+    else:
+        # What an adapter is made of is small, and saved together.
+        gathered = {name: tensor.to("cpu", copy=True) for name, tensor in named}
+        if isinstance(spec.method, LoraMethod):
+            _save_adapter(unfinished, spec, model, gathered, seed)
+        else:
+            gathered = _save_virtual_tokens(unfinished, spec, model, gathered)
+        for name, tensor in gathered.items():
+            on_saved(name, tensor)
+        tokenizer.save_pretrained(unfinished)
+    (unfinished / "README.md").write_text(trained_card(spec, model, about=about), encoding="utf-8")
 
 
 def _is_of_the_disk(error: Exception) -> bool:
@@ -105,24 +125,23 @@ def publish(folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _save_model(folder: Path, model: SftModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    causal_lm = model.causal_lm
-    if causal_lm.generation_config is not None:
-        stop_at_end_of_turn(causal_lm.generation_config, tokenizer)
-    causal_lm.config.use_cache = True
-    try:
-        # A dict of its own: transformers empties it while it writes.
-        causal_lm.save_pretrained(folder, state_dict=dict(state))
-    finally:
-        causal_lm.config.use_cache = False  # training may go on
-
-
-def stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generation must stop where training taught the model to; a base model often knows only its document's end."""
-    eos = config.eos_token_id
-    known = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
-        config.eos_token_id = [*known, tokenizer.eos_token_id]
+def _save_model(
+    folder: Path,
+    spec: ModelSpec,
+    model: SftModel,
+    named: Iterator[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    on_saved: Callable[[str, Tensor], None],
+) -> None:
+    dtype = TORCH_DTYPES[spec.compute]
+    plans = [TensorPlan(p.name.removeprefix(PREFIX), dtype, p.shape) for p in spec.parameters]
+    with SafetensorsWriter(folder, plans, max_file_bytes=MAX_FILE_BYTES) as writer:
+        for name, tensor in named:
+            saved = tensor.to(dtype).cpu()
+            writer.write(name, saved)
+            on_saved(name, saved)
+        writer.finish()
+    write_settings(folder, model, tokenizer, base=spec.path, revision=spec.revision, dtype=dtype)
 
 
 def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor], seed: int) -> None:

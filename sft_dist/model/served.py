@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sft_dist.model.build import SftModel
-from sft_dist.model.export import stop_at_end_of_turn
 from sft_dist.model.hub import model_folder
 
 # What says that weights are quantised; those that are written here are not.
@@ -62,3 +61,11 @@ def served_config(base: dict[str, Any], model: SftModel, dtype: torch.dtype) -> 
         inner |= {key: name for key in ("dtype", "torch_dtype") if key in inner}
         inner["tie_word_embeddings"] = settings["tie_word_embeddings"]
     return settings
+
+
+def stop_at_end_of_turn(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Generation must stop where training taught the model to; a base model often knows only its document's end."""
+    eos = config.eos_token_id
+    known = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
+        config.eos_token_id = [*known, tokenizer.eos_token_id]

@@ -84,14 +84,16 @@ def save_host_bytes(run: Run) -> int:
 
     - A checkpoint: a copy of what each rank writes of it. An asynchronous save keeps it in pinned memory, of which
       torch makes a power of two for each tensor.
-    - ``final/``: rank 0 gathers what it writes in the dtype of the masters, and casts a whole model beside that.
+    - ``final/``: rank 0 gathers an adapter, or a whole model tensor by tensor: the largest, and what it is cast to.
     - Its proof: a fresh process loads the model on the CPU.
     """
     here = run.world.ranks_per_node
     checkpoint = here * _copied_bytes(run)
-    masters = run.model.num_trainable * DTYPE_BYTES[_exported_dtype(run)]
-    casts = run.model.method.type == "full" and _exported_dtype(run) != run.model.compute
-    export = masters + (sum(size for _, size in _final(run)) if casts else 0)
+    if run.model.method.type == "full":
+        largest = max(parameter.numel for parameter in run.model.parameters)
+        export = largest * (DTYPE_BYTES[_exported_dtype(run)] + DTYPE_BYTES[run.model.compute])
+    else:
+        export = run.model.num_trainable * DTYPE_BYTES[_exported_dtype(run)]
     proof = run.model.num_parameters * DTYPE_BYTES[run.model.compute] if run.checkpoint.prove_final else 0
     return max(checkpoint, export, proof)
 

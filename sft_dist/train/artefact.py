@@ -30,15 +30,15 @@ def write_artefact(final: Path, run: Run, config: Config, process: Process, inpu
     parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
     tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
     about = training_section(config, final.parent) if is_main else ""
-    failure, saved = None, {}
+    weights: dict[str, str] = {}
+    failure = None
     try:
-        saved = export(
-            final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed, about=about
-        )
+        export(
+            final, run.model, strategy.model, parameters, tokenizer, is_main=is_main, seed=run.seed, about=about,
+            on_saved=lambda name, tensor: weights.update({name: digest(tensor)}),
+        )  # fmt: skip
     except CheckpointError as error:
         failure = error  # rank 0's; the others, which have gathered with it, hear of it below
-    weights = {name: digest(tensor) for name, tensor in saved.items()}
-    saved.clear()  # the fresh process needs the room
 
     def prove_and_publish() -> None:
         if failure is not None:

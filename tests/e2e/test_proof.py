@@ -96,9 +96,12 @@ def trained(
 
     folder = tmp_path / "final"
     renderer = load_renderer(str(base), None, None, added_tokens=added)
-    saved = export(folder, run.model, model, masters(), renderer.tokenizer, is_main=True, seed=0)
+    weights: dict[str, str] = {}
+    export(
+        folder, run.model, model, masters(), renderer.tokenizer, is_main=True, seed=0,
+        on_saved=lambda name, tensor: weights.update({name: fresh_process.digest(tensor)}),
+    )  # fmt: skip
     publish(folder)
-    weights = {name: fresh_process.digest(tensor) for name, tensor in saved.items()}
     model.to(torch.bfloat16 if compute == "bf16" else torch.float32)
     probes = take_probes(OneProcess(model), cells.synthetic_data(), cells.CPU)  # type: ignore[arg-type]
     return Artefact(folder, run.model, weights, probes, renderer.sample(row(tmp_path)))
