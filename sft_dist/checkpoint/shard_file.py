@@ -5,7 +5,6 @@ Each tensor in it has one dimension, the elements of a range of the flattened wh
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,20 +16,11 @@ import xxhash
 from torch import Tensor
 
 from sft_dist.checkpoint.manifest import FileRecord
+from sft_dist.model.safetensors_writer import TensorPlan, header
 
 # Of a file at a time: what is hashed while it is still in the processor's cache.
 BLOCK_BYTES = 1 << 22
 
-_DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
 # The bits that are all ones in a number that is not finite, by dtype; as integers of that width.
 _EXPONENTS = {
     torch.float32: (np.uint32, 0x7F80_0000),
@@ -70,8 +60,10 @@ def write_shard(path: Path, pieces: Mapping[str, Piece]) -> FileRecord:
         OSError: the disk is full, or the like.
     """
     digest, num_bytes = xxhash.xxh3_128(), 0
+    plans = [TensorPlan(name, piece.values.dtype, (piece.values.numel(),)) for name, piece in pieces.items()]
+    head, starts = header(plans)
     with path.open("wb") as file:
-        for block in (_header(pieces), *(block for piece in pieces.values() for block in blocks(piece.values))):
+        for block in (head, *(block for name in starts for block in blocks(pieces[name].values))):
             file.write(block)
             digest.update(block)
             num_bytes += len(block)
@@ -82,21 +74,6 @@ def write_shard(path: Path, pieces: Mapping[str, Piece]) -> FileRecord:
         digest=digest.hexdigest(),
         ranges={name: piece.range for name, piece in pieces.items()},
     )
-
-
-def _header(pieces: Mapping[str, Piece]) -> bytes:
-    entries, offset = {}, 0
-    for name, piece in pieces.items():
-        size = piece.values.numel() * piece.values.element_size()
-        entries[name] = {
-            "dtype": _DTYPES[piece.values.dtype],
-            "shape": [piece.values.numel()],
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers expect the tensors to begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text
 
 
 def blocks(values: Tensor) -> Iterator[bytes | memoryview]:

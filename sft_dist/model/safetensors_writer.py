@@ -80,6 +80,31 @@ def plan_files(plans: Sequence[TensorPlan], max_file_bytes: int) -> list[list[Te
     return files
 
 
+def header(plans: Sequence[TensorPlan], metadata: Mapping[str, str] = METADATA) -> tuple[bytes, dict[str, int]]:
+    """What stands in front of the tensors of a file, and where in the file each of them begins.
+
+    Large elements come first: then each tensor begins at a multiple of its element's size.
+
+    Raises:
+        ValueError: a dtype has no name in the format.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    starts, end = {}, 0
+    for plan in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
+        if plan.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{plan.name}: {plan.dtype} has no name in the format")
+        starts[plan.name], end = end, end + plan.num_bytes
+        entries[plan.name] = {
+            "dtype": DTYPE_NAMES[plan.dtype],
+            "shape": list(plan.shape),
+            "data_offsets": [starts[plan.name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    content = len(text).to_bytes(8, "little") + text
+    return content, {name: len(content) + start for name, start in starts.items()}
+
+
 class SafetensorsWriter:
     """``NAME.safetensors``, or ``NAME-00001-of-00003.safetensors`` and so on with ``NAME.safetensors.index.json``.
 
@@ -188,27 +213,10 @@ class SafetensorsWriter:
 
     def _begin(self, file: str, plans: Sequence[TensorPlan], metadata: Mapping[str, str]) -> None:
         """Writes the header, and gives the file its size."""
-        # Large elements first: then each tensor begins at a multiple of its element's size.
-        ordered = sorted(plans, key=lambda plan: -plan.dtype.itemsize)
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
-        starts, end = [], 0
-        for plan in ordered:
-            if plan.dtype not in DTYPE_NAMES:
-                raise ValueError(f"{plan.name}: {plan.dtype} has no name in the format")
-            starts.append(end)
-            end += plan.num_bytes
-            offsets = [starts[-1], end]
-            header[plan.name] = {
-                "dtype": DTYPE_NAMES[plan.dtype],
-                "shape": list(plan.shape),
-                "data_offsets": offsets,
-            }
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % HEADER_ALIGNMENT)
-        start_of_data = 8 + len(text)
+        content, starts = header(plans, metadata)
         descriptor = os.open(self._folder / file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         self._descriptors[file] = descriptor
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        os.truncate(descriptor, start_of_data + end)
-        for plan, start in zip(ordered, starts, strict=True):
-            self._places[plan.name] = _Place(plan, file, descriptor, start_of_data + start)
+        os.pwrite(descriptor, content, 0)
+        os.truncate(descriptor, len(content) + sum(plan.num_bytes for plan in plans))
+        for plan in plans:
+            self._places[plan.name] = _Place(plan, file, descriptor, starts[plan.name])
