@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from multiprocessing.context import ForkServerProcess
@@ -40,12 +41,25 @@ class Ranks:
     ) -> None:
         self.kill()
 
-    def kill(self) -> None:
-        """SIGKILL to all of them at once."""
-        for process in self.processes:
+    def kill(self, *numbers: int) -> None:
+        """SIGKILL to those ranks, without numbers to all of them, at once; returns when they are gone."""
+        chosen = [self.processes[number] for number in numbers] or self.processes
+        for process in chosen:
             process.kill()
-        for process in self.processes:
+        for process in chosen:
             process.join()
+
+    def hold(self) -> None:
+        """Lets none of them go on until ``let_go``; what they wrote so far can be looked at."""
+        self._signal(signal.SIGSTOP)
+
+    def let_go(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
 
     @property
     def are_alive(self) -> bool:
