@@ -18,6 +18,7 @@ from sft_dist.checkpoint.manifest import MANIFEST, Manifest
 from sft_dist.checkpoint.proof import verify_files
 from sft_dist.checkpoint.store import DELETED, UNFINISHED, complete_checkpoints, name_of
 from tests.helpers import cells, figures
+from tests.helpers.checkpoints import final_bytes, numbers_of
 from tests.helpers.ranks import Ranks
 
 STEPS, EVERY, KEPT, WORLD = 40, 2, 2, 2
@@ -134,14 +135,6 @@ def write_config(base: Path, folder: Path, strategy: str, method: str) -> Path:
     )  # fmt: skip
     (folder / "run.yaml").write_text(cells.dump(cells.whole_run(cfg, folder / "unused")))
     return folder / "run.yaml"
-
-
-def numbers_of(output: Path) -> list[dict[str, float]]:
-    """What must be equal of each step in metrics.jsonl; a dying process may have left half a line."""
-    if not (output / "metrics.jsonl").exists():
-        return []
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    return [{key: line[key] for key in ("step", "loss", "grad_norm", "lr")} for line in lines]
 
 
 def steps_of(output: Path) -> list[int]:
@@ -276,10 +269,7 @@ def torture(base: Path, folder: Path, strategy: str, method: str, moments: tuple
     for name in ("step-00000099.unfinished", "step-00000098.deleted"):
         (run.checkpoints / name).mkdir()
     assert run_to_the_end(config, run.output, "--resume", "auto") == whole
-    names = {path.name for path in (run.output / "final").glob("*.safetensors")}
-    assert names
-    for name in names:
-        assert (run.output / "final" / name).read_bytes() == (folder / "whole/final" / name).read_bytes()
+    assert final_bytes(run.output) == final_bytes(folder / "whole")
     assert not [path for path in run.output.rglob("*") if path.suffix in (UNFINISHED, DELETED, ".rejected", ".damaged")]
 
 

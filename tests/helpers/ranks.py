@@ -62,6 +62,10 @@ class Ranks:
                 os.kill(process.pid, number)
 
     @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes if process.pid is not None]
+
+    @property
     def are_alive(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
