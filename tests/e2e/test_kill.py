@@ -25,7 +25,7 @@ STEPS, EVERY, KEPT, WORLD = 40, 2, 2, 2
 PATIENCE_S = 60
 
 # What the ranks that are left may take to notice that one is gone.
-NOTICE_S = 20
+NOTICE_S = 60
 
 # So long the ranks run between two looks at what they wrote: less than most parts of a save take.
 GLIMPSE_S = 0.0001
@@ -110,6 +110,8 @@ class Run:
 
     def part(self) -> str:
         """What the run is doing, by what it has written."""
+        if not self.says(BEGUN):
+            return "loading" if self.says(LOADING) else "start"
         names, last = self.names(), self.last_step()
         there = [name for name in names if re.fullmatch(r"step-\d+", name)]
         if any(name.endswith(DELETED) for name in names):
@@ -119,8 +121,6 @@ class Run:
         for name in names:
             if name.endswith(UNFINISHED):
                 return "written" if (self.checkpoints / name / MANIFEST).exists() else "writing"
-        if not self.says(BEGUN):
-            return "loading" if self.says(LOADING) else "start"
         return "copying" if last and last % EVERY == 0 and name_of(last) not in there else "step"
 
 
@@ -141,9 +141,10 @@ def steps_of(output: Path) -> list[int]:
     return [int(line["step"]) for line in numbers_of(output)]
 
 
-def wait_for(event: Callable[[], bool], ranks: Ranks) -> None:
+def wait_for(event: Callable[[], bool], run: Run, ranks: Ranks) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while ranks.are_alive and not event():
+    while not event():
+        assert ranks.are_alive, run.log.read_text()
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.0005)
 
@@ -151,7 +152,8 @@ def wait_for(event: Callable[[], bool], ranks: Ranks) -> None:
 def catch(sought: str, run: Run, ranks: Ranks) -> None:
     """Lets the ranks run a little at a time, until they are in that part of the run. They are held then."""
     deadline = time.monotonic() + PATIENCE_S
-    while ranks.are_alive:
+    while True:
+        assert ranks.are_alive, run.log.read_text()
         assert time.monotonic() < deadline, f"the run is never {sought}"
         ranks.hold()
         if run.part() == sought:
@@ -166,17 +168,17 @@ def strike(sought: str, run: Run, ranks: Ranks, chance: random.Random) -> None:
         time.sleep(chance.uniform(0.05, 1.5))
         return
     if sought == "loading":
-        wait_for(lambda: run.says(LOADING), ranks)
+        wait_for(lambda: run.says(LOADING), run, ranks)
         time.sleep(chance.uniform(0, 0.02))
         return
-    wait_for(lambda: run.says(BEGUN), ranks)
+    wait_for(lambda: run.says(BEGUN), run, ranks)
     reached = run.last_step() + chance.randint(1, 2 * EVERY)
-    wait_for(lambda: run.last_step() >= reached, ranks)
+    wait_for(lambda: run.last_step() >= reached, run, ranks)
     if sought == "step":
         time.sleep(chance.uniform(0, 0.05))
     else:
         if sought == "rotating":
-            wait_for(lambda: len(complete_checkpoints(run.checkpoints)) >= KEPT, ranks)
+            wait_for(lambda: len(complete_checkpoints(run.checkpoints)) >= KEPT, run, ranks)
             put_ballast(run, ranks)
         catch(sought, run, ranks)
         if sought == "writing":
@@ -200,14 +202,15 @@ def drop_ballast(run: Run) -> None:
         shutil.rmtree(folder / BALLAST, ignore_errors=True)
 
 
-def kill(victims: tuple[int, ...], ranks: Ranks) -> None:
-    """The others end by themselves, as they do under a launcher that has died too."""
+def kill(victims: tuple[int, ...], run: Run, ranks: Ranks) -> None:
+    """Once there is a process group the others notice, and end by themselves; before, a launcher ends them."""
     ranks.kill(*victims)
     ranks.let_go()
-    deadline = time.monotonic() + NOTICE_S
+    deadline = time.monotonic() + (NOTICE_S if run.says(LOADING) else 0)
     while ranks.are_alive and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert not ranks.are_alive, "a rank waits for one that is gone"
+    assert not (ranks.are_alive and run.says(LOADING)), "a rank waits for one that is gone"
+    ranks.kill()
     assert 0 not in ranks.exit_codes(1), "a rank took the end of another for the end of the run"
 
 
@@ -248,7 +251,7 @@ def torture(base: Path, folder: Path, strategy: str, method: str, moments: tuple
             strike(sought, run, ranks, chance)
             assert ranks.are_alive, run.log.read_text()
             victims = () if (number + seed) % 2 else (chance.randrange(WORLD),)
-            kill(victims, ranks)
+            kill(victims, run, ranks)
         left, found = [name for name in run.names() if not re.fullmatch(r"step-\d+", name)], run.part()
         drop_ballast(run)
         check_what_is_there(run, folder / "whole")
