@@ -282,7 +282,6 @@ def test_no_rank_gathers(world: Worlds, tmp_path: Path, strategy: str) -> None:
     assert max(sizes) < 0.26 * whole
     for rank, moved in enumerate(ranks):
         assert sizes[rank] == pytest.approx(moved.held, rel=0.01)
-        print("TAKEN", moved, whole)
         assert moved.held < moved.taken < moved.held + BUFFERS_BYTES, "a copy of its own part"
         assert (moved.files, moved.read) == ([file_name(rank, 4)], moved.held)
         assert moved.taken_to_read < BUFFERS_BYTES
