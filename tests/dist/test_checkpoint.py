@@ -32,6 +32,7 @@ from sft_dist.sharding.strategy import Strategy
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.step import train_step
 from tests.helpers import cells
+from tests.helpers.disks import locked
 from tests.helpers.pool import WorldPool
 
 Worlds = Callable[[int], WorldPool]
@@ -260,6 +261,32 @@ def test_a_full_disk_is_told_on_every_rank_and_costs_no_checkpoint(
         assert what == f"cannot write {tmp_path / 'step-00000003'}: No space left on device"
         assert fix == "make room on the disk, or see who may write there; then go on with --resume auto"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def save_beside_one_that_stays(cfg_yaml: str, folder: str) -> tuple[Outcome, Outcome]:
+    """How a save ends while the oldest checkpoint cannot be deleted, and the next one."""
+    strategy, checkpointer, _ = started(cfg_yaml, folder, 1)
+    try:
+        for completed in (1, 2):
+            save(checkpointer, strategy, completed)
+        if dist.get_rank() == 0:
+            with locked(Path(folder) / "step-00000001"):
+                first = save(checkpointer, strategy, 3)
+        else:
+            first = save(checkpointer, strategy, 3)
+        assert not checkpointer.has_failed
+        return first, save(checkpointer, strategy, 4)
+    finally:
+        strategy.close()
+
+
+def test_one_that_cannot_be_deleted_is_no_failure_of_the_next(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
+    for first, second in world(2).run(save_beside_one_that_stays, text, str(tmp_path)):
+        assert first.error is not None
+        assert first.error.startswith(f"{tmp_path / 'step-00000003'} is saved, but an older checkpoint cannot be deleted: ")
+        assert (first.is_fatal, second.error) == (False, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_nothing_saved_at_all_ends_the_run(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:

@@ -288,6 +288,17 @@ def wait_for(event: Callable[[], bool], ranks: Ranks, log: Path) -> None:
         time.sleep(0.001)
 
 
+def hold_between_saves(ranks: Ranks, folder: Path) -> None:
+    """Holds the ranks while nothing is written or deleted, so that what there is of room stays as it is."""
+    while True:
+        ranks.hold()
+        time.sleep(0.005)
+        if not [path for path in folder.iterdir() if path.suffix] and len(complete_checkpoints(folder)) == 2:
+            return
+        ranks.let_go()
+        time.sleep(0.005)
+
+
 def state_bytes(manifest: Manifest) -> int:
     """Of all tensors, without headers."""
     return sum(4 * (stop - first) for file in manifest.files.values() for first, stop in file.ranges.values())
@@ -297,6 +308,7 @@ LONG = 120
 
 
 def spoil(how: str, trouble: Trouble, ranks: Ranks, folder: Path) -> None:
+    hold_between_saves(ranks, folder)
     if how == "full":
         trouble.fill(ranks.pids)
     elif how == "nearly full":
@@ -305,6 +317,7 @@ def spoil(how: str, trouble: Trouble, ranks: Ranks, folder: Path) -> None:
         trouble.fill(ranks.pids, but_for_bytes=state_bytes(Manifest.read(newest)))
     else:
         trouble.forbid(ranks.pids)
+    ranks.let_go()
 
 
 def test_a_disk_in_trouble_costs_checkpoints_and_no_training(tiny_base: Path, tmp_path: Path) -> None:
@@ -317,9 +330,7 @@ def test_a_disk_in_trouble_costs_checkpoints_and_no_training(tiny_base: Path, tm
             for how in ("full", "nearly full", "read-only"):
                 saved = log.read_text().count("saved and read back")
                 wait_for(lambda n=saved + 2: log.read_text().count("saved and read back") >= n, ranks, log)
-                ranks.hold()
                 before = complete_checkpoints(folder)
-                ranks.let_go()
                 failed = log.read_text().count("cannot write")
                 spoil(how, trouble, ranks, folder)
                 wait_for(lambda n=failed + 1: log.read_text().count("cannot write") >= n, ranks, log)

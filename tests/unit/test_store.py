@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import MANIFEST, Manifest
+from sft_dist.checkpoint.shard_file import Piece, write_shard
 from sft_dist.errors import CheckpointError
 from tests.helpers.checkpoints import edit_manifest, make_checkpoint
 from tests.helpers.disks import locked
@@ -35,6 +37,20 @@ def test_a_manifest_is_as_it_was_written_or_it_is_none(tmp_path: Path) -> None:
     file.write_bytes(before)
     edit_manifest(folder, lambda content: content["position"].update(completed_steps=4))
     assert Manifest.read(folder).completed_steps == 4
+
+
+def test_a_shard_is_on_the_disk_when_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: what is synced before the last byte is written may be lost."""
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    record = write_shard(tmp_path / "shard", {"weight": Piece(0, torch.ones(70))})
+    assert synced == [record.num_bytes] == [(tmp_path / "shard").stat().st_size]
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
