@@ -29,6 +29,7 @@ from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError, SftError
 from sft_dist.sharding.state import StateShard
 from sft_dist.sharding.strategy import Strategy
+from sft_dist.train.resume import check_position
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.step import train_step
 from tests.helpers import cells
@@ -328,10 +329,11 @@ def save_twice(cfg_yaml: str, folder: str) -> list[int]:
 
 def load(cfg_yaml: str, folder: str, name: str) -> tuple[str, str]:
     """(kind, message) of what loading raises; on success the steps behind it."""
-    strategy, checkpointer, _ = started(cfg_yaml, folder, 0)
+    strategy, checkpointer, order = started(cfg_yaml, folder, 0)
     try:
         start = newest_valid([Path(folder) / name], own=Path(folder))
         assert start is not None
+        check_position(start, checkpointer.identity, order, num_steps=99)
         manifest = checkpointer.load(start, strategy)
     except SftError as error:
         return type(error).__name__, error.what
