@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+# What a disk in memory hands out at a time.
+PAGE_BYTES = resource.getpagesize()
+
 # Of a disk that is being written to.
 REMOUNT_S = 20
 
@@ -80,8 +83,9 @@ class Trouble:
             self.reason = "File too large"
             return
         self.reason = "No space left on device" if but_for_bytes else " free"
+        spared = -(-but_for_bytes // PAGE_BYTES) * PAGE_BYTES
         with (self.folder / "filler").open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.folder).free - but_for_bytes)
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.folder).free - spared)
 
     def forbid(self, pids: Sequence[int]) -> None:
         """Lets nobody write."""
