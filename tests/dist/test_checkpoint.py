@@ -22,7 +22,7 @@ from sft_dist.checkpoint import checkpointer as saving
 from sft_dist.checkpoint import shard_file, store
 from sft_dist.checkpoint.checkpointer import Checkpointer, Outcome
 from sft_dist.checkpoint.identity import identity_of
-from sft_dist.checkpoint.manifest import FileRecord, Manifest, Position, TensorRecord
+from sft_dist.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Position, TensorRecord
 from sft_dist.checkpoint.proof import Chunk, FileProof, problems_of
 from sft_dist.config.schema import CheckpointConfig, Config
 from sft_dist.data.loader import TrainingOrder
@@ -228,7 +228,8 @@ def save_on_a_full_disk(
     owner = saving if moment == "write_shard" else store
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        if dist.get_rank() == 0:
+        # Of the small files the last one: what stands before it must not have the checkpoint's name yet.
+        if dist.get_rank() == 0 and (moment != "write_synced" or args[0].name == MANIFEST):
             raise OSError(28, "No space left on device")
         return work(*args, **kwargs)
 
@@ -243,6 +244,7 @@ def save_on_a_full_disk(
                 assert checkpointer.has_failed
                 return False, error.what, error.fix, False
         assert not checkpointer.has_failed
+        assert not list(Path(folder).glob(f"*{store.UNFINISHED}")), "it may be what fills the disk"
         after = save(checkpointer, strategy, earlier + 2)
         return True, failed.error or "", failed.fix, after.error is None
     finally:

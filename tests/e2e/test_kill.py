@@ -21,7 +21,7 @@ from tests.helpers import cells, figures
 from tests.helpers.checkpoints import final_bytes, numbers_of
 from tests.helpers.ranks import Ranks
 
-STEPS, EVERY, KEPT, WORLD = 40, 2, 2, 2
+STEPS, EVERY, KEPT, WORLD = 48, 4, 2, 2
 PATIENCE_S = 60
 
 # What the ranks that are left may take to notice that one is gone.
@@ -172,18 +172,15 @@ def strike(sought: str, run: Run, ranks: Ranks, chance: random.Random) -> None:
         time.sleep(chance.uniform(0, 0.02))
         return
     wait_for(lambda: run.says(BEGUN), run, ranks)
-    reached = run.last_step() + chance.randint(1, 2 * EVERY)
+    reached = run.last_step() + chance.randint(1, EVERY + 1)
     wait_for(lambda: run.last_step() >= reached, run, ranks)
-    if sought == "step":
-        time.sleep(chance.uniform(0, 0.05))
-    else:
-        if sought == "rotating":
-            wait_for(lambda: len(complete_checkpoints(run.checkpoints)) >= KEPT, run, ranks)
-            put_ballast(run, ranks)
-        catch(sought, run, ranks)
-        if sought == "writing":
-            ranks.let_go()
-            time.sleep(chance.uniform(0, 0.01))
+    if sought == "rotating":
+        wait_for(lambda: len(complete_checkpoints(run.checkpoints)) >= KEPT, run, ranks)
+        put_ballast(run, ranks)
+    catch(sought, run, ranks)
+    if sought in ("step", "writing"):
+        ranks.let_go()
+        time.sleep(chance.uniform(0, 0.01))
 
 
 def put_ballast(run: Run, ranks: Ranks) -> None:
@@ -292,7 +289,7 @@ def table() -> Iterator[list[Row]]:
 
 def assert_nothing_is_lost(rows: list[Row]) -> None:
     assert [row.mismatches for row in rows] == [0] * len(rows)
-    # A save is in flight while the next steps are trained, and the one after it waits.
+    # A save is in flight while the next steps are trained; the one after it waits for it.
     assert max(row.step - row.kept for row in rows) <= 2 * EVERY
 
 
