@@ -24,7 +24,7 @@ from sft_dist.checkpoint.shard_file import file_name
 from sft_dist.checkpoint.store import DAMAGED, complete_checkpoints
 from tests.helpers import cells
 from tests.helpers.checkpoints import edit_manifest, final_bytes, flip, numbers_of
-from tests.helpers.disks import Trouble, read_only, small_disk
+from tests.helpers.disks import Trouble, read_only, troubled_disk
 from tests.helpers.ranks import Ranks
 
 STEPS, EVERY = 8, 2
@@ -325,7 +325,7 @@ def test_a_disk_in_trouble_costs_checkpoints_and_no_training(tiny_base: Path, tm
     config = write_config(tiny_base, tmp_path, "full", "fsdp2", steps=LONG)
     output, log, folder = tmp_path / "run", tmp_path / "run.log", tmp_path / "run/checkpoints"
     command = ["train", str(config), "--resume", "auto", f"output_dir={output}", "checkpoint.keep_last=2"]
-    with small_disk(folder, num_bytes=16 << 20) as trouble:
+    with troubled_disk(folder, num_bytes=16 << 20) as trouble:
         with Ranks(2, command, log) as ranks:
             for how in ("full", "nearly full", "read-only"):
                 saved = log.read_text().count("saved and read back")
@@ -358,7 +358,7 @@ def test_a_disk_in_trouble_stops_the_run_if_that_is_the_policy(tiny_base: Path, 
     config = write_config(tiny_base, tmp_path, "full", "fsdp2", steps=LONG)
     output, log, folder = tmp_path / "run", tmp_path / "run.log", tmp_path / "run/checkpoints"
     command = ["train", str(config), "--resume", "auto", f"output_dir={output}", "checkpoint.keep_last=2"]
-    with small_disk(folder, num_bytes=16 << 20) as trouble:
+    with troubled_disk(folder, num_bytes=16 << 20) as trouble:
         with Ranks(2, [*command, "checkpoint.on_failure=stop"], log) as ranks:
             wait_for(lambda: log.read_text().count("saved and read back") >= 3, ranks, log)
             spoil(how, trouble, ranks, folder)

@@ -141,10 +141,10 @@ def steps_of(output: Path) -> list[int]:
     return [int(line["step"]) for line in numbers_of(output)]
 
 
-def wait_for(event: Callable[[], bool], run: Run, ranks: Ranks) -> None:
+def wait_for(event: Callable[[], bool], ranks: Ranks) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not event():
-        assert ranks.are_alive, run.log.read_text()
+        assert ranks.are_alive or event(), ranks.log.read_text()
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.0005)
 
@@ -153,7 +153,7 @@ def catch(sought: str, run: Run, ranks: Ranks) -> None:
     """Lets the ranks run a little at a time, until they are in that part of the run. They are held then."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        assert ranks.are_alive, run.log.read_text()
+        assert ranks.are_alive, ranks.log.read_text()
         assert time.monotonic() < deadline, f"the run is never {sought}"
         ranks.hold()
         if run.part() == sought:
@@ -168,14 +168,14 @@ def strike(sought: str, run: Run, ranks: Ranks, chance: random.Random) -> None:
         time.sleep(chance.uniform(0.05, 1.5))
         return
     if sought == "loading":
-        wait_for(lambda: run.says(LOADING), run, ranks)
+        wait_for(lambda: run.says(LOADING), ranks)
         time.sleep(chance.uniform(0, 0.02))
         return
-    wait_for(lambda: run.says(BEGUN), run, ranks)
+    wait_for(lambda: run.says(BEGUN), ranks)
     reached = run.last_step() + chance.randint(1, EVERY + 1)
-    wait_for(lambda: run.last_step() >= reached, run, ranks)
+    wait_for(lambda: run.last_step() >= reached, ranks)
     if sought == "rotating":
-        wait_for(lambda: len(complete_checkpoints(run.checkpoints)) >= KEPT, run, ranks)
+        wait_for(lambda: len(complete_checkpoints(run.checkpoints)) >= KEPT, ranks)
         put_ballast(run, ranks)
     catch(sought, run, ranks)
     if sought in ("step", "writing"):
@@ -246,7 +246,7 @@ def torture(base: Path, folder: Path, strategy: str, method: str, moments: tuple
         run.log = folder / f"attempt-{number}.log"
         with Ranks(WORLD, ["train", str(config), "--resume", "auto", f"output_dir={run.output}"], run.log) as ranks:
             strike(sought, run, ranks, chance)
-            assert ranks.are_alive, run.log.read_text()
+            assert ranks.are_alive, ranks.log.read_text()
             victims = () if (number + seed) % 2 else (chance.randrange(WORLD),)
             kill(victims, run, ranks)
         left, found = [name for name in run.names() if not re.fullmatch(r"step-\d+", name)], run.part()

@@ -113,7 +113,7 @@ class Trouble:
 
 
 @contextmanager
-def small_disk(folder: Path, *, num_bytes: int) -> Iterator[Trouble]:
+def troubled_disk(folder: Path, *, num_bytes: int) -> Iterator[Trouble]:
     """A disk of that size on ``folder``, which must be empty."""
     folder.mkdir(parents=True, exist_ok=True)
     is_mounted = run("mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder))

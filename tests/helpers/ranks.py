@@ -18,12 +18,14 @@ class Ranks:
     """``size`` processes that run ``sft-dist ARGUMENTS`` as one launch; all of them are gone when the context ends.
 
     Args:
+        log: of all of them.
         environment: on top of that of the first process that a test started.
     """
 
     def __init__(
         self, size: int, arguments: list[str], log: Path, *, environment: Mapping[str, str] = MappingProxyType({})
     ) -> None:
+        self.log = log
         log.touch()  # a process may be killed before it writes anything
         server, port = pool.context(), pool.free_port()
         self.processes: list[ForkServerProcess] = [
