@@ -85,3 +85,11 @@ def test_what_cannot_be_swept_up_is_told(tmp_path: Path) -> None:
     assert str(folder) in caught.value.fix
     store.sweep(folder)
     assert not left.exists()
+
+
+def test_what_a_failed_save_could_not_remove_goes_with_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    kept = [make_checkpoint(tmp_path, 1), store.set_aside(make_checkpoint(tmp_path, 2))]
+    make_checkpoint(tmp_path, 3).rename(folder / "step-00000003.deleted")
+    store.begin(folder, 4)
+    assert sorted(folder.iterdir()) == sorted([*kept, store.begin(folder, 5)])
