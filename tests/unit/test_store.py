@@ -92,4 +92,5 @@ def test_what_a_failed_save_could_not_remove_goes_with_the_next(tmp_path: Path) 
     kept = [make_checkpoint(tmp_path, 1), store.set_aside(make_checkpoint(tmp_path, 2))]
     make_checkpoint(tmp_path, 3).rename(folder / "step-00000003.deleted")
     store.begin(folder, 4)
-    assert sorted(folder.iterdir()) == sorted([*kept, store.begin(folder, 5)])
+    kept.append(store.begin(folder, 5))
+    assert sorted(folder.iterdir()) == sorted(kept)
