@@ -190,9 +190,11 @@ class Checkpointer:
         _, error = self._everywhere(lambda: self._finish(unfinished, expected, found, position), only_main=True)
         if error is not None:
             return self._cannot_write(complete, error)
-        return Outcome(
-            complete, notice=None if self._mirror is None else self._copied(self._mirror, complete, path.name)
-        )
+        _, undeleted = self._everywhere(lambda: rotate(self.folder, self.rules), only_main=True)
+        notice = None if self._mirror is None else self._copied(self._mirror, complete, path.name)
+        if undeleted is not None:
+            return _cannot_delete(complete, undeleted, notice)
+        return Outcome(complete, notice=notice)
 
     def _begin(self, completed_steps: int, num_bytes: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -216,9 +218,8 @@ class Checkpointer:
             tensors=expected,
             files=files | {settings.name: FileRecord(num_bytes=num_bytes, digest=digest)},
         )
-        store.write_synced(unfinished / MANIFEST, manifest.model_dump_json())
+        store.write_synced(unfinished / MANIFEST, manifest.text())
         store.commit(unfinished)
-        rotate(self.folder, self.rules)
 
     def _copied(self, mirror: Mirror, complete: Path, own: str) -> str | None:
         """Copies a checkpoint to its mirror, each rank its own file, and lets go there of what is gone here.
@@ -331,6 +332,15 @@ def _read(reader: CheckpointReader, state: Mapping[str, StateShard]) -> list[str
     except (OSError, SafetensorError) as error:
         return [f"{name} cannot be read: {error}"]
     return []
+
+
+def _cannot_delete(complete: Path, cause: str, notice: str | None) -> Outcome:
+    return Outcome(
+        complete,
+        notice=notice,
+        error=f"{complete} is saved, but an older checkpoint cannot be deleted: {cause}",
+        fix=f"see who may write in {complete.parent}, or make room there by hand",
+    )
 
 
 def _after(outcome: Outcome, started: float) -> Outcome:

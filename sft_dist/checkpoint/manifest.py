@@ -6,11 +6,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sft_dist.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
+
+# What the file ends with: the digest of all before it. One bit of a range or of a step would be a wrong resume.
+_SEAL = ',"digest":"{}"}}'
 
 # Of a checkpoint that cannot be resumed from.
 MOVE_AWAY = "move it away: --resume auto then goes on from the checkpoint before it"
@@ -123,15 +127,26 @@ class Manifest(_Record):
     def completed_steps(self) -> int:
         return self.position.completed_steps
 
+    def text(self) -> str:
+        """The file: JSON with ``digest`` behind the rest, the XXH3-128 of the same without it."""
+        content = self.model_dump_json()
+        return content[:-1] + _seal(content.encode())
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """
         Raises:
-            CheckpointError: the folder is no checkpoint, or one of another version of this format.
+            CheckpointError: the folder is no checkpoint, or a damaged one, or one of another version of this format.
         """
         path = folder / MANIFEST
         try:
-            return cls.model_validate_json(path.read_bytes())
+            raw = path.read_bytes()
+            end = raw.rfind(b',"digest":')
+            content = raw if end < 0 else raw[:end] + b"}"
+            manifest = cls.model_validate_json(content)
+            if end < 0 or raw[end:] != _seal(content).encode():
+                raise _unusable(f"{path} cannot be read: it is not as it was written")
+            return manifest
         except FileNotFoundError:
             raise _unusable(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
         except OSError as error:
@@ -140,6 +155,10 @@ class Manifest(_Record):
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise _unusable(f"{path} cannot be read: {where}: {first['msg']}") from error
+
+
+def _seal(content: bytes) -> str:
+    return _SEAL.format(xxhash.xxh3_128_hexdigest(content))
 
 
 def _unusable(what: str) -> CheckpointError:

@@ -56,7 +56,8 @@ def begin(folder: Path, completed_steps: int) -> Path:
     if (folder / name_of(completed_steps)).exists():
         raise FileExistsError(f"{folder / name_of(completed_steps)} exists")
     unfinished = folder / (name_of(completed_steps) + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left in _half_done(folder):  # by a save that could not even remove what it had written
+        shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir(parents=True)
     return unfinished
 
@@ -67,6 +68,7 @@ def commit(unfinished: Path) -> Path:
     sync(unfinished)
     unfinished.rename(complete)
     sync(complete.parent)
+    sync(complete.parent.parent)  # with the first checkpoint its folder is new, too
     return complete
 
 
@@ -93,11 +95,21 @@ def delete(checkpoint: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a run left that was ended while it wrote or deleted."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.endswith((UNFINISHED, DELETED)):
-                shutil.rmtree(path)
+    """Removes what a run left that was ended while it wrote or deleted.
+
+    Raises:
+        CheckpointError: it cannot be removed.
+    """
+    for path in _half_done(folder):
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            what = f"{path} was left by a run that was ended, and cannot be removed: {error.strerror or error}"
+            raise CheckpointError(what, fix=f"see who may write in {folder}") from error
+
+
+def _half_done(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.endswith((UNFINISHED, DELETED))] if folder.is_dir() else []
 
 
 def write_synced(path: Path, text: str) -> None:

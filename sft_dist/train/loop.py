@@ -220,10 +220,10 @@ class Training:
         for outcome in self.checkpointer.news():
             if outcome.error is None:
                 self.logger.say(f"saved and read back {outcome.checkpoint}, in {outcome.written_s:.1f} s")
-                if outcome.notice is not None:
-                    self.logger.say(f"[yellow]its copy is not complete yet: {escape(outcome.notice)}")
             else:
                 self.logger.say(f"[yellow]{escape(outcome.error)}; fix: {escape(outcome.fix)}")
+            if outcome.notice is not None:
+                self.logger.say(f"[yellow]its copy is not complete yet: {escape(outcome.notice)}")
 
     def _train_step(self) -> None:
         started, number = time.perf_counter(), self.completed

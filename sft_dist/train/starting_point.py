@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sft_dist.checkpoint import store
-from sft_dist.checkpoint.manifest import MOVE_AWAY, Manifest
+from sft_dist.checkpoint.manifest import MANIFEST, MOVE_AWAY, Manifest
 from sft_dist.checkpoint.proof import verify_files
 from sft_dist.errors import CheckpointError
 
@@ -59,9 +59,10 @@ def _set_aside(checkpoint: Path, why: str, *, is_own: bool) -> None:
 def damage(checkpoint: Path) -> list[str]:
     """What is not as it was written, a line each; the same on every rank."""
     try:
-        problems = verify_files(
-            checkpoint, Manifest.read(checkpoint), part=dist.get_rank(), parts=dist.get_world_size()
-        )
+        manifest = Manifest.read(checkpoint)
+        problems = verify_files(checkpoint, manifest, part=dist.get_rank(), parts=dist.get_world_size())
+        if store.step_of(checkpoint.name) not in (None, manifest.completed_steps):
+            problems.append(f"its {MANIFEST} is that of step {manifest.completed_steps}")
     except CheckpointError as error:
         problems = [error.what]
     found: list[list[str]] = [[]] * dist.get_world_size()

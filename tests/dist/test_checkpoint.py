@@ -22,16 +22,18 @@ from sft_dist.checkpoint import checkpointer as saving
 from sft_dist.checkpoint import shard_file, store
 from sft_dist.checkpoint.checkpointer import Checkpointer, Outcome
 from sft_dist.checkpoint.identity import identity_of
-from sft_dist.checkpoint.manifest import FileRecord, Manifest, Position, TensorRecord
+from sft_dist.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Position, TensorRecord
 from sft_dist.checkpoint.proof import Chunk, FileProof, problems_of
 from sft_dist.config.schema import CheckpointConfig, Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError, SftError
 from sft_dist.sharding.state import StateShard
 from sft_dist.sharding.strategy import Strategy
+from sft_dist.train.resume import check_position
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.step import train_step
 from tests.helpers import cells
+from tests.helpers.disks import locked
 from tests.helpers.pool import WorldPool
 
 Worlds = Callable[[int], WorldPool]
@@ -226,7 +228,8 @@ def save_on_a_full_disk(
     owner = saving if moment == "write_shard" else store
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        if dist.get_rank() == 0:
+        # Of the small files the last one: what stands before it must not have the checkpoint's name yet.
+        if dist.get_rank() == 0 and (moment != "write_synced" or args[0].name == MANIFEST):
             raise OSError(28, "No space left on device")
         return work(*args, **kwargs)
 
@@ -241,6 +244,7 @@ def save_on_a_full_disk(
                 assert checkpointer.has_failed
                 return False, error.what, error.fix, False
         assert not checkpointer.has_failed
+        assert not list(Path(folder).glob(f"*{store.UNFINISHED}")), "it may be what fills the disk"
         after = save(checkpointer, strategy, earlier + 2)
         return True, failed.error or "", failed.fix, after.error is None
     finally:
@@ -260,6 +264,32 @@ def test_a_full_disk_is_told_on_every_rank_and_costs_no_checkpoint(
         assert what == f"cannot write {tmp_path / 'step-00000003'}: No space left on device"
         assert fix == "make room on the disk, or see who may write there; then go on with --resume auto"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def save_beside_one_that_stays(cfg_yaml: str, folder: str) -> tuple[Outcome, Outcome]:
+    """How a save ends while the oldest checkpoint cannot be deleted, and the next one."""
+    strategy, checkpointer, _ = started(cfg_yaml, folder, 1)
+    try:
+        for completed in (1, 2):
+            save(checkpointer, strategy, completed)
+        if dist.get_rank() == 0:
+            with locked(Path(folder) / "step-00000001"):
+                first = save(checkpointer, strategy, 3)
+        else:
+            first = save(checkpointer, strategy, 3)
+        assert not checkpointer.has_failed
+        return first, save(checkpointer, strategy, 4)
+    finally:
+        strategy.close()
+
+
+def test_one_that_cannot_be_deleted_is_no_failure_of_the_next(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
+    for first, second in world(2).run(save_beside_one_that_stays, text, str(tmp_path)):
+        assert first.error is not None
+        assert first.error.startswith(f"{tmp_path / 'step-00000003'} is saved, but an older checkpoint cannot be deleted: ")
+        assert (first.is_fatal, second.error) == (False, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_nothing_saved_at_all_ends_the_run(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
@@ -301,10 +331,11 @@ def save_twice(cfg_yaml: str, folder: str) -> list[int]:
 
 def load(cfg_yaml: str, folder: str, name: str) -> tuple[str, str]:
     """(kind, message) of what loading raises; on success the steps behind it."""
-    strategy, checkpointer, _ = started(cfg_yaml, folder, 0)
+    strategy, checkpointer, order = started(cfg_yaml, folder, 0)
     try:
         start = newest_valid([Path(folder) / name], own=Path(folder))
         assert start is not None
+        check_position(start, checkpointer.identity, order, num_steps=99)
         manifest = checkpointer.load(start, strategy)
     except SftError as error:
         return type(error).__name__, error.what

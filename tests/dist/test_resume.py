@@ -31,6 +31,7 @@ from sft_dist.train import step as train_step
 from sft_dist.train.outlook import look_ahead
 from tests.dist.test_offload import OFFLOADS
 from tests.helpers import cells, figures
+from tests.helpers.checkpoints import edit_manifest
 from tests.helpers.pool import WorldPool
 
 Worlds = Callable[[int], WorldPool]
@@ -245,11 +246,9 @@ def test_what_a_run_does_not_go_on_from(world: Worlds, tiny_base: Path, tmp_path
     ((kind, what),) = world(1).run(refusal, yaml.safe_dump(other), checkpoint(tmp_path / "a", STEPS))
     assert kind == "ConfigError"
     assert "train.seed is 4 here and 3 in the checkpoint" in what, "although the run is finished"
-    manifest = Path(checkpoint(tmp_path / "a")) / "manifest.json"
-    changed = json.loads(manifest.read_text())
-    changed["position"]["next_sequences"].reverse()
-    manifest.write_text(json.dumps(changed))
-    ((kind, what),) = world(1).run(refusal, config(tiny_base, tmp_path / "b", "full", "ddp"), str(manifest.parent))
+    start = checkpoint(tmp_path / "a")
+    edit_manifest(Path(start), lambda content: content["position"]["next_sequences"].reverse())
+    ((kind, what),) = world(1).run(refusal, config(tiny_base, tmp_path / "b", "full", "ddp"), start)
     assert kind == "CheckpointError"
     assert "step 3 would train other sequences" in what
 

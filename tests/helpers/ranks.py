@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from multiprocessing.context import ForkServerProcess
@@ -17,12 +18,14 @@ class Ranks:
     """``size`` processes that run ``sft-dist ARGUMENTS`` as one launch; all of them are gone when the context ends.
 
     Args:
+        log: of all of them.
         environment: on top of that of the first process that a test started.
     """
 
     def __init__(
         self, size: int, arguments: list[str], log: Path, *, environment: Mapping[str, str] = MappingProxyType({})
     ) -> None:
+        self.log = log
         log.touch()  # a process may be killed before it writes anything
         server, port = pool.context(), pool.free_port()
         self.processes: list[ForkServerProcess] = [
@@ -40,12 +43,29 @@ class Ranks:
     ) -> None:
         self.kill()
 
-    def kill(self) -> None:
-        """SIGKILL to all of them at once."""
-        for process in self.processes:
+    def kill(self, *numbers: int) -> None:
+        """SIGKILL to those ranks, without numbers to all of them, at once; returns when they are gone."""
+        chosen = [self.processes[number] for number in numbers] or self.processes
+        for process in chosen:
             process.kill()
-        for process in self.processes:
+        for process in chosen:
             process.join()
+
+    def hold(self) -> None:
+        """Lets none of them go on until ``let_go``; what they wrote so far can be looked at."""
+        self._signal(signal.SIGSTOP)
+
+    def let_go(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes if process.pid is not None]
 
     @property
     def are_alive(self) -> bool:
