@@ -304,7 +304,7 @@ def state_bytes(manifest: Manifest) -> int:
     return sum(4 * (stop - first) for file in manifest.files.values() for first, stop in file.ranges.values())
 
 
-LONG = 120
+LONG = 80
 
 
 def spoil(how: str, trouble: Trouble, ranks: Ranks, folder: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_disk_in_trouble_costs_checkpoints_and_no_training(tiny_base: Path, tm
             assert ranks.exit_codes(PATIENCE_S) == [0, 0], log.read_text()
         assert checkpoint(output, LONG) in complete_checkpoints(folder)
         assert {path.suffix for path in folder.iterdir()} == {""}
-    with Ranks(2, ["train", str(config)], tmp_path / "whole.log") as ranks:
+    with Ranks(2, ["train", str(config), "checkpoint.every_steps=999"], tmp_path / "whole.log") as ranks:
         assert ranks.exit_codes(PATIENCE_S) == [0, 0]
     assert numbers_of(output) == numbers_of(tmp_path / "whole")
     assert final_bytes(output) == final_bytes(tmp_path / "whole")
@@ -371,7 +371,7 @@ def test_a_disk_in_trouble_stops_the_run_if_that_is_the_policy(tiny_base: Path, 
         with Ranks(2, command, log) as ranks:
             assert ranks.exit_codes(PATIENCE_S) == [0, 0], log.read_text()
         assert f"resumed   {newest}:" in log.read_text()
-    with Ranks(2, ["train", str(config)], tmp_path / "whole.log") as ranks:
+    with Ranks(2, ["train", str(config), "checkpoint.every_steps=999"], tmp_path / "whole.log") as ranks:
         assert ranks.exit_codes(PATIENCE_S) == [0, 0]
     assert numbers_of(output) == numbers_of(tmp_path / "whole")
     assert final_bytes(output) == final_bytes(tmp_path / "whole")
