@@ -123,7 +123,15 @@ def _export_whole(source: Source, whole: Whole, wish: Wish, unfinished: Path, co
     console.print(
         f"wrote     {decimal(num_bytes)} of weights in {elapsed:.1f} s ({decimal(int(num_bytes / elapsed))}/s)"
     )
-    write_settings(unfinished, whole.model, tokenizer, base=whole.spec.path, revision=whole.spec.revision, dtype=dtype)
+    write_settings(
+        unfinished,
+        whole.model,
+        tokenizer,
+        base=whole.spec.path,
+        revision=whole.spec.revision,
+        dtype=dtype,
+        vocab_size=whole.model.causal_lm.get_input_embeddings().weight.shape[0],
+    )
     proven = "not checked (--no-check): no process has loaded it"
     if wish.check:
         with _references(source, whole, wish, name) as references, console.status("checking in a fresh process"):

@@ -141,7 +141,9 @@ def _save_model(
             writer.write(name, saved)
             on_saved(name, saved)
         writer.finish()
-    write_settings(folder, model, tokenizer, base=spec.path, revision=spec.revision, dtype=dtype)
+    write_settings(
+        folder, model, tokenizer, base=spec.path, revision=spec.revision, dtype=dtype, vocab_size=spec.vocab_size
+    )
 
 
 def _save_adapter(folder: Path, spec: ModelSpec, model: SftModel, state: dict[str, Tensor], seed: int) -> None:

@@ -24,14 +24,18 @@ def write_settings(
     base: str,
     revision: str | None,
     dtype: torch.dtype,
+    vocab_size: int,
 ) -> None:
     """Writes ``config.json``, ``generation_config.json``, the tokenizer and its chat template.
+
+    Args:
+        vocab_size: rows of the embedding; of a model whose parameters are elsewhere they cannot be counted.
 
     Raises:
         OSError: a file cannot be written.
     """
     config_file = model_folder(base, revision, "config") / "config.json"
-    settings = served_config(json.loads(config_file.read_text(encoding="utf-8")), model, dtype)
+    settings = served_config(json.loads(config_file.read_text(encoding="utf-8")), model, dtype, vocab_size)
     (folder / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     generation = model.causal_lm.generation_config
     if generation is not None:
@@ -41,7 +45,7 @@ def write_settings(
     tokenizer.save_pretrained(folder)
 
 
-def served_config(base: dict[str, Any], model: SftModel, dtype: torch.dtype) -> dict[str, Any]:
+def served_config(base: dict[str, Any], model: SftModel, dtype: torch.dtype, vocab_size: int) -> dict[str, Any]:
     """The base's ``config.json`` with what is different of the merged model.
 
     From the file and not from what Transformers made of it: programs that read the base's read this one.
@@ -56,7 +60,7 @@ def served_config(base: dict[str, Any], model: SftModel, dtype: torch.dtype) -> 
     settings |= dict.fromkeys(keys, name)
     settings["tie_word_embeddings"] = embedding.weight is head.weight
     inner = settings["text_config"] if "vocab_size" not in settings and "text_config" in settings else settings
-    inner["vocab_size"] = embedding.weight.shape[0]
+    inner["vocab_size"] = vocab_size
     if inner is not settings:
         inner |= {key: name for key in ("dtype", "torch_dtype") if key in inner}
         inner["tie_word_embeddings"] = settings["tie_word_embeddings"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sft_dist.checkpoint.store import complete_checkpoints
-from tests.e2e.test_kill import PATIENCE_S, run_to_the_end, steps_of, strike, wait_for, write_config
+from tests.e2e.test_kill import PATIENCE_S, Run, run_to_the_end, steps_of, strike, wait_for, write_config
 from tests.helpers.ranks import Ranks
 
 SAVING = "saving a checkpoint at the end of this step; press Ctrl-C again to leave now"
@@ -30,7 +30,7 @@ def stop_by_signal(config: Path, output: Path, log: Path, moment: str, number: s
     with Ranks(2, ["train", str(config), "--resume", "auto", f"output_dir={output}"], log) as ranks:
         first = max(steps_of(output), default=0)
         wait_for(lambda: max(steps_of(output), default=0) > first + 1, ranks)
-        strike(moment, output, ranks, random.Random(3))
+        strike(moment, Run(output, log), ranks, random.Random(3))
         send(ranks, number, to)
         assert ranks.exit_codes(PATIENCE_S) == [75, 75], log.read_text()
     text = log.read_text()
@@ -53,7 +53,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_nothing_had_happened(t
     config, output = write_config(tiny_base, tmp_path, "fsdp2", "lora"), tmp_path / "stopped"
     steps = [
         stop_by_signal(config, output, tmp_path / "1.log", "step", signal.SIGTERM, (1,)),
-        stop_by_signal(config, output, tmp_path / "2.log", "save", signal.SIGUSR1, (0, 1)),
+        stop_by_signal(config, output, tmp_path / "2.log", "writing", signal.SIGUSR1, (0, 1)),
         stop_by_signal(config, output, tmp_path / "3.log", "step", signal.SIGINT, (0,)),
     ]
     assert steps == sorted(set(steps))
@@ -92,6 +92,6 @@ def test_a_second_interrupt_leaves_at_once_even_a_run_that_hangs(tiny_base: Path
 @pytest.mark.parametrize(("strategy", "method"), [("ddp", "full"), ("zero1", "lora"), ("zero3", "full")])
 def test_under_other_strategies(tiny_base: Path, tmp_path: Path, strategy: str, method: str) -> None:
     config, output = write_config(tiny_base, tmp_path, strategy, method), tmp_path / "stopped"
-    stop_by_signal(config, output, tmp_path / "1.log", "save", signal.SIGTERM, (0,))
+    stop_by_signal(config, output, tmp_path / "1.log", "writing", signal.SIGTERM, (0,))
     stop_by_signal(config, output, tmp_path / "2.log", "step", signal.SIGUSR1, (1,))
     assert run_to_the_end(config, output, "--resume", "auto") == run_to_the_end(config, tmp_path / "whole")
