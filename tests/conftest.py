@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 # Read when huggingface_hub is imported: no test may reach out.
@@ -22,6 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
         kept = tempfile.TemporaryDirectory(prefix="sft-dist-tests-")
         os.environ["SFT_DIST_CACHE"] = kept.name
         config.add_cleanup(kept.cleanup)
+    # A shell without job control starts what it puts into the background with Ctrl-C ignored; processes that a test is
+    # to end by it would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
