@@ -1,0 +1,102 @@
+"""The program ``sft-dist``: its commands in the order of ``--help``, and its exit codes.
+
+Nothing here imports torch at module level, so that ``--help`` and configuration mistakes answer at once: each command
+imports what does its work when it is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sft_dist import __version__
+from sft_dist.cli.answers import chat, serve
+from sft_dist.cli.config import config_app
+from sft_dist.cli.data import data_app
+from sft_dist.cli.export import export
+from sft_dist.cli.model import model_app
+from sft_dist.cli.planning import calibrate, plan
+from sft_dist.cli.training import resume, train
+from sft_dist.errors import SftError
+from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_interrupt, report_unexpected
+
+UNEXPECTED_EXIT_CODE = 1
+
+EPILOG = (
+    "Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 3 does not fit, 4 data, "
+    "5 checkpoint or model on disk, 6 training diverged, 75 stopped by a signal and saved, 130 interrupted."
+)
+
+
+class _Commands(TyperGroup):
+    """Turns a failure of any command into its message and exit code, in one place."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SftError as error:
+            report(error, debug=ctx.obj)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            report_interrupt()
+            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Rich's renderer of Markdown would be half of the time that help takes.
+    rich_markup_mode=None,
+    epilog=EPILOG,
+    help="Supervised fine-tuning of causal language models on any number of GPUs.",
+)
+app.command()(train)
+app.command()(resume)
+app.command(short_help="The dry run: does it fit, how long, how much money.")(plan)
+app.command(short_help="Measure this machine's GPU for plans.")(calibrate)
+app.command(short_help="Talk to a run, or let it answer a file.")(chat)
+app.command(short_help="Answer over HTTP, as the OpenAI API does.")(serve)
+app.command(short_help="Write an adapter, a merged or a whole model for others to load.")(export)
+app.add_typer(config_app, name="config")
+app.add_typer(model_app, name="model")
+app.add_typer(data_app, name="data")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sft-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the stack trace of an error; may stand anywhere.")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")] = False,
+) -> None:
+    # Here for the help text only: main() takes --debug out before the command line is parsed.
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its code.
+
+    Args:
+        arguments: of the command line, without the program's name; those of this process by default.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    rest = [argument for argument in given if argument != "--debug"]
+    try:
+        app(args=rest, prog_name="sft-dist", obj=len(rest) < len(given))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except Exception as error:
+        report_unexpected(error)
+        sys.exit(UNEXPECTED_EXIT_CODE)

@@ -1,0 +1,124 @@
+"""``sft-dist train`` and ``sft-dist resume``. Imports no torch at module level."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sft_dist.cli.options import ConfigPath, Overrides, checked_config, put_own_tools_on_path
+from sft_dist.cli.planning import show_plan
+from sft_dist.errors import ConfigError
+from sft_dist.runtime.quiet import quiet_libraries
+
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change",
+        metavar="NAME",
+        help="Go on from a checkpoint although this value differs from that of the checkpoint, such as train.seed or "
+        "data.train; may be given several times.",
+    ),
+]
+
+
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: go on from the newest checkpoint in output_dir, or begin; PATH: go on from that checkpoint.",
+        ),
+    ] = "never",
+    allow_change: AllowChange = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing: say whether it fits, how long it takes and what it costs, as the command plan does; "
+            "hardware.gpu=NAME, hardware.gpus_per_node=N and the like say on what. Ends with 3 where it does not fit.",
+        ),
+    ] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="First do each thing that the run will do once, at full size: the longest batch, an evaluation, a "
+            "save, a reload, a resumption, the export and its proof. Then train, as without.",
+        ),
+    ] = False,
+    rehearse_only: Annotated[
+        bool, typer.Option("--rehearse-only", help="Do that and end: output_dir is then as it was.")
+    ] = False,
+) -> None:
+    """Train. Under a launcher (torchrun, accelerate, deepspeed) each process runs this; without one, this process does.
+
+    Paths in the configuration count from the current directory. See `plan` and --dry-run for what a run will take;
+    receipt.json in output_dir says in the end what it took.
+    """
+    if dry_run and (rehearse or rehearse_only):
+        raise ConfigError("--dry-run trains nothing, and a rehearsal trains some steps", fix="give one of the two")
+    checked = checked_config(config, overrides)
+    if dry_run:
+        show_plan(checked)
+        return
+    from sft_dist.runtime.world import restarts
+    from sft_dist.train.preflight import preflight
+    from sft_dist.train.resume import AUTO, resume_after_restart
+
+    if restarts():
+        resume = resume_after_restart(resume, checked.output_dir)
+        if os.environ["RANK"] == "0":
+            place = f"--resume {resume}" if resume != AUTO else "the newest checkpoint, as with --resume auto"
+            typer.echo(f"restart {restarts()}: going on from {place}")
+    preflight(checked, resume=resume)
+    put_own_tools_on_path()
+    quiet_libraries()
+    from sft_dist.train.run import run_training
+
+    run_training(
+        checked,
+        resume=resume,
+        allowed=allow_change or (),
+        rehearsing="only" if rehearse_only else "first" if rehearse else "no",
+    )
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: its output_dir.")],
+    overrides: Overrides = None,
+    verify: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            help="Train nothing new: train up to K recorded steps again from a checkpoint, and compare.",
+        ),
+    ] = None,
+    allow_change: AllowChange = None,
+) -> None:
+    """Go on with a run from its newest checkpoint, on whatever processes this is started on.
+
+    The same as `train RUN/config.yaml --resume auto`: with the settings as they were resolved, but for those given
+    here.
+    """
+    from sft_dist.train.preflight import preflight
+    from sft_dist.train.resume import AUTO, config_of
+
+    checked = checked_config(config_of(run), [f"output_dir={json.dumps(str(run))}", *(overrides or ())])
+    preflight(checked, resume=AUTO)
+    put_own_tools_on_path()
+    quiet_libraries()
+    if verify is not None:
+        from sft_dist.train.replay import replay
+
+        replay(checked, steps=verify, allowed=allow_change or ())
+        return
+    from sft_dist.train.run import run_training
+
+    run_training(checked, resume=AUTO, allowed=allow_change or ())
