@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
@@ -41,10 +42,13 @@ def identity_of(run: Run, data: PreparedData) -> Identity:
 
 def weights_fingerprint(folder: Path) -> str | None:
     """Of names, sizes and both ends of a folder's weight files; None for a hub id, which its revision identifies."""
-    if not folder.is_dir():
-        return None
+    return files_fingerprint(folder.glob("*.safetensors")) if folder.is_dir() else None
+
+
+def files_fingerprint(files: Iterable[Path]) -> str:
+    """Of names, sizes and both ends of the files of one folder, wherever that lies."""
     digest = xxhash.xxh3_128()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -19,11 +19,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.fresh_process import digest
 from sft_dist.checkpoint.manifest import Manifest
+from sft_dist.checkpoint.source import Source, find_source
 from sft_dist.config.schema import FullMethod, QloraMethod
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.export.check import Reference, prove_export, tolerance_of
 from sft_dist.export.provenance import training_section
-from sft_dist.export.source import Source, find_source
 from sft_dist.export.trained import (
     Whole,
     base_dtype,

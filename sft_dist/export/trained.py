@@ -16,11 +16,11 @@ from sft_dist.checkpoint.identity import BASE_WEIGHTS, weights_fingerprint
 from sft_dist.checkpoint.manifest import MOVE_AWAY
 from sft_dist.checkpoint.proof import verify_files
 from sft_dist.checkpoint.reader import CheckpointReader
+from sft_dist.checkpoint.source import Source
 from sft_dist.config.schema import FullMethod, LoraMethod, QloraMethod, VirtualTokensMethod
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.export.provenance import read_receipt
-from sft_dist.export.source import Source
 from sft_dist.export.wish import Base
 from sft_dist.model.adapter_values import (
     NOTHING,

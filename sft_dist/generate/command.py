@@ -6,24 +6,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
 from rich.console import Console
 from rich.markup import escape
 
+from sft_dist.checkpoint.identity import files_fingerprint
+from sft_dist.checkpoint.source import Source, find_newest_source
 from sft_dist.errors import ConfigError
 from sft_dist.generate.batch import answer_file
 from sft_dist.generate.chat import Chat, converse
 from sft_dist.generate.display import dim
 from sft_dist.generate.engine import Sampling
 from sft_dist.generate.load import DeviceChoice, DtypeChoice, Loaded, load
-from sft_dist.generate.source import Source, find_source
 
 # Of a conversation, where nothing is said; comparisons and files are answered with 0, so that they say the same twice.
 TEMPERATURE = 0.7
 
 # What differs where other weights answer; a checkpoint's manifest has the digests of its files.
 WEIGHT_FILES = ("*.safetensors", "adapter_config.json", "manifest.json")
-FINGERPRINT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,15 @@ def chat(path: str, options: Options, *, checkpoint: str | None, device: DeviceC
     """
     _check(options)
     notes = Console(stderr=True, highlight=False)
-    source = find_source(path, checkpoint=checkpoint)
+    source = find_newest_source(path, checkpoint=checkpoint)
     loaded = load_showing(source, notes, device=device, dtype=dtype, with_base=options.compare_base)
     if options.system is not None and not loaded.prompter.chats:
         raise ConfigError("--system: the model knows no system message", fix="put it into the text itself")
     if options.file is not None and options.output is not None:
+        weights = [path for pattern in WEIGHT_FILES for path in source.folder.glob(pattern)]
         done = answer_file(
             loaded, options.sampling(), options.file, options.output,
-            identity=identity_of(source), system=options.system, console=notes,
+            identity=files_fingerprint(weights), system=options.system, console=notes,
         )  # fmt: skip
         before = f" ({done.num_before:,} were there)" if done.num_before else ""
         speed = f", {done.num_tokens / done.seconds:,.1f} tokens/s" if done.num_tokens else ""
@@ -101,20 +101,6 @@ def load_showing(
     for notice in loaded.notices:
         notes.print(f"[yellow]{escape(notice)}[/]", soft_wrap=True)
     return loaded
-
-
-def identity_of(source: Source) -> str:
-    """Of the weights that answer, wherever they lie: names, sizes and both ends of their files."""
-    digest = xxhash.xxh3_128()
-    files = [path for pattern in WEIGHT_FILES for path in source.folder.glob(pattern)]
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
 
 
 def _check(options: Options) -> None:

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from sft_dist.checkpoint import fresh_process
+from sft_dist.checkpoint.source import ADAPTER, Source
 from sft_dist.config.schema import Config, QloraMethod
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from sft_dist.generate.checkpoint_artefact import artefact_of_checkpoint
 from sft_dist.generate.engine import Engine, Voice
 from sft_dist.generate.prompt import Prompter, prompter_of
-from sft_dist.generate.source import ADAPTER, Source
 from sft_dist.model.build import TORCH_DTYPES
 from sft_dist.model.hub import ModelNotHere, model_folder
 
@@ -63,7 +63,7 @@ def load(source: Source, *, device: DeviceChoice, dtype: DtypeChoice, with_base:
         PlanError: it does not fit the device.
     """
     place = _device(device)
-    if not source.is_checkpoint:
+    if source.kind != "checkpoint":
         return _load(source, source.folder, place, dtype, with_base)
     with tempfile.TemporaryDirectory(prefix="sft_dist_chat_") as temporary:
         return _load(

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from sft_dist.checkpoint.source import Source, find_newest_source
 from sft_dist.errors import ConfigError
-from sft_dist.generate.source import Source, find_source
 
 PACKAGES = ("fastapi", "uvicorn")
 
@@ -64,7 +64,7 @@ def serve(path: str, address: Address, *, max_new_tokens: int, checkpoint: str |
         CheckpointError, PlanError: it does not load, or does not fit.
     """
     _check(address)
-    source = find_source(path, checkpoint=checkpoint)
+    source = find_newest_source(path, checkpoint=checkpoint)
     # Before the model is loaded, which may take minutes.
     with _listening(address) as listening:
         import uvicorn

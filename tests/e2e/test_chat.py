@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft_dist.checkpoint.source import find_newest_source
 from sft_dist.cli import main
 from sft_dist.config.schema import Config
 from sft_dist.data.messages import Message
@@ -28,7 +29,6 @@ from sft_dist.generate.conversation import Command
 from sft_dist.generate.engine import Sampling, Voice
 from sft_dist.generate.load import Loaded, load
 from sft_dist.generate.prompt import prompter_of, trained_on
-from sft_dist.generate.source import find_source
 from tests.helpers.taught import PAIRS, conversation, teach, write_rows
 from tests.helpers.terminal import Terminal
 from tests.helpers.tiny_model import build_base
@@ -46,7 +46,7 @@ def taught(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(taught: Path) -> Loaded:
-    return load(find_source(str(taught)), device="cpu", dtype="fp32", with_base=True)
+    return load(find_newest_source(str(taught)), device="cpu", dtype="fp32", with_base=True)
 
 
 def question(loaded: Loaded, text: str = ASKED) -> list[int]:
@@ -72,20 +72,20 @@ def test_a_run_and_its_checkpoint_answer_as_trained(
     tiny_base: Path, tmp_path: Path, name: str, sections: dict[str, Any]
 ) -> None:
     run = train_run(tiny_base, tmp_path / name, **sections)
-    source = find_source(str(run))
+    source = find_newest_source(str(run))
     loaded = load(source, device="cpu", dtype="auto", with_base=True)
     answer = loaded.engine.answer(loaded.tuned, question(loaded), GREEDY)
     if name == "lora":
         assert answer.text == ANSWERED
     assert_without_cache(loaded, loaded.tuned, answer.text, answer.num_tokens)
     # The last checkpoint holds what became final/.
-    artefact = artefact_of_checkpoint(find_source(str(run), checkpoint="latest").folder, tmp_path / "artefact")
+    artefact = artefact_of_checkpoint(find_newest_source(str(run), checkpoint="latest").folder, tmp_path / "artefact")
     for file in sorted((run / "final").glob("*.safetensors")):
         theirs, ours = load_file(file), load_file(artefact / file.name)
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
     assert {path.name for path in artefact.iterdir()} == {path.name for path in (run / "final").iterdir()}
-    from_checkpoint = load(find_source(str(run), checkpoint="latest"), device="cpu", dtype="auto")
+    from_checkpoint = load(find_newest_source(str(run), checkpoint="latest"), device="cpu", dtype="auto")
     again = from_checkpoint.engine.answer(from_checkpoint.tuned, question(from_checkpoint), GREEDY)
     assert again.text == answer.text
     # Before training it was the base, or that quantised.
@@ -94,7 +94,7 @@ def test_a_run_and_its_checkpoint_answer_as_trained(
     assert before.text != answer.text
     if name not in ("qlora", "int8"):
         plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
-        base = load(find_source(str(tiny_base)), device="cpu", dtype="fp32")
+        base = load(find_newest_source(str(tiny_base)), device="cpu", dtype="fp32")
         assert before.text == base.engine.answer(base.tuned, question(base), GREEDY).text
         assert_without_cache(loaded, Voice(plain, nullcontext, ()), before.text, before.num_tokens)
 
@@ -115,7 +115,7 @@ def test_new_tokens_begin_as_in_training(tiny_base: Path, tmp_path: Path) -> Non
     """The base of a grown vocabulary has the mean of its rows for them, not what transformers draws."""
     base = {"path": str(tiny_base), "add_tokens": ["<tool>", "<|call|>"]}
     run = train_run(tiny_base, tmp_path, steps=2, model=base, method={"type": "lora"})
-    loaded = load(find_source(str(run)), device="cpu", dtype="auto", with_base=True)
+    loaded = load(find_newest_source(str(run)), device="cpu", dtype="auto", with_base=True)
     assert loaded.base is not None
     with loaded.base.active(), torch.no_grad():
         logits = loaded.base.model(input_ids=torch.tensor([question(loaded)])).logits[0]
@@ -129,7 +129,7 @@ def test_new_tokens_begin_as_in_training(tiny_base: Path, tmp_path: Path) -> Non
 
 def test_a_damaged_checkpoint_does_not_answer(tiny_base: Path, tmp_path: Path) -> None:
     run = train_run(tiny_base, tmp_path, steps=1, method={"type": "lora"})
-    checkpoint = find_source(str(run), checkpoint="1").folder
+    checkpoint = find_newest_source(str(run), checkpoint="1").folder
     file = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -146,11 +146,11 @@ def test_an_adapter_without_its_base(taught: Path, tmp_path: Path) -> None:
         (copied / file.name).write_bytes(file.read_bytes())
     (copied / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "models/lost"}))
     with pytest.raises(CheckpointError, match="the base model of the adapter, models/lost, is not on this machine"):
-        load(find_source(str(copied)), device="cpu", dtype="auto")
+        load(find_newest_source(str(copied)), device="cpu", dtype="auto")
     (copied / "adapter_model.safetensors").unlink()
     (copied / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="does not load: "):
-        load(find_source(str(copied)), device="cpu", dtype="auto")
+        load(find_newest_source(str(copied)), device="cpu", dtype="auto")
 
 
 # how it is prompted

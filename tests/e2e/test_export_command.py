@@ -160,7 +160,7 @@ def test_the_card_of_an_adapter_says_how_its_base_was_stored(qlora: Path) -> Non
         (["--merge", "--max-shard-size", "much"], 2, "is no size"),
         (["--base", "original"], 2, "without --merge"),
         (["--merge", "--base", "other"], 2, "dequantized"),
-        (["--checkpoint", "latest"], 2, "there are: none"),
+        (["--checkpoint", "latest"], 2, "has no complete checkpoint"),
         (["--merge", "--out", "/proc/merged", "--no-check"], 5, "cannot write|is left|are to be written"),
     ],
 )
@@ -173,11 +173,11 @@ def test_mistakes(qlora: Path, export: Command, arguments: list[str], code: int,
 def test_a_mistake_needs_no_torch(tmp_path: Path) -> None:
     """A path that is nothing is told before libraries of seconds are imported."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom sft_dist.export.source import find_source\n"
+        "import sys\nfrom pathlib import Path\nfrom sft_dist.checkpoint.source import find_source\n"
         "try:\n    find_source(Path(sys.argv[1]))\nexcept Exception as e:\n    print(e)\n"
         "assert 'torch' not in sys.modules, 'torch'\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "no run directory" in done.stdout
+    assert "neither a run directory" in done.stdout

@@ -23,11 +23,11 @@ import pytest
 import uvicorn
 from transformers import AutoTokenizer
 
+from sft_dist.checkpoint.source import find_newest_source
 from sft_dist.cli import main
 from sft_dist.generate.api import Service, make_app
 from sft_dist.generate.engine import Generation
 from sft_dist.generate.load import load
-from sft_dist.generate.source import find_source
 from tests.helpers.taught import PAIRS, teach
 from tests.helpers.tiny_model import build_base
 
@@ -50,7 +50,7 @@ class Server:
 
 @contextmanager
 def served(folder: Path, *, api_key: str | None = None, max_new_tokens: int = 64) -> Iterator[Server]:
-    loaded = load(find_source(str(folder)), device="cpu", dtype="fp32")
+    loaded = load(find_newest_source(str(folder)), device="cpu", dtype="fp32")
     listening = socket.create_server(("127.0.0.1", 0))
     server = Server(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", loaded.name)
     start = loaded.engine.start
