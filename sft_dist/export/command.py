@@ -23,24 +23,21 @@ from sft_dist.checkpoint.source import Source, find_source
 from sft_dist.config.schema import FullMethod, QloraMethod
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.export.check import Reference, prove_export, tolerance_of
+from sft_dist.export.checkpoint_artefact import write_artefact
 from sft_dist.export.provenance import training_section
 from sft_dist.export.trained import (
     Whole,
     base_dtype,
     describe_trained,
     identity_of_source,
-    master_weights,
     merged,
-    open_checkpoint,
-    require_same_base,
     tokenizer_of,
     trained_with,
     whole_model,
 )
 from sft_dist.export.wish import Wish, WrittenDtype
-from sft_dist.model.build import build_model
 from sft_dist.model.card import CARD, card, front_matter, whole_usage
-from sft_dist.model.export import UNFINISHED, export
+from sft_dist.model.export import UNFINISHED
 from sft_dist.model.merge import Merge
 from sft_dist.model.safetensors_folder import UnmappedFolder
 from sft_dist.model.safetensors_writer import SafetensorsWriter, TensorPlan
@@ -152,9 +149,12 @@ def _export_adapter(source: Source, wish: Wish, folder: Path, console: Console) 
     if source.kind == "adapter":
         _copy_adapter(source.folder, unfinished, wish)
     else:
-        assert spec is not None
-        require_same_base(source, spec.path)
-        weights = _adapter_of_checkpoint(source, folder, wish.dtype)
+        saved: dict[str, str] = {}
+        write_artefact(
+            source, folder, dtype=None if wish.dtype is None else DTYPES[wish.dtype], about=_about(source),
+            on_saved=lambda name, tensor: saved.update({name: digest(tensor)}),
+        )  # fmt: skip
+        weights = saved
     if not wish.check:
         return "not checked (--no-check): no process has loaded it"
     references = []
@@ -168,20 +168,6 @@ def _export_adapter(source: Source, wish: Wish, folder: Path, console: Console) 
     if weights is not None:
         return "loaded by plain peft in a fresh process: every weight is that of the checkpoint, bit for bit"
     return f"loaded by plain peft in a fresh process: equal to its source to {max(differences):.1e} (rms, relative)"
-
-
-def _adapter_of_checkpoint(source: Source, folder: Path, dtype: WrittenDtype | None) -> dict[str, str]:
-    """Writes ``folder.unfinished``; returns the digests of what was written, by PEFT's names."""
-    trained = trained_with(source)
-    assert trained is not None
-    spec, reader = describe_trained(trained), open_checkpoint(source.folder)
-    values = ((name, value if dtype is None else value.to(DTYPES[dtype])) for name, value in master_weights(reader))
-    weights: dict[str, str] = {}
-    export(
-        folder, spec, build_model(spec), values, tokenizer_of(source), is_main=True, seed=trained.seed,
-        about=_about(source), on_saved=lambda name, tensor: weights.update({name: digest(tensor)}),
-    )  # fmt: skip
-    return weights
 
 
 def _copy_adapter(folder: Path, unfinished: Path, wish: Wish) -> None:
@@ -214,7 +200,7 @@ def _references(source: Source, whole: Whole, wish: Wish, name: str) -> Iterator
     if source.kind == "checkpoint":
         made = source.folder.with_name(f"{source.folder.name}.adapter")
         folder = made.with_name(made.name + UNFINISHED)
-        _adapter_of_checkpoint(source, made, None)
+        write_artefact(source, made)
     try:
         if whole.spec.method == spec.method:
             yield [Reference.adapter(folder, spec, tolerance=tolerance)]

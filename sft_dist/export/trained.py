@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,23 +103,23 @@ def require_same_base(source: Source, path: str) -> None:
         )
 
 
-def open_checkpoint(folder: Path) -> CheckpointReader:
+def open_checkpoint(folder: Path, spec: ModelSpec) -> CheckpointReader:
     """
+    Args:
+        spec: of the model as it was trained.
+
     Raises:
-        CheckpointError: a file is missing or is not what was written.
+        CheckpointError: a file is missing or is not what was written, or a parameter is in none.
     """
     reader = CheckpointReader(folder)
     problems = verify_files(folder, reader.manifest, part=0, parts=1)
     if problems:
-        raise CheckpointError(f"{folder} cannot be exported: {problems[0]}", fix=MOVE_AWAY)
+        raise CheckpointError(f"{folder} is damaged: {problems[0]}", fix=MOVE_AWAY)
+    there = set(reader.names)
+    absent = [p.name for p in spec.parameters if p.trainable and f"{MASTER}{p.name}" not in there]
+    if absent:
+        raise CheckpointError(f"{folder} does not hold {absent[0]}, which its config.yaml trains", fix=MOVE_AWAY)
     return reader
-
-
-def master_weights(reader: CheckpointReader) -> Iterator[tuple[str, Tensor]]:
-    """(name in the model, value) of every trained parameter, one at a time."""
-    for name in reader.names:
-        if name.startswith(MASTER):
-            yield name.removeprefix(MASTER), reader.read(name)
 
 
 def _read_and_release(reader: CheckpointReader, name: str) -> Tensor:
@@ -163,7 +163,7 @@ def merged(source: Source, base: Base | None) -> Whole:
         if source.kind == "adapter":
             return saved_adapter(source.folder)
         assert isinstance(spec.method, LoraMethod)
-        reader = open_checkpoint(source.folder)
+        reader = open_checkpoint(source.folder, spec)
         return trained_adapter(
             spec.method,
             [name.removeprefix(MASTER) for name in reader.names if name.startswith(MASTER)],
@@ -212,7 +212,7 @@ def whole_model(source: Source) -> Whole:
     assert trained is not None
     spec = describe_trained(trained)
     require_same_base(source, spec.path)
-    reader = open_checkpoint(source.folder)
+    reader = open_checkpoint(source.folder, spec)
 
     def changes(model: SftModel, weights: Weights) -> Adapter:
         names = {

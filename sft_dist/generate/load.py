@@ -20,7 +20,7 @@ from sft_dist.checkpoint import fresh_process
 from sft_dist.checkpoint.source import ADAPTER, Source
 from sft_dist.config.schema import Config, QloraMethod
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
-from sft_dist.generate.checkpoint_artefact import artefact_of_checkpoint
+from sft_dist.export.checkpoint_artefact import artefact_of_checkpoint
 from sft_dist.generate.engine import Engine, Voice
 from sft_dist.generate.prompt import Prompter, prompter_of
 from sft_dist.model.build import TORCH_DTYPES
@@ -66,9 +66,8 @@ def load(source: Source, *, device: DeviceChoice, dtype: DtypeChoice, with_base:
     if source.kind != "checkpoint":
         return _load(source, source.folder, place, dtype, with_base)
     with tempfile.TemporaryDirectory(prefix="sft_dist_chat_") as temporary:
-        return _load(
-            source, artefact_of_checkpoint(source.folder, Path(temporary) / "artefact"), place, dtype, with_base
-        )
+        folder = artefact_of_checkpoint(source, Path(temporary) / "artefact")
+        return _load(source, folder, place, dtype, with_base)
 
 
 def _device(choice: DeviceChoice) -> torch.device:

@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_not_exported(run_of: Callable[..., Path], tmp_p
     content[-1] ^= 1
     file.write_bytes(content)
     for merge in (False, True):
-        with pytest.raises(CheckpointError, match="cannot be exported"):
+        with pytest.raises(CheckpointError, match="is damaged: "):
             run_export(run, unchecked(merge, tmp_path / "never"), checkpoint="latest")
     assert not (tmp_path / "never").exists()
 
@@ -186,10 +186,10 @@ def test_another_base_than_the_trained_one_is_refused(world: Worlds, tmp_path: P
 def test_which_checkpoints_there_are_is_told(run_of: Callable[..., Path], tmp_path: Path) -> None:
     run = run_of({"type": "lora"}, "zero1")
     for path, checkpoint, what, fix in (
-        (run, "7", "no such checkpoint", "there are: 2"),
-        (run, "best", "no such checkpoint", "say latest or a step"),
-        (run / "final", "latest", "chooses one of a run directory", "give the run directory"),
-        (tmp_path, None, "no run directory, no checkpoint", "give a folder with config.yaml"),
+        (run, "7", "no complete checkpoint of step 7", "there are 2, and latest"),
+        (run, "best", "is no number of steps", "give a number, or latest"),
+        (run / "final", "latest", "chooses one of a run directory", "give the output_dir of the run"),
+        (tmp_path, None, "neither a run directory, nor a checkpoint", "give the output_dir of a run"),
         (tmp_path / "nowhere", None, "is no folder here", "give a run directory"),
     ):
         with pytest.raises(ConfigError) as caught:

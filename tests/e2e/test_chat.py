@@ -22,9 +22,9 @@ from sft_dist.cli import main
 from sft_dist.config.schema import Config
 from sft_dist.data.messages import Message
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.export.checkpoint_artefact import artefact_of_checkpoint
 from sft_dist.generate.batch import answer_file
 from sft_dist.generate.chat import Chat
-from sft_dist.generate.checkpoint_artefact import artefact_of_checkpoint
 from sft_dist.generate.conversation import Command
 from sft_dist.generate.engine import Sampling, Voice
 from sft_dist.generate.load import Loaded, load
@@ -79,7 +79,7 @@ def test_a_run_and_its_checkpoint_answer_as_trained(
         assert answer.text == ANSWERED
     assert_without_cache(loaded, loaded.tuned, answer.text, answer.num_tokens)
     # The last checkpoint holds what became final/.
-    artefact = artefact_of_checkpoint(find_newest_source(str(run), checkpoint="latest").folder, tmp_path / "artefact")
+    artefact = artefact_of_checkpoint(find_newest_source(str(run), checkpoint="latest"), tmp_path / "artefact")
     for file in sorted((run / "final").glob("*.safetensors")):
         theirs, ours = load_file(file), load_file(artefact / file.name)
         assert theirs.keys() == ours.keys()
@@ -129,13 +129,13 @@ def test_new_tokens_begin_as_in_training(tiny_base: Path, tmp_path: Path) -> Non
 
 def test_a_damaged_checkpoint_does_not_answer(tiny_base: Path, tmp_path: Path) -> None:
     run = train_run(tiny_base, tmp_path, steps=1, method={"type": "lora"})
-    checkpoint = find_newest_source(str(run), checkpoint="1").folder
-    file = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
+    source = find_newest_source(str(run), checkpoint="1")
+    file = max(source.folder.iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="is damaged: "):
-        artefact_of_checkpoint(checkpoint, tmp_path / "artefact")
+        artefact_of_checkpoint(source, tmp_path / "artefact")
 
 
 def test_an_adapter_without_its_base(taught: Path, tmp_path: Path) -> None:
