@@ -1,4 +1,4 @@
-"""Copies of a run's checkpoints in object storage (or any other place that fsspec can write). Imports no torch.
+"""Copies of a run's checkpoints in object storage. Imports no torch.
 
 Object stores cannot rename, so a copy exists once its manifest does: ``manifest.json`` is uploaded last and deleted
 first, and a copy that lacks it, or has a file of another size than it says, counts as absent. What is fetched is
@@ -9,35 +9,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
 
 import xxhash
 from pydantic import BaseModel, ValidationError
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import MANIFEST, FileRecord
-from sft_dist.data.fields import said
-from sft_dist.data.files import PACKAGES
+from sft_dist.checkpoint.object_store import ATTEMPTS, FIRST_PAUSE_S, ObjectStore, failed
 from sft_dist.errors import CheckpointError, ConfigError
 
-T = TypeVar("T")
-
-# The pauses between attempts double: 1 + 2 + 4 + 8 seconds. The libraries below repeat single requests by themselves.
-ATTEMPTS = 5
-FIRST_PAUSE_S = 1.0
-
 READ_BYTES = 1 << 24
-
-# Said of a place or of rights, which no repetition changes.
-LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
-
-FILE_SYSTEMS = ("file", "local")
 
 
 class _Files(BaseModel):
@@ -56,23 +40,20 @@ class Mirror:
     May be used by several threads, as long as they work on different files.
 
     Args:
-        url: s3://bucket/runs/x, gs://, az://, file:///mnt/...; credentials and endpoint come from where the package of
-            the kind of storage looks for them.
-        attempts: of each transfer before it fails for good; first_pause_s: after the first, then twice as long.
+        url, attempts, first_pause_s: as for ``ObjectStore``.
 
     Raises:
         ConfigError: no such kind of storage, or its package is not installed.
     """
 
     def __init__(self, url: str, *, attempts: int = ATTEMPTS, first_pause_s: float = FIRST_PAUSE_S) -> None:
-        self.url, self.attempts, self.first_pause_s = url.rstrip("/"), attempts, first_pause_s
-        self._system, root = _file_system(self.url)
-        self._root = root.rstrip("/")
+        self._objects = ObjectStore(url, attempts=attempts, first_pause_s=first_pause_s)
+        self.url = self._objects.url
 
     @property
     def folder(self) -> Path | None:
         """Where it is on this machine's file systems; None: elsewhere."""
-        return Path(self._root) if self.url.partition("://")[0] in FILE_SYSTEMS else None
+        return self._objects.folder
 
     def prove_writable(self) -> None:
         """Writes a small object and removes it.
@@ -80,10 +61,8 @@ class Mirror:
         Raises:
             ConfigError: that fails.
         """
-        probe = f"{self._root}/.probe-{uuid.uuid4().hex}"
         try:
-            self._attempt("write to it", lambda: self._put_bytes(probe, b"probe"))
-            self._attempt("delete from it", lambda: self._system.rm_file(probe))
+            self._objects.prove_writable()
         except CheckpointError as error:
             raise ConfigError(
                 f"checkpoint.mirror: {error.what}",
@@ -147,7 +126,7 @@ class Mirror:
         step = _step(checkpoint)
         self._withdraw(step)
         for name in names:
-            self._put(checkpoint / name, self._at(step, name))
+            self._objects.put(checkpoint / name, _path(step, name))
 
     def commit(self, checkpoint: Path) -> None:
         """Copies the manifest, when all files that it names are there.
@@ -158,8 +137,8 @@ class Mirror:
         step = _step(checkpoint)
         problems = _differences(_files(checkpoint), self._listed().get(step, {}))
         if problems:
-            raise _failed(f"{self._name(step)} cannot be completed", problems[0])
-        self._put(checkpoint / MANIFEST, self._at(step, MANIFEST))
+            raise failed(f"{self._name(step)} cannot be completed", problems[0])
+        self._objects.put(checkpoint / MANIFEST, _path(step, MANIFEST))
 
     def fetch(self, step: int, folder: Path) -> Path:
         """Copies a checkpoint into ``folder``, where it must not be yet; it gets its name when it is proven.
@@ -198,32 +177,20 @@ class Mirror:
             CheckpointError: it cannot be removed.
         """
         self._withdraw(step)
-        self._attempt(f"delete {self._name(step)}", lambda: self._remove(f"{self._root}/{store.name_of(step)}"))
+        self._objects.remove(store.name_of(step))
 
     def _withdraw(self, step: int) -> None:
-        self._attempt(f"delete {self._name(step)}", lambda: self._remove(self._at(step, MANIFEST)))
-
-    def _remove(self, path: str) -> None:
-        if self._system.exists(path):
-            self._system.rm(path, recursive=True)
+        self._objects.remove(_path(step, MANIFEST))
 
     def _listed(self) -> dict[int, dict[str, int]]:
         """Bytes of every file that is there, by step and name."""
 
-        def find() -> dict[str, dict[str, Any]]:
-            self._system.invalidate_cache()
-            try:
-                found: dict[str, dict[str, Any]] = self._system.find(self._root, detail=True)
-            except FileNotFoundError:
-                return {}  # some kinds of storage say so where there is nothing yet
-            return found
-
         sizes: dict[int, dict[str, int]] = defaultdict(dict)
-        for path, info in self._attempt("list it", find).items():
-            folder, _, name = path[len(self._root) + 1 :].partition("/")
+        for path, num_bytes in self._objects.sizes().items():
+            folder, _, name = path.partition("/")
             step = store.step_of(folder)
             if step is not None and name:
-                sizes[step][name] = int(info["size"])
+                sizes[step][name] = num_bytes
         return dict(sizes)
 
     def _manifests(self) -> dict[int, bytes]:
@@ -232,7 +199,7 @@ class Mirror:
         for step, sizes in self._listed().items():
             if MANIFEST not in sizes:
                 continue
-            content = self._attempt(f"read {self._name(step)}", partial(self._read, self._at(step, MANIFEST)))
+            content = self._objects.read(_path(step, MANIFEST))
             try:
                 files = _Files.model_validate_json(content or b"").files
             except ValidationError:
@@ -240,33 +207,6 @@ class Mirror:
             if not _differences(files, sizes):
                 found[step] = content or b""
         return found
-
-    def _read(self, path: str) -> bytes | None:
-        """None: it was deleted meanwhile."""
-        try:
-            return bytes(self._system.cat_file(path))
-        except FileNotFoundError:
-            return None
-
-    def _put(self, local: Path, path: str) -> None:
-        def put() -> None:
-            self._make_parent(path)
-            self._system.put_file(str(local), path)
-            self._system.invalidate_cache()
-            size = self._system.info(path)["size"]
-            if size != local.stat().st_size:
-                raise OSError(f"{size} bytes of {local.stat().st_size} arrived")
-
-        self._attempt(f"copy {local}", put)
-
-    def _put_bytes(self, path: str, content: bytes) -> None:
-        self._make_parent(path)
-        self._system.pipe_file(path, content)
-
-    def _make_parent(self, path: str) -> None:
-        # Only where folders exist: asked of an object store this may create a bucket.
-        if self.folder is not None:
-            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def _get(self, step: int, name: str, record: FileRecord, unfinished: Path) -> None:
         """Fetches a file and compares it with its record.
@@ -277,7 +217,7 @@ class Mirror:
         if PurePosixPath(name).name != name:
             raise _damaged(self._name(step), f"{name} is no name of a file")
         local = unfinished / name
-        self._attempt(f"fetch {self._name(step)}", lambda: self._system.get_file(self._at(step, name), str(local)))
+        self._objects.get(_path(step, name), local)
         digest = xxhash.xxh3_128()
         with local.open("rb+") as file:
             while block := file.read(READ_BYTES):
@@ -286,24 +226,6 @@ class Mirror:
             os.fsync(file.fileno())
         if (num_bytes, digest.hexdigest()) != (record.num_bytes, record.digest):
             raise _damaged(self._name(step), f"{name} is not the file that was uploaded")
-
-    def _attempt(self, doing: str, action: Callable[[], T]) -> T:
-        """What ``action`` returns, tried again after a failure that may pass.
-
-        Raises:
-            CheckpointError: it does not.
-        """
-        for number in range(self.attempts):
-            try:
-                return action()
-            except Exception as error:  # each kind of storage has its own
-                if isinstance(error, LASTING) or number + 1 == self.attempts:
-                    raise _failed(f"{self.url}: cannot {doing}", f"{type(error).__name__}: {said(error)}") from error
-            time.sleep(self.first_pause_s * 2**number)
-        raise AssertionError("attempts is less than 1")
-
-    def _at(self, step: int, name: str) -> str:
-        return f"{self._root}/{store.name_of(step)}/{name}"
 
     def _name(self, step: int) -> str:
         return f"{self.url}/{store.name_of(step)}"
@@ -316,21 +238,8 @@ def split_url(url: str) -> tuple[str, int] | None:
     return None if step is None else (parent, step)
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    try:
-        # One of its own, without memory of what was listed: others write there too.
-        system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
-    except ImportError as e:
-        package = PACKAGES.get(scheme, f"fsspec[{scheme}]")
-        raise ConfigError(f"{url}: {scheme}:// needs a package", fix=f"pip install {package}") from e
-    except ValueError as e:
-        raise ConfigError(
-            f"{url}: {scheme}:// is no storage that is known", fix="use s3://, gs://, az:// or file:///"
-        ) from e
-    return system, root
+def _path(step: int, name: str) -> str:
+    return f"{store.name_of(step)}/{name}"
 
 
 def _step(checkpoint: Path) -> int:
@@ -362,10 +271,6 @@ def _require_room(folder: Path, num_bytes: int, name: str) -> None:
             f"{name} takes {num_bytes / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB left",
             fix="make room on the disk, or set another output_dir",
         )
-
-
-def _failed(doing: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{doing} ({why})", fix="check the network, your credentials and the room there")
 
 
 def _damaged(name: str, why: str) -> DamagedCopy:

@@ -147,14 +147,14 @@ def test_a_deletion_takes_one_copy_whole(url: str, tmp_path: Path) -> None:
 def test_half_a_deletion_leaves_nothing_that_looks_complete(url: str, tmp_path: Path, monkeypatch: Any) -> None:
     mirror = mirror_of(url)
     mirror.upload(checkpoint(tmp_path, 1))
-    remove = mirror._remove
+    remove = mirror._objects.remove
 
     def end_after_the_manifest(path: str) -> None:
         if not path.endswith(MANIFEST):
             raise KeyboardInterrupt
         remove(path)
 
-    monkeypatch.setattr(mirror, "_remove", end_after_the_manifest)
+    monkeypatch.setattr(mirror._objects, "remove", end_after_the_manifest)
     with pytest.raises(KeyboardInterrupt):
         mirror.delete(1)
     assert mirror_of(url).complete() == []
@@ -221,8 +221,8 @@ def test_what_may_pass_is_tried_again(
     tmp_path: Path, monkeypatch: Any, failures: int, error: Exception, left: int | None
 ) -> None:
     mirror = mirror_of("memory://unreliable")
-    system = Unreliable(mirror._system, failures, error)
-    monkeypatch.setattr(mirror, "_system", system)
+    system = Unreliable(mirror._objects._system, failures, error)
+    monkeypatch.setattr(mirror._objects, "_system", system)
     local = checkpoint(tmp_path, 1)
     if left is None:
         mirror.upload(local)
