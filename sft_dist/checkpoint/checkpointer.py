@@ -21,24 +21,22 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from rich.filesize import decimal
-from safetensors import SafetensorError
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.host_copy import HostCopy, in_place
-from sft_dist.checkpoint.manifest import MANIFEST, MOVE_AWAY, FileRecord, Identity, Manifest, Position, TensorRecord
+from sft_dist.checkpoint.manifest import MANIFEST, FileRecord, Identity, Manifest, Position, TensorRecord
 from sft_dist.checkpoint.mirror import Mirror
-from sft_dist.checkpoint.proof import FileProof, digest_of, problems_of, prove_file, tensor_record
-from sft_dist.checkpoint.reader import CheckpointReader
+from sft_dist.checkpoint.proof import FileProof, digest_of, listed, problems_of, prove_file, tensor_record
+from sft_dist.checkpoint.restore import restore
 from sft_dist.checkpoint.rotation import best_of, rotate
 from sft_dist.checkpoint.shard_file import Piece, file_name, write_shard
 from sft_dist.config.schema import CheckpointConfig
 from sft_dist.errors import CheckpointError
+from sft_dist.runtime.process_group import from_main, gathered
 from sft_dist.sharding.state import StateShard
 from sft_dist.sharding.strategy import Strategy
 
 T = TypeVar("T")
-
-MAX_SHOWN_PROBLEMS = 3
 
 SETTINGS = "config.yaml"
 
@@ -47,9 +45,6 @@ WRITE_TIMEOUT = timedelta(hours=12)
 
 # Of a save in flight when training fails: a rank that hangs must not keep the others for longer.
 SETTLE_TIMEOUT_S = 600
-
-# A block of an 8-bit moment has one scale: ranks that share a tensor otherwise may have other blocks.
-SCALES = ("optim.exp_avg_scale.", "optim.exp_avg_sq_scale.")
 
 
 @dataclass(frozen=True)
@@ -161,12 +156,11 @@ class Checkpointer:
 
     def best_loss(self) -> float:
         """The lowest evaluation loss of the checkpoints that are there; infinite where there is none."""
-        losses = [math.inf]
+        loss = math.inf
         if dist.get_rank() == 0:
             best = best_of([manifest.position for _, manifest in store.readable_checkpoints(self.folder)])
-            losses = [math.inf if best is None or best.eval_loss is None else best.eval_loss]
-        dist.broadcast_object_list(losses, group=self._group)
-        return losses[0]
+            loss = math.inf if best is None or best.eval_loss is None else best.eval_loss
+        return from_main(loss, self._group)
 
     def _write(self, pieces: dict[str, Piece], expected: dict[str, TensorRecord], position: Position) -> Outcome:
         complete = self.folder / store.name_of(position.completed_steps)
@@ -262,7 +256,7 @@ class Checkpointer:
         self._everywhere(lambda: store.reject(unfinished), only_main=True)
         return Outcome(
             complete,
-            error=f"the checkpoint of step {position.completed_steps} failed its proof: " + _listed(problems),
+            error=f"the checkpoint of step {position.completed_steps} failed its proof: " + listed(problems),
             is_fatal=True,
             fix=f"it is kept as {rejected}; resume from the one before it, and please report this",
         )
@@ -283,55 +277,12 @@ class Checkpointer:
                 answer = (None, str(error.strerror or error))
             except CheckpointError as error:
                 answer = (None, error.what)
-        answers = _gathered(answer, self._group)
+        answers = gathered(answer, self._group)
         return [result for result, _ in answers], next((error for _, error in answers if error is not None), None)
 
     def load(self, checkpoint: Path, strategy: Strategy) -> Manifest:
-        """Puts the state of a checkpoint into ``strategy``, on any number of ranks.
-
-        Each reads the ranges that it keeps. The files must have been verified, and whose they are.
-
-        Raises:
-            CheckpointError: it holds other tensors than this run trains.
-        """
-        state = strategy.state()
-        with CheckpointReader(checkpoint) as reader:
-            manifest = reader.manifest
-            self._refuse(checkpoint, _other_tensors(state, manifest))
-            self._refuse(checkpoint, _read(reader, state))
-        strategy.restored(completed_steps=manifest.completed_steps)
-        return manifest
-
-    def _refuse(self, checkpoint: Path, problems: list[str]) -> None:
-        problems = [problem for part in _gathered(problems, self._group) for problem in part]
-        if problems:
-            raise CheckpointError(
-                f"{checkpoint} cannot be resumed from: " + _listed(list(dict.fromkeys(problems))), fix=MOVE_AWAY
-            ).everywhere()
-
-
-def _other_tensors(state: Mapping[str, StateShard], manifest: Manifest) -> list[str]:
-    """In what a checkpoint differs from the state that it is to become."""
-    mine = {name: tensor_record(shard.values, shard.shape) for name, shard in state.items()}
-    problems = [
-        f"{name} is {manifest.tensors.get(name)} there and {mine.get(name)} here"
-        for name in sorted(mine.keys() | manifest.tensors.keys())
-        if mine.get(name) != manifest.tensors.get(name)
-    ]
-    if any(name.startswith(SCALES) and mine.get(name) != manifest.tensors.get(name) for name in mine):
-        where = f"{manifest.world_size} processes under {manifest.strategy}"
-        problems.insert(0, f"8-bit moments in blocks that are cut otherwise go on only on {where}")
-    return problems
-
-
-def _read(reader: CheckpointReader, state: Mapping[str, StateShard]) -> list[str]:
-    try:
-        with torch.no_grad():
-            for name, shard in state.items():
-                reader.read_into(shard.values, name, first=shard.first)
-    except (OSError, SafetensorError) as error:
-        return [f"{name} cannot be read: {error}"]
-    return []
+        """Puts the state of a checkpoint into ``strategy``. Raises as ``restore``."""
+        return restore(checkpoint, strategy, group=self._group)
 
 
 def _cannot_delete(complete: Path, cause: str, notice: str | None) -> Outcome:
@@ -345,15 +296,3 @@ def _cannot_delete(complete: Path, cause: str, notice: str | None) -> Outcome:
 
 def _after(outcome: Outcome, started: float) -> Outcome:
     return replace(outcome, written_s=time.perf_counter() - started)
-
-
-def _gathered(value: T, group: dist.ProcessGroup) -> list[T]:
-    """``value`` of every rank."""
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _listed(problems: list[str]) -> str:
-    more = len(problems) - MAX_SHOWN_PROBLEMS
-    return "; ".join(problems[:MAX_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")

@@ -20,6 +20,8 @@ from sft_dist.checkpoint.shard_file import Piece, is_finite, is_zero
 
 READ_BYTES = 1 << 22
 
+MAX_SHOWN_PROBLEMS = 3
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -161,3 +163,9 @@ def _is_lora_b(name: str) -> bool:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def listed(problems: list[str]) -> str:
+    """The first few of them, and how many there are besides."""
+    more = len(problems) - MAX_SHOWN_PROBLEMS
+    return "; ".join(problems[:MAX_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")

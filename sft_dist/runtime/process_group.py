@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sft_dist.errors import ConfigError, SftError
 from sft_dist.runtime.world import World, attempt_name
+
+T = TypeVar("T")
 
 # Preparing data may take longer than any collective of training may: ranks wait for it on the store.
 PREPARE_TIMEOUT = timedelta(hours=24)
@@ -100,3 +103,17 @@ def _wait_until_heard(world: World, store: dist.Store, key: str) -> None:
 
 def _error_class(name: str) -> type[SftError]:
     return next((c for c in SftError.__subclasses__() if c.__name__ == name), SftError)
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """``value`` of every rank of a group, by default of all; every one of them calls it."""
+    values: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_main(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's value, on every rank; every one of them calls it."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
+from sft_dist.runtime.process_group import gathered
 
 # In the run directory, while a rehearsal lasts.
 FOLDER = "rehearsal"
@@ -25,9 +25,7 @@ def was_rehearsed() -> bool:
     A rehearsal that failed, or a process on a machine that has just joined, is rehearsed.
     """
     folder = _folder_of_all_tries()
-    noted = [False] * dist.get_world_size()
-    dist.all_gather_object(noted, folder is not None and (folder / NOTE).exists())
-    return all(noted)
+    return all(gathered(folder is not None and (folder / NOTE).exists()))
 
 
 def note_rehearsed() -> None:

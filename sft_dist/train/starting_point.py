@@ -13,6 +13,7 @@ from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import MANIFEST, MOVE_AWAY, Manifest
 from sft_dist.checkpoint.proof import verify_files
 from sft_dist.errors import CheckpointError
+from sft_dist.runtime.process_group import gathered
 
 MAX_SHOWN_PROBLEMS = 3
 
@@ -65,6 +66,4 @@ def damage(checkpoint: Path) -> list[str]:
             problems.append(f"its {MANIFEST} is that of step {manifest.completed_steps}")
     except CheckpointError as error:
         problems = [error.what]
-    found: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(found, problems)
-    return list(dict.fromkeys(problem for part in found for problem in part))
+    return list(dict.fromkeys(problem for part in gathered(problems) for problem in part))
