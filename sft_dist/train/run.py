@@ -35,7 +35,8 @@ from sft_dist.train.position import position_after
 from sft_dist.train.preflight import NEVER
 from sft_dist.train.ready import Inputs, Process, make_ready, warn
 from sft_dist.train.receipt import made_with
-from sft_dist.train.rehearsal import Stage, rehearse
+from sft_dist.train.rehearsal import rehearse
+from sft_dist.train.rehearsal_items import Stage
 from sft_dist.train.rehearsed import was_rehearsed
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder
 from sft_dist.train.resume_receipt import differences, resume_receipt

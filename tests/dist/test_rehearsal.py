@@ -23,7 +23,7 @@ from sft_dist.errors import SftError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
-from sft_dist.train import rehearsal
+from sft_dist.train import rehearsal_items
 from sft_dist.train import ready
 from sft_dist.train import run as train_run
 from sft_dist.train.outlook import look_ahead
@@ -200,11 +200,11 @@ def test_a_launcher_that_starts_again(world: Worlds, tiny_base: Path, tmp_path: 
 
 def out_of_memory() -> Any:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-    return patch.object(rehearsal, "train_step", side_effect=error)
+    return patch.object(rehearsal_items, "train_step", side_effect=error)
 
 
 def full_disk() -> Any:
-    return patch.object(rehearsal.shutil, "disk_usage", return_value=type("Usage", (), {"free": 10_000})())
+    return patch.object(rehearsal_items.shutil, "disk_usage", return_value=type("Usage", (), {"free": 10_000})())
 
 
 def wrong_state() -> Any:
@@ -221,13 +221,13 @@ def wrong_state() -> Any:
 
 
 def other_random_numbers() -> Any:
-    seed_step, calls = rehearsal.seed_step, []
+    seed_step, calls = rehearsal_items.seed_step, []
 
     def third_is_another(seed: int, step: int, rank: int) -> None:
         calls.append(step)
         seed_step(seed + (len(calls) == 3), step, rank)
 
-    return patch.object(rehearsal, "seed_step", third_is_another)
+    return patch.object(rehearsal_items, "seed_step", third_is_another)
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
