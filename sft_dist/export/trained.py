@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -235,12 +234,6 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
         return load_tokenizer(str(source.folder))
     settings = adapter_settings(source.folder)
     return load_tokenizer(str(model_folder(settings["base_model_name_or_path"], settings.get("revision"), "tokenizer")))
-
-
-def base_dtype(whole: Whole) -> torch.dtype:
-    """Of the weights in the files of a base, as its configuration says."""
-    dtype = load_model_config(whole.spec.path, whole.spec.revision).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def is_virtual(source: Source) -> bool:
