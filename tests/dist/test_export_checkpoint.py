@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from sft_dist.checkpoint import fresh_process
 from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.identity import identity_of
 from sft_dist.checkpoint.manifest import Position
+from sft_dist.checkpoint.source import find_source
 from sft_dist.config.load import dump_config
 from sft_dist.config.schema import CheckpointConfig, Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.export.checkpoint_artefact import artefact_of_checkpoint
 from sft_dist.export.command import run_export
 from sft_dist.export.wish import Wish
 from sft_dist.model.export import export, publish
@@ -170,6 +173,17 @@ def test_a_damaged_checkpoint_is_not_exported(run_of: Callable[..., Path], tmp_p
         with pytest.raises(CheckpointError, match="is damaged: "):
             run_export(run, unchecked(merge, tmp_path / "never"), checkpoint="latest")
     assert not (tmp_path / "never").exists()
+
+
+def test_a_checkpoint_without_a_trained_parameter_is_refused(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    source = find_source(run_of({"type": "lora"}, "zero1"), checkpoint="latest")
+    assert source.config is not None
+    more = source.config.model_copy(
+        update={"method": source.config.method.model_copy(update={"modules_to_save": ["lm_head"]})}
+    )
+    with pytest.raises(CheckpointError, match=r"does not hold .*lm_head.*, which its config\.yaml trains"):
+        artefact_of_checkpoint(replace(source, config=more), tmp_path / "artefact")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_base_than_the_trained_one_is_refused(world: Worlds, tmp_path: Path) -> None:
