@@ -24,7 +24,7 @@ from rich.filesize import decimal
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.host_copy import HostCopy, in_place
-from sft_dist.checkpoint.manifest import MANIFEST, FileRecord, Identity, Manifest, Position, TensorRecord
+from sft_dist.checkpoint.manifest import MANIFEST, SETTINGS, FileRecord, Identity, Manifest, Position, TensorRecord
 from sft_dist.checkpoint.mirror import Mirror
 from sft_dist.checkpoint.proof import FileProof, digest_of, listed, problems_of, prove_file, tensor_record
 from sft_dist.checkpoint.restore import restore
@@ -37,8 +37,6 @@ from sft_dist.sharding.state import StateShard
 from sft_dist.sharding.strategy import Strategy
 
 T = TypeVar("T")
-
-SETTINGS = "config.yaml"
 
 # A slow disk of one rank must not look like a lost rank to the others.
 WRITE_TIMEOUT = timedelta(hours=12)

@@ -13,6 +13,9 @@ from sft_dist.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 
+# The resolved configuration of the run, beside the manifest and in the run directory.
+SETTINGS = "config.yaml"
+
 # What the file ends with: the digest of all before it. One bit of a range or of a step would be a wrong resume.
 _SEAL = ',"digest":"{}"}}'
 

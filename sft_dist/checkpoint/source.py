@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sft_dist.checkpoint import store
-from sft_dist.checkpoint.manifest import MANIFEST
+from sft_dist.checkpoint.manifest import MANIFEST, SETTINGS
 from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
@@ -16,7 +16,7 @@ from sft_dist.model.hub import ModelNotHere, model_folder
 Kind = Literal["adapter", "model", "checkpoint"]
 
 LATEST, FINAL = "latest", "final"
-SETTINGS, CHECKPOINTS = "config.yaml", "checkpoints"
+CHECKPOINTS = "checkpoints"
 ADAPTER, MODEL = "adapter_config.json", "config.json"
 
 
