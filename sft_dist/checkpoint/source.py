@@ -61,6 +61,11 @@ def find_source(path: Path, *, checkpoint: str | None = None) -> Source:
     if checkpoint is not None:
         raise _is_no_run(str(path))
     if (path / MANIFEST).is_file():
+        if path.suffix in store.SUFFIXES:
+            raise ConfigError(
+                f"{path} is no checkpoint to use: {path.suffix.removeprefix('.')} is what became of it",
+                fix=f"give another one of {path.parent}",
+            )
         return _checkpoint(path)
     kind = _kind_of(path)
     if kind is None:

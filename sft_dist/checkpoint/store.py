@@ -16,6 +16,7 @@ from sft_dist.checkpoint.manifest import Manifest
 from sft_dist.errors import CheckpointError
 
 UNFINISHED, DELETED, REJECTED, DAMAGED = ".unfinished", ".deleted", ".rejected", ".damaged"
+SUFFIXES = (UNFINISHED, DELETED, REJECTED, DAMAGED)
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
 

@@ -107,3 +107,11 @@ def test_what_is_not_there(
         find_newest_source(path, checkpoint=checkpoint)
     assert what in caught.value.what
     assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize("suffix", ["rejected", "damaged", "unfinished"])
+def test_what_nothing_is_resumed_from_is_not_used_either(run: Path, suffix: str) -> None:
+    checkpoint = run / "checkpoints/step-00000020"
+    kept = checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.{suffix}"))
+    with pytest.raises(ConfigError, match=rf"is no checkpoint to use: {suffix} is what became of it"):
+        find_source(kept)
