@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from rich.filesize import decimal
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.host_copy import HostCopy, in_place
@@ -81,7 +82,9 @@ class Checkpointer:
     ) -> None:
         self.folder, self.rules, self.identity = folder, rules, identity
         self.strategy_name, self.settings = strategy_name, settings
-        self._group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        self._group = dist.new_group(backend="gloo")
+        # Only now: until a group stands, a rank that is gone is waited for until the time is over.
+        _set_pg_timeout(WRITE_TIMEOUT, self._group)
         self._mirror = None if rules.mirror is None else Mirror(rules.mirror)
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
