@@ -140,10 +140,10 @@ def goes_on(runs: Runs, before: Setup, after: Setup) -> float:
     "chain",
     [
         "full: fsdp2x4 -> zero3x1 -> zero1x3 -> fsdp2x2",
-        pytest.param("full: fsdp2x4 -> fsdp2x1 -> fsdp2x3 -> fsdp2x2", marks=pytest.mark.ci),
-        pytest.param("full: zero3x4 -> zero3x1 -> zero3x3 -> zero3x2", marks=pytest.mark.ci),
-        pytest.param("lora: ddpx4 -> zero2x1 -> ddpx3 -> zero1x2", marks=pytest.mark.ci),
-        pytest.param("qlora: zero3x4 -> ddpx1 -> fsdp2x3 -> zero3x2", marks=pytest.mark.ci),
+        pytest.param("full: fsdp2x4 -> fsdp2x1 -> fsdp2x3 -> fsdp2x2", marks=pytest.mark.full),
+        pytest.param("full: zero3x4 -> zero3x1 -> zero3x3 -> zero3x2", marks=pytest.mark.full),
+        pytest.param("lora: ddpx4 -> zero2x1 -> ddpx3 -> zero1x2", marks=pytest.mark.full),
+        pytest.param("qlora: zero3x4 -> ddpx1 -> fsdp2x3 -> zero3x2", marks=pytest.mark.full),
     ],
 )
 def test_four_one_three_two(runs: Runs, chain: str) -> None:

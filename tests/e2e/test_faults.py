@@ -320,6 +320,7 @@ def spoil(how: str, trouble: Trouble, ranks: Ranks, folder: Path) -> None:
     ranks.let_go()
 
 
+@pytest.mark.ci
 def test_a_disk_in_trouble_costs_checkpoints_and_no_training(tiny_base: Path, tmp_path: Path) -> None:
     """Old ones stay, a line says why there is no new one, training goes on, and when there is room it saves again."""
     config = write_config(tiny_base, tmp_path, "full", "fsdp2", steps=LONG)

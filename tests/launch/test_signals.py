@@ -79,12 +79,12 @@ def stop(environment: dict[str, str], tmp_path: Path) -> Stop:
         ("torchrun", signal.SIGTERM),
         pytest.param("torchrun", signal.SIGUSR1, marks=pytest.mark.ci),
         pytest.param("torchrun", signal.SIGINT, marks=pytest.mark.ci),
-        pytest.param("accelerate", signal.SIGUSR1, marks=pytest.mark.ci),
+        pytest.param("accelerate", signal.SIGUSR1, marks=pytest.mark.full),
         pytest.param("accelerate", signal.SIGTERM, marks=pytest.mark.ci),
-        pytest.param("accelerate", signal.SIGINT, marks=pytest.mark.ci),
+        pytest.param("accelerate", signal.SIGINT, marks=pytest.mark.full),
         ("deepspeed", signal.SIGUSR1),
         pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.ci),
-        pytest.param("deepspeed", signal.SIGINT, marks=pytest.mark.ci),
+        pytest.param("deepspeed", signal.SIGINT, marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -100,7 +100,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_with_75(
     assert "Error" not in errors
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.ci)])
 def test_ctrl_c_reaches_the_whole_group(stop: Stop, tmp_path: Path, launcher: str) -> None:
     """As from a terminal: the launcher and what is in its process group get it at once, copies follow."""
     code, _, errors = stop(
@@ -111,7 +111,7 @@ def test_ctrl_c_reaches_the_whole_group(stop: Stop, tmp_path: Path, launcher: st
 
 @pytest.mark.parametrize(
     "arguments",
-    [pytest.param(TWO, marks=pytest.mark.ci), pytest.param(LAUNCHERS["deepspeed"], marks=pytest.mark.ci), pytest.param(("accelerate.sh",), marks=pytest.mark.ci)],
+    [pytest.param(TWO, marks=pytest.mark.ci), pytest.param(LAUNCHERS["deepspeed"], marks=pytest.mark.full), pytest.param(("accelerate.sh",), marks=pytest.mark.full)],
     ids=lambda arguments: arguments[0],
 )  # fmt: skip
 def test_a_second_ctrl_c_leaves(stop: Stop, tmp_path: Path, arguments: tuple[str, ...]) -> None:
@@ -172,8 +172,11 @@ def test_a_peer_that_fails_first_does_not_hide_a_named_failure(launch: Launch) -
     assert (finished.returncode, finished.stdout.count("start")) == (6, 3)  # and "starting 2 processes"
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("script", [TWO, LAUNCHERS["accelerate"]], ids=lambda s: s[0])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(TWO, marks=pytest.mark.ci), pytest.param(LAUNCHERS["accelerate"], marks=pytest.mark.full)],
+    ids=lambda s: s[0],
+)
 def test_a_killed_process_is_started_again(launch: Launch, script: tuple[str, ...]) -> None:
     option = "--max-restarts" if script == TWO else "--max_restarts"
     statement = STARTS + "os.kill(os.getpid(), 9) if rank == 1 and n < 2 else time.sleep(0.5 if n == 2 else 60)"

@@ -70,9 +70,9 @@ def figures_of(output: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("options", "kills"),
     [
-        ([*LAUNCHERS["torchrun"], "--max-restarts", "2"], 1),
-        pytest.param([*LAUNCHERS["torchrun"], "--max-restarts", "2"], 2, marks=pytest.mark.ci),
-        pytest.param([*LAUNCHERS["accelerate"], "--max_restarts", "1"], 1, marks=pytest.mark.ci),
+        pytest.param([*LAUNCHERS["torchrun"], "--max-restarts", "2"], 1, marks=pytest.mark.ci),
+        pytest.param([*LAUNCHERS["torchrun"], "--max-restarts", "2"], 2, marks=pytest.mark.full),
+        pytest.param([*LAUNCHERS["accelerate"], "--max_restarts", "1"], 1, marks=pytest.mark.full),
     ],
     ids=["torchrun", "torchrun twice", "accelerate"],
 )
@@ -95,10 +95,13 @@ def test_a_killed_rank_is_started_again_and_goes_on(tiny_base: Path, tmp_path: P
     assert (output / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
     ("launcher", "number"),
-    [("torchrun", signal.SIGUSR1), ("accelerate", signal.SIGTERM), ("deepspeed", signal.SIGINT)],
+    [
+        pytest.param("torchrun", signal.SIGUSR1, marks=pytest.mark.ci),
+        pytest.param("accelerate", signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param("deepspeed", signal.SIGINT, marks=pytest.mark.full),
+    ],
     ids=str,
 )
 def test_stopped_through_the_launcher(tiny_base: Path, tmp_path: Path, launcher: str, number: signal.Signals) -> None:
@@ -113,7 +116,7 @@ def test_stopped_through_the_launcher(tiny_base: Path, tmp_path: Path, launcher:
     assert run_to_the_end(config, output, "--resume", "auto", SHORTER) == whole
 
 
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_one_rank_under_a_launcher_that_the_user_calls(tiny_base: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Torchrun itself returns 1 for any failure, but nothing is lost: also with SIGUSR1, which it is told to handle."""
