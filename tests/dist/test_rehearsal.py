@@ -120,8 +120,12 @@ MORE = pytest.mark.ci
         ("ddp", "full", 3), ("zero3", "full", 2), ("fsdp2", "lora", 2),
         *(
             pytest.param(strategy, method, ranks, marks=MORE)
+            for strategy, method, ranks in (("zero2", "full", 2), ("zero1", "lora", 2), ("zero3", "qlora", 2))
+        ),
+        *(
+            pytest.param(strategy, method, ranks, marks=pytest.mark.full)
             for strategy, method, ranks in (
-                ("fsdp2", "full", 2), ("zero2", "full", 2), ("zero3", "qlora", 2), ("zero1", "full", 2), ("ddp", "lora", 2), ("ddp", "qlora", 2), ("fsdp2", "qlora", 2), ("zero1", "lora", 2),
+                ("fsdp2", "full", 2), ("zero1", "full", 2), ("ddp", "lora", 2), ("ddp", "qlora", 2), ("fsdp2", "qlora", 2),
                 ("zero1", "qlora", 2), ("zero2", "lora", 2), ("zero2", "qlora", 2), ("zero3", "lora", 2),
                 ("fsdp2", "full", 3), ("zero1", "full", 3), ("zero2", "full", 3), ("zero3", "full", 3),
             )

@@ -353,8 +353,9 @@ def test_a_disk_in_trouble_costs_checkpoints_and_no_training(tiny_base: Path, tm
     assert final_bytes(output) == final_bytes(tmp_path / "whole")
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("how", ["nearly full", "read-only"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("nearly full", marks=pytest.mark.full), pytest.param("read-only", marks=pytest.mark.ci)]
+)
 def test_a_disk_in_trouble_stops_the_run_if_that_is_the_policy(tiny_base: Path, tmp_path: Path, how: str) -> None:
     config = write_config(tiny_base, tmp_path, "full", "fsdp2", steps=LONG)
     output, log, folder = tmp_path / "run", tmp_path / "run.log", tmp_path / "run/checkpoints"

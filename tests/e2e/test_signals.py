@@ -88,8 +88,14 @@ def test_a_second_interrupt_leaves_at_once_even_a_run_that_hangs(tiny_base: Path
     assert "interrupted: what was saved stays" in log.read_text()
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize(("strategy", "method"), [("ddp", "full"), ("zero1", "lora"), ("zero3", "full")])
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [
+        pytest.param("ddp", "full", marks=pytest.mark.full),
+        pytest.param("zero1", "lora", marks=pytest.mark.full),
+        pytest.param("zero3", "full", marks=pytest.mark.ci),
+    ],
+)
 def test_under_other_strategies(tiny_base: Path, tmp_path: Path, strategy: str, method: str) -> None:
     config, output = write_config(tiny_base, tmp_path, strategy, method), tmp_path / "stopped"
     stop_by_signal(config, output, tmp_path / "1.log", "writing", signal.SIGTERM, (0,))

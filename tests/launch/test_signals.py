@@ -189,7 +189,7 @@ def test_a_killed_process_is_started_again(launch: Launch, script: tuple[str, ..
     assert sorted(starts) == [f"start {n} of {rank}" for n in (0, 1, 2) for rank in (0, 1)]
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_no_restart_after_a_signal_to_the_launcher(stop: Stop, tmp_path: Path) -> None:
     """Another process that fails while it saves does not start the run anew, which was told to stop."""
 
@@ -202,7 +202,7 @@ def test_no_restart_after_a_signal_to_the_launcher(stop: Stop, tmp_path: Path) -
     assert "restart" not in out
 
 
-@pytest.mark.ci
+@pytest.mark.full
 def test_nodes_start_again_together(environment: dict[str, str], tmp_path: Path) -> None:
     """The launcher of the other node, whose process has not failed, counts no restart; its process knows of it."""
     meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")

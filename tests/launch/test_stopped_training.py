@@ -98,7 +98,7 @@ def test_a_killed_rank_is_started_again_and_goes_on(tiny_base: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        pytest.param("torchrun", signal.SIGUSR1, marks=pytest.mark.ci),
+        pytest.param("torchrun", signal.SIGUSR1, marks=pytest.mark.full),
         pytest.param("accelerate", signal.SIGTERM, marks=pytest.mark.full),
         pytest.param("deepspeed", signal.SIGINT, marks=pytest.mark.full),
     ],
