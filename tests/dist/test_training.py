@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from safetensors.numpy import load_file
 from torch.distributed.fsdp import FSDPModule
 
+from sft_dist.checkpoint import checkpointer
 from sft_dist.config.schema import Config, EvalConfig
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.errors import CheckpointError, ShardingMismatch, TrainingDiverged
@@ -182,17 +184,28 @@ def test_every_rank_draws_its_own_in_every_step(world: Worlds, tiny_base: Path, 
     assert drawn == [[step_seed(3, step, rank) for step in range(6)] for rank in range(2)]
 
 
-def interrupted_evaluation(cfg_yaml: str) -> None:
-    with patch.object(loop, "evaluate", side_effect=RuntimeError), pytest.raises(RuntimeError):
+def interrupted_evaluation(cfg_yaml: str) -> list[str]:
+    """The checkpoints that are there when an evaluation has failed while one was being written, slowly."""
+    write = checkpointer.write_shard
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1)
+        return write(*args)
+
+    with (
+        patch.object(checkpointer, "write_shard", slow),
+        patch.object(loop, "evaluate", side_effect=RuntimeError),
+        pytest.raises(RuntimeError),
+    ):
         train(cfg_yaml)
+    return [path.name for path in (Path(yaml.safe_load(cfg_yaml)["output_dir"]) / "checkpoints").iterdir()]
 
 
 def test_no_checkpoint_is_ahead_of_its_evaluation(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
     """A run that goes on from a checkpoint does not evaluate it."""
     cfg = config(tiny_base, tmp_path / "run", "full", "ddp", checkpoint={"every_steps": 1})
     cfg = cfg.model_copy(update={"eval": EvalConfig(every_steps=2, before_training=False)})
-    world(1).run(interrupted_evaluation, cells.dump(cfg))
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+    assert world(1).run(interrupted_evaluation, cells.dump(cfg)) == [["step-00000001"]]
 
 
 def refused_artefact(cfg_yaml: str) -> str:
