@@ -1,6 +1,6 @@
 # Every target sets up .venv first and does nothing about it when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan-table test test-ci test-full lint format clean
+.PHONY: help setup demo plan-table test test-ci test-slurm test-full lint format clean
 
 # ninja, which DeepSpeed calls to compile its operators, is a program of the environment.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTEST := .venv/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --durations=15
 
 # Tests start several processes; without this each would use every core, and they would wait for each other.
-test test-ci test-full: export OMP_NUM_THREADS ?= 1
+test test-ci test-slurm test-full: export OMP_NUM_THREADS ?= 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,10 +24,13 @@ plan-table: setup  ## what usual runs take and cost: memory, hours and money, wi
 	.venv/bin/python benchmarks/plan_table.py
 
 test: lint  ## everything that must pass before a change is merged: the whole project, in some minutes
-	$(PYTEST) -m "not ci and not full"
+	$(PYTEST) -m "not ci and not full and not slurm"
 
 test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests
-	$(PYTEST) -m "ci and not full"
+	$(PYTEST) -m "ci and not full and not slurm"
+
+test-slurm: setup  ## jobs on a SLURM cluster that the tests bring up (root and SLURM's packages; else skipped)
+	.venv/bin/python -m pytest -q -m slurm --durations=15 tests/slurm
 
 test-full: lint  ## all tests, those that take minutes too
 	$(PYTEST)

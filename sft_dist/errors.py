@@ -87,6 +87,12 @@ class TrainingDiverged(SftError):
     exit_code = 6
 
 
+class MachineError(SftError):
+    """A machine or the way between machines cannot do what training needs of them."""
+
+    exit_code = 7
+
+
 class Preempted(SftError):
     """No failure: a signal asked the run to stop, and it has saved a checkpoint first.
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import Discriminator, Field, Tag
 
+from sft_dist.config.cluster_schema import ClusterConfig
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.section import Section
@@ -397,4 +398,5 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     hardware: HardwareConfig = HardwareConfig()
+    cluster: ClusterConfig = ClusterConfig()
     output_dir: str = Field(description="Run directory; must not hold another run, unless that run is resumed.")

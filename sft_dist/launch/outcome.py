@@ -9,7 +9,7 @@ from sft_dist.errors import Preempted, SftError
 from sft_dist.runtime.failure import report
 
 # Exit codes after which the process has already told the user what happened.
-NAMED_EXIT_CODES = frozenset({2, 3, 4, 5, 6})
+NAMED_EXIT_CODES = frozenset({2, 3, 4, 5, 6, 7})
 PREEMPTED_EXIT_CODE = Preempted.exit_code
 # One that had not begun to listen when it was told to save and stop: there was nothing to save.
 ENDED_BY_USR1 = -signal.SIGUSR1
