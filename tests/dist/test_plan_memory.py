@@ -78,17 +78,18 @@ def _described(run: Run) -> Any:
 
 METHODS, MODES = ("full", "lora", "qlora"), ("none", "full", "selective")
 
-# Every strategy, method and way to recompute in pairs; the rest of the table is for CI.
+# Every strategy, method and way to recompute in pairs; the rest of the table is for CI or, where only the number of
+# micro-batches or of processes is another, for `make test-full`.
 FEW = {
     ("ddp", "full", "full", 3), ("ddp", "lora", "none", 1), ("ddp", "qlora", "selective", 1),
     ("fsdp2", "full", "none", 3), ("fsdp2", "full", "selective", 1), ("fsdp2", "lora", "full", 3), ("fsdp2", "qlora", "none", 1),
 }  # fmt: skip
 TABLE = [
-    pytest.param(2, "bf16", *row, marks=() if row in FEW else pytest.mark.ci)
+    pytest.param(2, "bf16", *row, marks=() if row in FEW else pytest.mark.ci if row[-1] == 1 else pytest.mark.full)
     for row in itertools.product(("ddp", "fsdp2"), METHODS, MODES, (1, 3))
 ]
 OTHER_WORLDS = [
-    pytest.param(size, compute, strategy, method, "full", 1, marks=pytest.mark.ci)
+    pytest.param(size, compute, strategy, method, "full", 1, marks=pytest.mark.full if size == 1 else pytest.mark.ci)
     for size, compute in ((1, "bf16"), (2, "fp32"), (4, "bf16"))
     for strategy, method in itertools.product(("ddp", "fsdp2"), METHODS)
 ]
@@ -118,9 +119,10 @@ def test_offloaded_inputs_are_not_on_the_device(world: World, base: Path) -> Non
 
 
 ZERO = [
-    pytest.param(size, strategy, method, micro_batches, marks=() if few else pytest.mark.ci)
+    pytest.param(size, strategy, method, micro_batches, marks=() if few else pytest.mark.ci if some else pytest.mark.full)
     for size, strategy, method, micro_batches in itertools.product((1, 2, 4), ZERO_STAGES, METHODS, (1, 3))
     for few in [size == 2 and method != "qlora" and micro_batches == 1]
+    for some in [(size, micro_batches) in {(2, 1), (4, 3)}]
 ]
 
 
