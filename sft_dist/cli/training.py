@@ -11,6 +11,7 @@ import typer
 
 from sft_dist.cli.options import ConfigPath, Overrides, checked_config, put_own_tools_on_path
 from sft_dist.cli.planning import show_plan
+from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
 from sft_dist.runtime.quiet import quiet_libraries
 
@@ -68,6 +69,9 @@ def train(
         show_plan(checked)
         return
     from sft_dist.runtime.world import restarts
+
+    if not rehearse_only:  # which leaves the run directory as it was
+        _keep_what_is_printed(checked)
     from sft_dist.train.preflight import preflight
     from sft_dist.train.resume import AUTO, resume_after_restart
 
@@ -87,6 +91,16 @@ def train(
         allowed=allow_change or (),
         rehearsing="only" if rehearse_only else "first" if rehearse else "no",
     )
+
+
+def _keep_what_is_printed(config: Config) -> None:
+    """In a log of each rank, where there are several."""
+    from sft_dist.runtime.rank_log import keep
+    from sft_dist.runtime.world import World
+
+    world = World.from_environment()
+    if world.size > 1:
+        keep(Path(config.output_dir), world)
 
 
 def resume(
@@ -111,6 +125,7 @@ def resume(
     from sft_dist.train.resume import AUTO, config_of
 
     checked = checked_config(config_of(run), [f"output_dir={json.dumps(str(run))}", *(overrides or ())])
+    _keep_what_is_printed(checked)
     preflight(checked, resume=AUTO)
     put_own_tools_on_path()
     quiet_libraries()

@@ -19,8 +19,25 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 
 from sft_dist.errors import ConfigError
+from sft_dist.launch.agent import NodePlace
 from sft_dist.launch.command import MODULE, USAGE, WHAT_FOLLOWS, split_debug, start
-from sft_dist.launch.elastic import LOOPBACK, address_of_this_node, run_elastic
+from sft_dist.launch.elastic import (
+    LOOPBACK,
+    address_of_this_node,
+    await_rendezvous,
+    rendezvous_settings,
+    run_elastic,
+)
+from sft_dist.launch.meeting import (
+    Meeting,
+    await_first_node,
+    choose_network,
+    claim_port,
+    meeting_of,
+    noted_exit,
+    step_of_launcher,
+)
+from sft_dist.launch.slurm import Step
 from sft_dist.runtime.quiet import name_accelerator
 
 PROGRAM = "launch/accelerate.sh"
@@ -49,8 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given, debug = split_debug(arguments)
     options, command = _parse(given)
+    meeting: Meeting | None = None
+
+    def prepare() -> int:
+        nonlocal meeting
+        file = _read_config_file(options)
+        meeting = _meeting_of_the_step(options, file)
+        return _prepare(options, file)
+
     return start(
-        command, debug=debug, prepare=lambda: _prepare(options), launch=lambda command: _launch(options, command)
+        command, debug=debug, prepare=prepare, launch=lambda command: _launch(options, command, meeting=meeting)
     )
 
 
@@ -66,6 +91,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if group.title in HIDDEN_GROUPS:
             for action in group._group_actions:
                 action.help = argparse.SUPPRESS
+    parser.set_defaults(local_addr=None)  # torchrun's, which Accelerate does not offer
     options = parser.parse_args(arguments)
     for name, option in MEANINGLESS.items():
         if getattr(options, name):
@@ -73,9 +99,48 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, [options.training_script, *options.training_script_args]
 
 
-def _prepare(options: argparse.Namespace) -> int:
+def _meeting_of_the_step(options: argparse.Namespace, file: ClusterConfig | None) -> Meeting | None:
+    """On several nodes of a SLURM step: how they meet, and the options for it; what the command line says stays.
+
+    Raises:
+        ConfigError: the configuration file is for another number of machines.
+    """
+    if options.num_machines == 1 or any(
+        value is not None for value in (options.machine_rank, options.main_process_ip, options.main_process_port)
+    ):
+        return None
+    step = step_of_launcher(PROGRAM)
+    if step is None or options.num_machines not in (None, step.num_nodes):
+        return None
+    meeting = meeting_of(step, program=PROGRAM)
+    if options.num_processes is None:
+        options.num_processes = step.num_nodes * _processes_of_a_machine(options, file, step)
+    options.num_machines, options.machine_rank = step.num_nodes, step.node_rank
+    options.main_process_ip, options.main_process_port = meeting.host, meeting.port
+    options.rdzv_backend, options.rdzv_conf = "c10d", rendezvous_settings(options.rdzv_conf or "", meeting)
+    # Handed through to torchrun, whose options Accelerate does not have.
+    options.rdzv_id, options.local_addr = step.run_id, meeting.own_address
+    # With --use_deepspeed: not over ssh from the first node, which is Accelerate's own choice.
+    options.deepspeed_multinode_launcher = options.deepspeed_multinode_launcher or "standard"
+    return meeting
+
+
+def _processes_of_a_machine(options: argparse.Namespace, file: ClusterConfig | None, step: Step) -> int:
+    """A file for one machine says how many each has; one for all of them, how many they have together."""
+    count = None if file is None else file.num_processes
+    if file is None or count in (None, -1):
+        return 1 if options.cpu else max(1, _num_gpus(options.gpu_ids))
+    machines = file.num_machines or 1
+    if machines not in (1, step.num_nodes):
+        raise ConfigError(
+            f"the configuration file is for {machines} machines, and srun started this on {step.num_nodes}",
+            fix="give a file with num_machines: 1, which serves any number of nodes, or start it on as many",
+        )
+    return int(count) // int(machines)
+
+
+def _prepare(options: argparse.Namespace, file: ClusterConfig | None) -> int:
     """Gives every value that Accelerate would choose with a warning, and returns the processes of this machine."""
-    file = _read_config_file(options)
     for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids"):
         if getattr(options, name) is None and file is not None:
             setattr(options, name, getattr(file, name))
@@ -159,15 +224,29 @@ def _choose_how_to_meet(options: argparse.Namespace) -> None:
             f"--num_machines is {options.num_machines}, and --{' and --'.join(missing)} not given",
             fix="give both, the same address of the first machine on every machine: --machine_rank 0 is that one",
         )
-    if options.rdzv_backend == "c10d":
+    if options.rdzv_backend == "c10d" and options.local_addr is None:
         # Handed through to torchrun, whose option Accelerate does not have.
-        options.local_addr = address_of_this_node(f"{options.main_process_ip}:{options.main_process_port or 29500}")
+        options.local_addr = address_of_this_node(_endpoint(options))
 
 
-def _launch(options: argparse.Namespace, command: list[str]) -> int:
+def _endpoint(options: argparse.Namespace) -> str:
+    return f"{options.main_process_ip}:{options.main_process_port or 29500}"
+
+
+def _launch(options: argparse.Namespace, command: list[str], *, meeting: Meeting | None) -> int:
     options.module, options.training_script, options.training_script_args = True, MODULE, command
+    place = None
+    if meeting is not None:
+        claim_port(meeting)
+        choose_network(meeting)
+        await_first_node(meeting)
+        place = NodePlace(meeting.step.node_rank, meeting.step.num_nodes)
+    elif options.num_machines > 1 and options.rdzv_backend == "c10d":
+        await_rendezvous(PROGRAM, _endpoint(options))
     try:
-        return run_elastic(lambda folder: _run(options, folder))
+        return run_elastic(
+            lambda folder: _run(options, folder), program=PROGRAM, place=place, num_nodes=str(options.num_machines)
+        )
     except (ValueError, ConnectionError) as error:
         raise ConfigError(f"accelerate's options: {error}", fix=SEE_HELP) from error
 
@@ -178,4 +257,5 @@ def _run(options: argparse.Namespace, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with noted_exit():
+        sys.exit(main())

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.launcher import api as launcher
 
@@ -40,6 +42,37 @@ FINAL_CODES = NAMED_EXIT_CODES | PREEMPTED_CODES | {INTERRUPTED_EXIT_CODE, -sign
 Ended = dict[int, int | None]
 
 
+@dataclass(frozen=True)
+class NodePlace:
+    """Of a node among those of a run.
+
+    Args:
+        rank: 0 .. num_nodes-1; all nodes know theirs.
+        num_nodes: all of them.
+    """
+
+    rank: int
+    num_nodes: int
+
+
+def _take_place(handler: RendezvousHandler, place: NodePlace) -> None:
+    """Numbers the nodes as the scheduler does, when all are there.
+
+    Left alone, a c10d rendezvous sorts them by their addresses as text, so that neighbours in the network are none in
+    the order of ranks.
+    """
+    meet = handler.next_rendezvous
+
+    def in_order() -> RendezvousInfo:
+        met = meet()
+        if met.world_size != place.num_nodes:
+            return met
+        assert met.bootstrap_store_info is not None
+        return RendezvousInfo(met.store, place.rank, met.world_size, met.bootstrap_store_info)
+
+    handler.next_rendezvous = in_order  # type: ignore[method-assign]
+
+
 class Agent(LocalElasticAgent):
     """Sends signals on and waits; starts the processes again only after what may go well the next time.
 
@@ -47,10 +80,21 @@ class Agent(LocalElasticAgent):
         children: gets the processes, and with them the signals.
         folder: of this launch.
         ended: gets the exit codes by rank as they were when the end was noticed; None for those still alive.
+        place: of this node among the nodes, where that is known.
     """
 
-    def __init__(self, *arguments: Any, children: Children, folder: Path, ended: Ended, **keywords: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        children: Children,
+        folder: Path,
+        ended: Ended,
+        place: NodePlace | None = None,
+        **keywords: Any,
+    ) -> None:
         super().__init__(*arguments, **keywords)
+        if place is not None:
+            _take_place(self._worker_group.spec.rdzv_handler, place)
         self._children, self._folder, self._ended = children, folder, ended
         self._started: list[Process] = []
         self._rounds = 0
@@ -132,11 +176,13 @@ class Agent(LocalElasticAgent):
 
 
 @contextmanager
-def watching_agent(children: Children, folder: Path) -> Iterator[Ended]:
+def watching_agent(children: Children, folder: Path, place: NodePlace | None) -> Iterator[Ended]:
     """Lets PyTorch's launch function use ``Agent``; yields what that fills in ``ended``."""
     ended: Ended = {}
     original = launcher.LocalElasticAgent
-    launcher.LocalElasticAgent = functools.partial(Agent, children=children, folder=folder, ended=ended)  # type: ignore[misc, assignment]
+    launcher.LocalElasticAgent = functools.partial(  # type: ignore[misc, assignment]
+        Agent, children=children, folder=folder, ended=ended, place=place
+    )
     try:
         yield ended
     finally:

@@ -53,21 +53,45 @@ def start(
     try:
         if measures_with_all(command):
             return _launched(arguments, prepare, launch)
-        resume, rest = split_resume(command)
+        _, rest = split_resume(command)
         if rest[0] == "train" and DRY_RUN in rest:
             rest.remove(DRY_RUN)
             return subprocess.run([sys.executable, "-m", MODULE, *arguments, *_machines(rest, prepare)]).returncode
-        rest = [word for word in rest if word not in REHEARSALS]
-        if rest[0] != "train" or len(rest) == 1 or any(word.startswith("-") for word in rest):
+        if not runs_everywhere(command):
             # Help or a usage error: one process says it once.
             return subprocess.run([sys.executable, "-m", MODULE, *arguments]).returncode
-        config = load_config(rest[1], rest[2:])
-        validate(config, source=rest[1])
-        preflight(config, resume=resume)
+        check_training(command)
         return _launched(arguments, prepare, launch)
     except SftError as error:
         report(error, debug=debug)
         return error.exit_code
+
+
+def runs_everywhere(command: Sequence[str]) -> bool:
+    """Whether a command runs in all processes; the others, help and mistakes of usage, run in one."""
+    return measures_with_all(command) or _trains(_positionals(command))
+
+
+def _trains(rest: Sequence[str]) -> bool:
+    return rest[0] == "train" and len(rest) > 1 and not any(word.startswith("-") for word in rest)
+
+
+def _positionals(command: Sequence[str]) -> list[str]:
+    return [word for word in split_resume(command)[1] if word not in REHEARSALS]
+
+
+def check_training(command: Sequence[str]) -> None:
+    """Finds what can be found wrong with a training before any process starts; looks at no other command.
+
+    Raises:
+        SftError: one of its kinds, as ``preflight`` and ``validate``.
+    """
+    rest = _positionals(command)
+    if not _trains(rest):
+        return
+    config = load_config(rest[1], rest[2:])
+    validate(config, source=rest[1])
+    preflight(config, resume=split_resume(command)[0])
 
 
 def measures_with_all(command: Sequence[str]) -> bool:

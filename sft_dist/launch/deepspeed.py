@@ -1,7 +1,8 @@
 """DeepSpeed's launcher for this project: ``python -m sft_dist.launch.deepspeed [its options] train CONFIG [...]``.
 
 DeepSpeed's runner starts the processes: itself on this machine, over ssh (or another way that it knows) on those of a
-host file. It is told to keep its log lines to itself, and its exit code is read with those that the processes noted.
+host file; in a SLURM step it runs on each node and needs no ssh. It is told to keep its log lines to itself, and its
+exit code is read with those that the processes noted.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,16 @@ import torch
 from sft_dist.errors import ConfigError
 from sft_dist.launch.children import FORWARDED, Process, watched_children
 from sft_dist.launch.command import MODULE, USAGE, WHAT_FOLLOWS, split_debug, start
+from sft_dist.launch.meeting import (
+    Meeting,
+    choose_network,
+    claim_port,
+    meeting_of,
+    noted_exit,
+    step_of_launcher,
+    tell_processes,
+)
+from sft_dist.launch.network import free_port
 from sft_dist.launch.outcome import code_of_signal, exit_code, report_killed
 from sft_dist.runtime.failure import LAUNCH_FOLDER, noted_exit_codes
 from sft_dist.runtime.quiet import name_accelerator
@@ -60,13 +71,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, command = _parse(words)
     given = words[: len(words) - len(command)]
 
+    meeting: Meeting | None = None
+    gpus: list[int] = []
+
     def prepare() -> int:
-        nonlocal given
-        chosen, count = _prepare(options, given)
+        nonlocal given, meeting, gpus
+        meeting = _meeting_of_the_step(options, given)
+        if meeting is None:
+            chosen, count = _prepare(options, given)
+        else:
+            gpus = _gpus_of_a_node(options)
+            chosen, count = [*_fixed_options(options, given), *_place_in_the_step(meeting, gpus)], len(gpus)
         given = [*given, *chosen]
         return count
 
-    return start(command, debug=debug, prepare=prepare, launch=lambda command: _launch([*given, MODULE, *command]))
+    def launch(command: list[str]) -> int:
+        arguments = [*given, MODULE, *command]
+        if meeting is None:
+            return _launch(arguments)
+        claim_port(meeting)
+        choose_network(meeting)
+        tell_processes(PROGRAM)
+        with _host_file(meeting, gpus) as path:
+            return _launch(["--hostfile", path, *arguments])
+
+    return start(command, debug=debug, prepare=prepare, launch=launch)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -74,8 +103,50 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, [options.user_script, *options.user_args]
 
 
-def _prepare(options: argparse.Namespace, given: Sequence[str]) -> tuple[list[str], int]:
-    """Options to add to those ``given``, and the number of processes on this machine."""
+def _meeting_of_the_step(options: argparse.Namespace, given: Sequence[str]) -> Meeting | None:
+    """How the nodes of a SLURM step meet, where this runs on each of several; what the user said stays."""
+    says_place = options.no_ssh or options.num_nodes == 1 or _is_given("--master_a", given)
+    if says_place or Path(options.hostfile).is_file():
+        return None
+    step = step_of_launcher(PROGRAM)
+    return None if step is None else meeting_of(step, program=PROGRAM)
+
+
+def _gpus_of_a_node(options: argparse.Namespace) -> list[int]:
+    try:
+        _, machines = _this_machine(options)
+    except ValueError as error:
+        raise ConfigError(f"deepspeed's options: {error}", fix=f"see `{PROGRAM} --help`") from error
+    (gpus,) = machines.values()
+    return gpus
+
+
+def _place_in_the_step(meeting: Meeting, gpus: Sequence[int]) -> list[str]:
+    """Options that make DeepSpeed's launcher start the processes of this node, as one of several and without ssh.
+
+    Args:
+        gpus: of this node. Those of the others may have other numbers; only how many there are counts here.
+    """
+    step = meeting.step
+    slots = [gpus if rank == step.node_rank else range(len(gpus)) for rank in range(step.num_nodes)]
+    chosen = "@".join(f"{host}:{','.join(map(str, of_host))}" for host, of_host in zip(step.hosts, slots, strict=True))
+    return [
+        "--no_ssh", "--node_rank", str(step.node_rank),
+        "--master_addr", meeting.host, "--master_port", str(meeting.port),
+        "--num_gpus", "-1", "--num_nodes", "-1", "--exclude", "", "--include", chosen,
+    ]  # fmt: skip
+
+
+@contextmanager
+def _host_file(meeting: Meeting, gpus: Sequence[int]) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile("w", prefix="sft_dist_hosts_") as file:
+        slots = max(*gpus, len(gpus) - 1) + 1
+        file.writelines(f"{host} slots={slots}\n" for host in meeting.step.hosts)
+        file.flush()
+        yield file.name
+
+
+def _fixed_options(options: argparse.Namespace, given: Sequence[str]) -> list[str]:
     if options.no_python or options.autotuning:
         raise ConfigError(
             "--no_python and --autotuning have no meaning here", fix="leave them out: every process trains CONFIG"
@@ -83,6 +154,12 @@ def _prepare(options: argparse.Namespace, given: Sequence[str]) -> tuple[list[st
     added = ["--module", "--no_local_rank"]
     if not options.quiet and not _is_given("--log", given):
         added += ["--log_level", "critical"]
+    return added
+
+
+def _prepare(options: argparse.Namespace, given: Sequence[str]) -> tuple[list[str], int]:
+    """Options to add to those ``given``, and the number of processes on this machine."""
+    added = _fixed_options(options, given)
     try:
         if Path(options.hostfile).is_file():
             machines = _machines_of_the_host_file(options)
@@ -90,7 +167,7 @@ def _prepare(options: argparse.Namespace, given: Sequence[str]) -> tuple[list[st
             chosen, machines = _this_machine(options)
             added += chosen
             if not _is_given("--master_p", given):
-                added += ["--master_port", str(_free_port())]
+                added += ["--master_port", str(free_port())]
     except (OSError, ValueError) as error:
         raise ConfigError(f"deepspeed's options: {error}", fix=f"see `{PROGRAM} --help`") from error
     if options.no_ssh and not 0 <= options.node_rank < len(machines):
@@ -149,12 +226,6 @@ def _this_machine(options: argparse.Namespace) -> tuple[list[str], Machines]:
     return chosen, {"localhost": gpus}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def _starts_the_processes(process: Process) -> bool:
     """Whether this is DeepSpeed's launcher for one machine.
 
@@ -195,4 +266,5 @@ def _launch(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with noted_exit():
+        sys.exit(main())

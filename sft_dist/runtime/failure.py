@@ -8,11 +8,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
 
 from sft_dist.errors import Preempted, SftError
+from sft_dist.runtime.rank_log import other_screen
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what shells report for Ctrl-C
 
@@ -49,9 +51,10 @@ def report(error: SftError, *, debug: bool) -> None:
     lines = [Text.assemble(("error: ", "bold red"), first)]
     lines += [Text(" " * len("error: ") + line) for line in rest]
     lines.append(Text.assemble(("  fix: ", "bold green"), error.fix))
-    # soft_wrap: a terminal may wrap a line, but a log file and `grep` see it whole.
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text("\n").join(Text.assemble(prefix, line) for line in lines))
+    for stream in _screens():
+        # soft_wrap: a terminal may wrap a line, but a log file and `grep` see it whole.
+        console = Console(file=stream, soft_wrap=True, highlight=False)
+        console.print(Text("\n").join(Text.assemble(prefix, line) for line in lines))
 
 
 def _is_first_to_say(message: str) -> bool:
@@ -105,5 +108,12 @@ def report_unexpected(error: BaseException) -> None:
 
 def _write(text: str, *, prefix: str) -> None:
     # One write for the whole trace, so that those of several processes do not interleave line by line.
-    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
-    sys.stderr.flush()
+    for stream in _screens():
+        stream.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+        stream.flush()
+
+
+def _screens() -> list[TextIO]:
+    """Stderr, and where that is kept in a rank's own log, the screen."""
+    other = other_screen()
+    return [sys.stderr] if other is None else [sys.stderr, other]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from sft_dist.errors import ConfigError, SftError
+from sft_dist.runtime.meeting import LAUNCHER, no_answer, not_all_came, patience_s
 from sft_dist.runtime.world import World, attempt_name
 
 T = TypeVar("T")
@@ -42,12 +46,36 @@ def join(world: World) -> dist.Store:
     """Meets the other processes: a key-value store that all share, and no process group yet."""
     store: dist.Store
     if "RANK" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size))
+        store = _met(world)
         # Under torchrun the store lives in the launcher, and still has what an earlier attempt wrote.
         return dist.PrefixStore(f"attempt-{attempt_name()}", store)
     # DeepSpeed reads this even when the group already stands.
     os.environ.setdefault("LOCAL_RANK", "0")
     return dist.HashStore()
+
+
+def _met(world: World) -> dist.Store:
+    """The store of the launcher, or one that rank 0 keeps.
+
+    Raises:
+        MachineError: the scripts of launch/ let these processes meet by themselves, at one time, and they did not.
+    """
+    store: dist.Store
+    if LAUNCHER not in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size))
+        return store
+    # As long again as this process took to get here: the others have the same to read, from the same disk.
+    within_s = patience_s() + (time.time() - psutil.Process().create_time())
+    limit = timedelta(seconds=within_s)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size, timeout=limit))
+    except dist.DistError as error:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if world.is_main:
+            raise not_all_came(os.environ[LAUNCHER], num_nodes=str(world.shape.num_nodes)).everywhere() from error
+        raise no_answer(os.environ[LAUNCHER], host, port, within_s=within_s).everywhere() from error
+    store.set_timeout(default_pg_timeout)  # the limit was for this meeting
+    return store
 
 
 @contextmanager

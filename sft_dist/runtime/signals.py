@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from sft_dist.errors import Preempted
+from sft_dist.runtime.exit_notes import leave
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report_interrupt
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -115,7 +116,7 @@ class Signals:
         elif number == signal.SIGUSR1:
             if self._is_main:
                 _tell(NOTHING_TO_SAVE)
-            os._exit(Preempted.exit_code)
+            leave(Preempted.exit_code)
 
     def _interrupt(self) -> None:
         now = time.monotonic()
@@ -128,7 +129,7 @@ class Signals:
             if sys.stdout.isatty():
                 _write(1, SHOW_CURSOR)
             # Nothing that unwinds: it may be what hangs.
-            os._exit(INTERRUPTED_EXIT_CODE)
+            leave(INTERRUPTED_EXIT_CODE)
 
 
 def _heard_by_the_thread(_number: int, _frame: FrameType | None) -> None:

@@ -35,6 +35,7 @@ from sft_dist.run import Run
 from sft_dist.runtime.accelerate_environment import read_accelerate_environment
 from sft_dist.runtime.memory import least_memory_bytes
 from sft_dist.runtime.process_group import device_of, join, run_on_main_first
+from sft_dist.runtime.rank_log import settle
 from sft_dist.runtime.world import World
 from sft_dist.sharding.optim import unsupported_on
 from sft_dist.train.audit import audit_prepared
@@ -119,6 +120,7 @@ def make_ready(config: Config, *, resume: str) -> Ready:
     """
     world = World.from_environment()
     store = join(world)
+    settle(store, world)
     process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store))
     config, run = decide(config, process)
     load = renderer_of(config.model, config.data)

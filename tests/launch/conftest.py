@@ -31,10 +31,11 @@ output_dir: runs/x
 SITECUSTOMIZE = r"""
 import os, sys, types
 
+SCREEN = os.dup(1)  # what a rank prints goes to its log later
+
 def print(*values):
     # In one piece: launchers start Python unbuffered, and then the built-in's words mingle with another process's.
-    sys.stdout.write(" ".join(map(str, values)) + "\n")
-    sys.stdout.flush()
+    os.write(SCREEN, (" ".join(map(str, values)) + "\n").encode())
 
 def run_training(config, resume="never", allowed=(), rehearsing="no"):
     rank = int(os.environ.get("RANK", "0"))
@@ -89,6 +90,14 @@ def launch(environment: dict[str, str], tmp_path: Path) -> Launch:
         )
 
     return run
+
+
+def without_logs_line(out: str) -> list[str]:
+    """Lines of a launch of several processes, of which rank 0 says once where the logs are."""
+    lines = out.splitlines()
+    (said,) = [line for line in lines if line.startswith("logs      runs/x/logs/")]
+    lines.remove(said)
+    return lines
 
 
 def command_line(program: str, *arguments: str) -> list[str]:

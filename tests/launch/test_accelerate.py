@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft_dist.errors import ConfigError
-from sft_dist.launch.accelerate import _parse, _prepare, main
+from sft_dist.launch.accelerate import _parse, _prepare, _read_config_file, main
 from tests.launch.conftest import SMALLEST, InterruptedCode, Launch
 
 TWO = ("accelerate.sh", "--num_processes", "2")
@@ -54,7 +54,7 @@ def test_a_signal_to_the_launcher_ends_one_process_too(code_after_a_signal: Inte
 
 def prepared(*options: str) -> tuple[int, dict[str, object]]:
     parsed, _ = _parse([*options, "train", "run.yaml"])
-    return _prepare(parsed), vars(parsed)
+    return _prepare(parsed, _read_config_file(parsed)), vars(parsed)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_torchrun_hands_on_the_whole_command(tmp_path: Path, monkeypatch: pytest
     Path("a.jsonl").touch()
     ran = []
 
-    def run_elastic(work: Callable[[str], None]) -> int:
+    def run_elastic(work: Callable[[str], None], **_: object) -> int:
         work(str(tmp_path))
         return 0
 

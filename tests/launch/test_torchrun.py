@@ -15,7 +15,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.launch.elastic import address_of_this_node, run_elastic
 from sft_dist.launch.outcome import exit_code
 from sft_dist.launch.torchrun import main
-from tests.launch.conftest import SMALLEST, InterruptedCode, Launch, command_line
+from tests.launch.conftest import SMALLEST, InterruptedCode, Launch, command_line, without_logs_line
 
 
 def test_processes_share_the_cores_and_meet_on_a_free_port(launch: Launch) -> None:
@@ -24,7 +24,7 @@ def test_processes_share_the_cores_and_meet_on_a_free_port(launch: Launch) -> No
         in_each_process="print(rank, config.train.seed, *map(os.environ.get, ('WORLD_SIZE', 'OMP_NUM_THREADS', 'MASTER_PORT')))",
     )
     assert (finished.returncode, finished.stderr) == (0, "")
-    starting, *printed = finished.stdout.splitlines()
+    starting, *printed = without_logs_line(finished.stdout)
     assert starting == "starting 2 processes on this machine"
     first, second = sorted(line.split() for line in printed)
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -116,10 +116,10 @@ def test_two_nodes(environment: dict[str, str], tmp_path: Path) -> None:
         for node in nodes:
             node.kill()
     assert [(node.returncode, errors) for node, (_, errors) in zip(nodes, answers, strict=True)] == [(0, "")] * 2
-    starting, printed = zip(*(out.splitlines() for out, _ in answers), strict=True)
-    assert starting == ("starting 1 process on this machine",) * 2
+    lines = without_logs_line("".join(out for out, _ in answers))
     # The first node's address, not its host name, which the other could not always resolve.
-    assert sorted(printed) == ["0 2 0 1 127.0.0.1", "1 2 0 1 127.0.0.1"]
+    expected = ["0 2 0 1 127.0.0.1", "1 2 0 1 127.0.0.1", *["starting 1 process on this machine"] * 2]
+    assert sorted(lines) == expected
 
 
 def test_a_node_gives_the_address_that_others_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,5 +181,5 @@ def test_a_rendezvous_that_is_gone_is_no_news(caplog: pytest.LogCaptureFixture) 
         logger.warning(node)
         logger.warning("something else")
 
-    assert run_elastic(run) == 0
+    assert run_elastic(run, program="launch/torchrun.sh") == 0
     assert [record.getMessage() for record in caplog.records] == ["something else"]
