@@ -37,8 +37,8 @@ from sft_dist.launch.meeting import (
     noted_exit,
     step_of_launcher,
 )
-from sft_dist.launch.slurm import Step
 from sft_dist.runtime.quiet import name_accelerator
+from sft_dist.runtime.slurm_step import Step
 
 PROGRAM = "launch/accelerate.sh"
 DESCRIPTION = f"""\

@@ -30,9 +30,9 @@ from sft_dist.launch.meeting import (
     step_of_launcher,
     tell_processes,
 )
-from sft_dist.launch.network import free_port
 from sft_dist.launch.outcome import code_of_signal, exit_code, report_killed
 from sft_dist.runtime.failure import LAUNCH_FOLDER, noted_exit_codes
+from sft_dist.runtime.network import free_port
 from sft_dist.runtime.quiet import name_accelerator
 
 name_accelerator()  # or DeepSpeed warns while it is imported

@@ -24,10 +24,10 @@ from sft_dist.errors import ConfigError
 from sft_dist.launch.agent import NodePlace, watching_agent
 from sft_dist.launch.children import Children, watched_children
 from sft_dist.launch.meeting import Meeting
-from sft_dist.launch.network import answers, own_address_towards
 from sft_dist.launch.outcome import NAMED_EXIT_CODES, PREEMPTED_EXIT_CODE, exit_code, report_killed
 from sft_dist.runtime.failure import LAUNCH_FOLDER, noted_exit_codes
 from sft_dist.runtime.meeting import lost_each_other, no_answer, not_all_came, patience_s
+from sft_dist.runtime.network import answers, own_address_towards
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_RENDEZVOUS_PORT = 29400  # torchrun's own

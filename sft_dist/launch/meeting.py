@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sft_dist.errors import ConfigError, MachineError
-from sft_dist.launch.network import answers, interface_of, is_free, own_address_towards
-from sft_dist.launch.slurm import Step, nodes_of_the_job, step_from_environment
 from sft_dist.runtime import exit_notes
 from sft_dist.runtime.meeting import LAUNCHER, no_answer, patience_s
+from sft_dist.runtime.network import answers, interface_of, is_free, own_address_towards
+from sft_dist.runtime.slurm_step import Step, nodes_of_the_job, step_from_environment
 
 GLOO_INTERFACE, NCCL_INTERFACE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 HOST, PORT = "MASTER_ADDR", "MASTER_PORT"

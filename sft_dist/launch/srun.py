@@ -22,8 +22,8 @@ import psutil
 from sft_dist.errors import ConfigError, Preempted, SftError
 from sft_dist.launch.command import MODULE, USAGE, WHAT_FOLLOWS, check_training, runs_everywhere, split_debug
 from sft_dist.launch.meeting import Meeting, choose_network, claim_port, meeting_of, noted_exit, tell_processes
-from sft_dist.launch.slurm import Step, step_from_environment
 from sft_dist.runtime.failure import LAUNCH_FOLDER, report
+from sft_dist.runtime.slurm_step import Step, step_from_environment
 
 PROGRAM = "launch/srun.sh"
 DESCRIPTION = f"""\
