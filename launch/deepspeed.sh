@@ -10,4 +10,4 @@
 set -eu
 # shellcheck source=launch/python.sh
 . "$(dirname -- "$0")/python.sh"
-run_module sft_dist.launch.deepspeed "$@"
+run_module sft_dist.launch deepspeed "$@"

@@ -12,6 +12,11 @@ run_module() {
     else
         python=python3
     fi
+    if ! command -v "$python" > /dev/null; then
+        echo "error: launch/${0##*/}: there is no program $python" >&2
+        echo "  fix: activate the environment that sft_dist is installed in" >&2
+        exit 2
+    fi
     # The checkout's own code, installed or not.
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
     # Its warnings, such as of a node without a name in the DNS, are for those who work on torch. Read at its import.

@@ -7,4 +7,4 @@
 set -eu
 # shellcheck source=launch/python.sh
 . "$(dirname -- "$0")/python.sh"
-run_module sft_dist.launch.srun "$@"
+run_module sft_dist.launch srun "$@"

@@ -1,4 +1,4 @@
-"""``accelerate launch`` for this project: ``python -m sft_dist.launch.accelerate [its options] train CONFIG [...]``.
+"""``accelerate launch`` for this project: ``python -m sft_dist.launch accelerate [its options] train CONFIG [...]``.
 
 Accelerate's own parser and launch functions start the processes. What they tell them about strategy and precision in
 the environment (``ACCELERATE_*``, ``FSDP_*``) arrives as it does from ``accelerate launch``.
@@ -34,7 +34,6 @@ from sft_dist.launch.meeting import (
     choose_network,
     claim_port,
     meeting_of,
-    noted_exit,
     step_of_launcher,
 )
 from sft_dist.runtime.quiet import name_accelerator
@@ -257,5 +256,4 @@ def _run(options: argparse.Namespace, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    with noted_exit():
-        sys.exit(main())
+    sys.exit(main())

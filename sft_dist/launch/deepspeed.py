@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher for this project: ``python -m sft_dist.launch.deepspeed [its options] train CONFIG [...]``.
+"""DeepSpeed's launcher for this project: ``python -m sft_dist.launch deepspeed [its options] train CONFIG [...]``.
 
 DeepSpeed's runner starts the processes: itself on this machine, over ssh (or another way that it knows) on those of a
 host file; in a SLURM step it runs on each node and needs no ssh. It is told to keep its log lines to itself, and its
@@ -26,7 +26,6 @@ from sft_dist.launch.meeting import (
     choose_network,
     claim_port,
     meeting_of,
-    noted_exit,
     step_of_launcher,
     tell_processes,
 )
@@ -266,5 +265,4 @@ def _launch(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with noted_exit():
-        sys.exit(main())
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Plain ``srun``, without a launcher: ``python -m sft_dist.launch.srun train CONFIG [...]`` in every task of a step.
+"""Plain ``srun``, without a launcher: ``python -m sft_dist.launch srun train CONFIG [...]`` in every task of a step.
 
 Each task is one of the processes that train. SLURM's signals reach it directly, and its exit code is the task's.
 """
@@ -21,7 +21,7 @@ import psutil
 
 from sft_dist.errors import ConfigError, Preempted, SftError
 from sft_dist.launch.command import MODULE, USAGE, WHAT_FOLLOWS, check_training, runs_everywhere, split_debug
-from sft_dist.launch.meeting import Meeting, choose_network, claim_port, meeting_of, noted_exit, tell_processes
+from sft_dist.launch.meeting import Meeting, choose_network, claim_port, meeting_of, tell_processes
 from sft_dist.runtime.failure import LAUNCH_FOLDER, report
 from sft_dist.runtime.slurm_step import Step, step_from_environment
 
@@ -167,5 +167,4 @@ def _run(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    with noted_exit(as_task=True):
-        sys.exit(main())
+    sys.exit(main())

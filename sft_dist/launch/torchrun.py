@@ -1,4 +1,4 @@
-"""``torchrun`` for this project: ``python -m sft_dist.launch.torchrun [torchrun options] train CONFIG [...]``.
+"""``torchrun`` for this project: ``python -m sft_dist.launch torchrun [torchrun options] train CONFIG [...]``.
 
 It starts the processes with PyTorch's own elastic launcher and adds what a user of the command line expects of it:
 a mistake in the configuration is answered before any process starts, a failure keeps its exit code and its two lines,
@@ -31,7 +31,6 @@ from sft_dist.launch.meeting import (
     choose_network,
     claim_port,
     meeting_of,
-    noted_exit,
     step_of_launcher,
 )
 
@@ -148,5 +147,4 @@ def _run(options: argparse.Namespace, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    with noted_exit():
-        sys.exit(main())
+    sys.exit(main())

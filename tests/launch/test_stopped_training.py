@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.e2e.test_kill import run_to_the_end, steps_of, write_config
+from tests.helpers.pool import free_port
 from tests.launch.conftest import NAMES, PREFIXES, REPOSITORY, command_line
 from tests.launch.test_signals import LAUNCHERS
 
@@ -52,6 +53,13 @@ def trainers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     ranks = {p: p.environ().get("RANK") for p in [psutil.Process(launcher.pid), *below]}
     found = {int(rank): p for p, rank in ranks.items() if rank is not None and ranks[p.parent()] is None}
     return [found[rank] for rank in sorted(found)]
+
+
+def trainers_below(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Of a launcher whose ranks need not begin with 0."""
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    ranked = {p.pid for p in below if "RANK" in p.environ()}
+    return [p for p in below if p.pid in ranked and p.ppid() not in ranked]
 
 
 def wait_for_step(step: int, output: Path, launcher: subprocess.Popen[bytes], log: Path) -> None:
@@ -93,6 +101,36 @@ def test_a_killed_rank_is_started_again_and_goes_on(tiny_base: Path, tmp_path: P
     whole = run_to_the_end(config, tmp_path / "whole", SHORTER)
     assert figures_of(output) == whole
     assert (output / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.ci
+def test_a_rank_that_is_killed_on_the_second_node(tiny_base: Path, tmp_path: Path) -> None:
+    """Two launchers that meet as two nodes do: all ranks start again and go on from the newest checkpoint."""
+    config, output = write_config(tiny_base, tmp_path, "ddp", "lora"), tmp_path / "killed"
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    node = ["torchrun.sh", *meeting, "--nproc-per-node", "1", "--max-restarts", "1", "train", str(config)]
+    with (
+        launched([*node, f"output_dir={output}", SHORTER], tmp_path / "log-0") as first,
+        launched([*node, f"output_dir={output}", SHORTER], tmp_path / "log-1") as second,
+    ):
+        wait_for_step(5, output, first, tmp_path / "log-0")
+        # Either may have become the second node.
+        found = {int(p.environ()["RANK"]): p for launcher in (first, second) for p in trainers_below(launcher)}
+        found[1].kill()
+        assert [each.wait(PATIENCE_S) for each in (first, second)] == [0, 0], said(tmp_path)
+    text = said(tmp_path)
+    assert "rank 1 was ended by SIGKILL: starting all again, restart 1 of 1" in text
+    assert "restart 1: going on from the newest checkpoint, as with --resume auto" in text
+    assert text.count("resumed   ") == 1
+    (attempt,) = (output / "logs").iterdir()
+    for rank in (0, 1):
+        headings = [line for line in (attempt / f"rank-{rank}.log").read_text().splitlines() if line[:4] == "--- "]
+        assert [", restart 1" in heading for heading in headings] == [False, True]
+    assert figures_of(output) == run_to_the_end(config, tmp_path / "whole", SHORTER)
+
+
+def said(folder: Path) -> str:
+    return "".join((folder / f"log-{node}").read_text() for node in (0, 1))
 
 
 @pytest.mark.parametrize(
