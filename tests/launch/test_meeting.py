@@ -13,8 +13,8 @@ import pytest
 from sft_dist.errors import ConfigError, MachineError
 from sft_dist.launch import meeting as meetings
 from sft_dist.launch.meeting import await_first_node, choose_network, claim_port, meeting_of, step_of_launcher
-from sft_dist.launch.network import free_port, interface_of
-from sft_dist.launch.slurm import Step, step_from_environment
+from sft_dist.runtime.network import free_port, interface_of
+from sft_dist.runtime.slurm_step import Step, step_from_environment
 from tests.launch.conftest import command_line
 from tests.unit.test_slurm_step import BATCH_SHELL, TASK
 

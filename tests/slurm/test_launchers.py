@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from sft_dist.cluster import slurm
-from sft_dist.launch.slurm import expand_hosts
 from sft_dist.runtime import exit_notes
+from sft_dist.runtime.slurm_step import expand_hosts
 from tests.helpers import figures
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import REPOSITORY, STEPS, SmallRun

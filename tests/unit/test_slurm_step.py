@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sft_dist.errors import ConfigError
-from sft_dist.launch.slurm import FIRST_PORT, NUM_PORTS, Step, expand_counts, expand_hosts, step_from_environment
+from sft_dist.runtime.slurm_step import FIRST_PORT, NUM_PORTS, Step, expand_counts, expand_hosts, step_from_environment
 
 BATCH_SHELL = {
     "SLURM_JOB_ID": "17",
