@@ -101,12 +101,12 @@ def _address_of(host: str, step: Step, program: str) -> str:
         raise MachineError(
             f"{program}: {own} finds no way to the node {host}: {error.strerror}",
             fix=f"name {host} in the DNS or in /etc/hosts of every node, or set {HOST} to the first node's address",
-        ) from error
+        ).everywhere() from error
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback and host not in (own, step.hosts[step.node_rank]):
         raise MachineError(
             f"{program}: on {own}, the name of the node {host} stands for {address}, this machine itself",
             fix=f"mend {host} in /etc/hosts of {own}, or set {HOST} to the first node's address",
-        )
+        ).everywhere()
     return address
 
 

@@ -31,7 +31,8 @@ usage: srun --ntasks-per-node=N {PROGRAM} {USAGE}
 
 Every task of the step is one process of the training: one for each GPU, as many on each node. {WHAT_FOLLOWS}"""
 
-HERE = "here-"  # in the folder that the tasks of a node share: one file for each of them, with its process id
+# In the folder that the tasks of a node share: a file for each of them, with its process id until it has gone.
+HERE, GONE = "here-", "gone"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,7 +140,8 @@ def _address(meeting: Meeting) -> dict[str, str]:
 
 @contextmanager
 def _shared_folder(step: Step) -> Iterator[Path]:
-    """For the tasks of this node; the last of them to end removes it."""
+    """For the tasks of this node. When all of them have been there and gone, the last one removes it: one that begins
+    later than another ends finds what that one said."""
     folder = Path(tempfile.gettempdir()) / f"sft_dist_launch_{os.getuid()}_{step.run_id}"
     folder.mkdir(mode=0o700, exist_ok=True)
     own = folder / f"{HERE}{step.local_task}"
@@ -147,11 +149,16 @@ def _shared_folder(step: Step) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        own.unlink(missing_ok=True)
-        others = [file.read_text(encoding="utf-8") for file in folder.glob(f"{HERE}*")]
-        # One without a number is about to begin; one that a signal ended has left its file.
-        if not any(not pid or psutil.pid_exists(int(pid)) for pid in others):
-            shutil.rmtree(folder, ignore_errors=True)
+        own.write_text(GONE, encoding="utf-8")
+        tasks = [folder / f"{HERE}{task}" for task in range(step.num_tasks_here)]
+        if all(_is_gone(task) for task in tasks):
+            shutil.rmtree(folder, ignore_errors=True)  # another one may see the same at the same time
+
+
+def _is_gone(task: Path) -> bool:
+    """Whether a task began and ended; one that a signal ended could not say so."""
+    said = task.read_text(encoding="utf-8") if task.exists() else ""
+    return said == GONE or (said.isdigit() and not psutil.pid_exists(int(said)))
 
 
 def _run(words: Sequence[str]) -> int:

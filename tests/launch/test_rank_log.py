@@ -47,6 +47,7 @@ def test_all_that_a_rank_prints(launch: Launch, tmp_path: Path) -> None:
     assert finished.stderr == "child 0\n"
 
 
+@pytest.mark.ci
 def test_errors_of_another_rank_are_shown_and_kept(launch: Launch, tmp_path: Path) -> None:
     failing = "import time\nif rank == 1: raise ValueError('a defect')\ntime.sleep(60)"
     finished = launch(*TWO, in_each_process=failing)
@@ -56,6 +57,7 @@ def test_errors_of_another_rank_are_shown_and_kept(launch: Launch, tmp_path: Pat
         assert "[rank 1] Traceback" in text
 
 
+@pytest.mark.ci
 def test_the_stack_of_a_crash(launch: Launch, tmp_path: Path) -> None:
     finished = launch(*TWO, in_each_process="import time\nos.kill(os.getpid(), 11) if rank == 1 else time.sleep(60)")
     assert finished.returncode == 128 + 11
@@ -65,6 +67,7 @@ def test_the_stack_of_a_crash(launch: Launch, tmp_path: Path) -> None:
     assert "in run_training" in log
 
 
+@pytest.mark.ci
 def test_a_folder_that_cannot_be_written_ends_nothing(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "runs/x").mkdir(parents=True)
     (tmp_path / "runs/x/logs").touch()
@@ -102,7 +105,11 @@ def test_a_terminal_stays_one(environment: dict[str, str], tmp_path: Path) -> No
     assert logs["rank-1.log"][1:] == ["1 False", "warned 1"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.ci), signal.SIGTERM],
+    ids=lambda number: number.name,
+)
 def test_the_copy_ends_with_the_rank_and_not_before(
     environment: dict[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -142,6 +149,7 @@ def test_the_copy_ends_with_the_rank_and_not_before(
         assert "the last line" in logs_of(tmp_path)["rank-0.log"]
 
 
+@pytest.mark.ci
 def test_nodes_share_a_folder_as_soon_as_they_have_met(environment: dict[str, str], tmp_path: Path) -> None:
     """Without SLURM an attempt is called by the time at which a node's launcher started: here seconds apart."""
     statement = (

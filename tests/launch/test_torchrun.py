@@ -10,11 +10,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
+from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousStoreInfo
 
-from sft_dist.errors import ConfigError
-from sft_dist.launch.elastic import address_of_this_node, run_elastic
+from sft_dist.errors import ConfigError, MachineError
+from sft_dist.launch.agent import NodePlace, _take_place
+from sft_dist.launch.elastic import address_of_this_node, await_rendezvous, run_elastic
 from sft_dist.launch.outcome import exit_code
-from sft_dist.launch.torchrun import main
+from sft_dist.launch.torchrun import _parse, _prepare, _run, main
+from tests.helpers.pool import free_port
 from tests.launch.conftest import SMALLEST, InterruptedCode, Launch, command_line, without_logs_line
 
 
@@ -170,6 +174,37 @@ def test_a_rendezvous_that_no_one_can_find(
 )
 def test_exit_code_of_several_processes(by_rank: dict[int, int], code: int) -> None:
     assert exit_code(by_rank) == code
+
+
+def test_nodes_are_numbered_as_the_scheduler_does() -> None:
+    """A rendezvous sorts n2 behind n10; all nodes of a step know their places. A smaller round has no such order."""
+    info = RendezvousStoreInfo("n10", 29400)
+
+    class Handler:
+        def __init__(self, num_nodes: int) -> None:
+            self.num_nodes = num_nodes
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            return RendezvousInfo(HashStore(), 0, self.num_nodes, info)
+
+    for num_nodes, rank in ((11, 9), (10, 0)):
+        handler = Handler(num_nodes)
+        _take_place(handler, NodePlace(9, 11))  # type: ignore[arg-type]
+        met = handler.next_rendezvous()
+        assert (met.rank, met.world_size, met.bootstrap_store_info) == (rank, num_nodes, info)
+
+
+def test_nodes_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two nodes one comes, which keeps the rendezvous; of another rendezvous the keeper does not come."""
+    monkeypatch.setenv("SFT_DIST_MEETING_S", "1")
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-conf", "join_timeout=1"]
+    options, _ = _parse([*meeting, "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "train", "run.yaml"])
+    _prepare(options)
+    options.module, options.training_script, options.training_script_args = True, "sft_dist", []
+    with pytest.raises(MachineError, match=r"launch/torchrun\.sh: not all of the 2 nodes came"):
+        run_elastic(lambda folder: _run(options, folder), program="launch/torchrun.sh", num_nodes="2")
+    with pytest.raises(MachineError, match=r"the first node, 192\.0\.2\.1, did not answer on port 29400 within 1 s"):
+        await_rendezvous("launch/torchrun.sh", "192.0.2.1:29400")  # an address that is kept for documents
 
 
 def test_a_rendezvous_that_is_gone_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
