@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from sft_dist.data.chat_template import TemplateSample
 from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import CheckpointError
 from sft_dist.model.spec import Dtype, ModelSpec
+from sft_dist.runtime.signals import STOPPING
 from sft_dist.sharding.strategy import Strategy
 
 # Root mean square of the difference over that of the logits. Two correct programs in fp32 differ by about 1e-6; each
@@ -31,6 +34,9 @@ TOLERANCE: dict[Dtype, float] = {"fp32": 1e-4, "bf16": 5e-2}
 NUM_PROBES = 2
 MAX_PROBE_TOKENS = 512
 MAX_PROBE_POSITIONS = 32
+
+# Until a signal has ended this process, where it is one that ends it.
+SIGNAL_TAKES_S = 5.0
 
 # What a launcher tells its processes; the fresh one is nobody's process.
 LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "GROUP_", "ROLE_")
@@ -99,6 +105,10 @@ def require_proof(folder: Path, expected: Path, *, fix: str) -> None:
     # -P: the folder of the script is no place to import from.
     command = [sys.executable, "-P", fresh_process.__file__, str(folder), str(expected)]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+    if -done.returncode in STOPPING:
+        # It was sent to all processes of a job, and meant the run; here it may be on its way.
+        signal.raise_signal(-done.returncode)
+        time.sleep(SIGNAL_TAKES_S)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         findings = [f"it does not load: {last}"]

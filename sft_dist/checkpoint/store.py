@@ -7,36 +7,18 @@ folder without a suffix is complete, whenever the power fails.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from sft_dist.checkpoint.manifest import Manifest
+from sft_dist.checkpoint.naming import complete_checkpoints, name_of, step_of
 from sft_dist.errors import CheckpointError
+
+__all__ = ["complete_checkpoints", "name_of", "step_of"]  # names are in naming.py, which needs nothing else
 
 UNFINISHED, DELETED, REJECTED, DAMAGED = ".unfinished", ".deleted", ".rejected", ".damaged"
 SUFFIXES = (UNFINISHED, DELETED, REJECTED, DAMAGED)
-_COMPLETE = re.compile(r"step-(\d{8,})")
-
-
-def name_of(completed_steps: int) -> str:
-    """``step-00000100``: sorted by name is sorted by step."""
-    return f"step-{completed_steps:08d}"
-
-
-def step_of(name: str) -> int | None:
-    """The step in the name of a complete checkpoint; None: it is not called as one."""
-    match = _COMPLETE.fullmatch(name)
-    return None if match is None else int(match[1])
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest step first."""
-    if not folder.is_dir():
-        return []
-    found = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None]
-    return [path for _, path in sorted(found)]
 
 
 def readable_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:

@@ -46,6 +46,8 @@ class JobState:
     """host names of nodes that it must not get"""
     restarts: int
     may_requeue: bool
+    is_preempted: bool
+    """another job gets its nodes; it runs on for the grace time of its partition"""
     submitted: datetime | None
     started: datetime | None
     """of the last start; for a waiting job, where SLURM has planned one"""
@@ -187,6 +189,7 @@ def _job(record: dict[str, str]) -> JobState:
         excluded=_names(record.get("ExcNodeList", "")),
         restarts=int(record["Restarts"]),
         may_requeue=record["Requeue"] == "1",
+        is_preempted=_time(record.get("PreemptTime", "None")) is not None,
         submitted=_time(record["SubmitTime"]),
         started=_time(record["StartTime"]),
         ended=_time(record["EndTime"]),

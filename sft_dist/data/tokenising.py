@@ -241,7 +241,9 @@ _worker: tuple[ChatRenderer, RowParser, RowSettings]
 
 def _start_worker(load: Callable[[], ChatRenderer], parser: RowParser, settings: RowSettings) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    # Ctrl-C, and what a scheduler sends to all processes of a job, is for the parent, with which the workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

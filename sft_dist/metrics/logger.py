@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +24,9 @@ from rich.progress import (
 )
 
 from sft_dist.config.schema import WandbConfig
-from sft_dist.errors import CheckpointError, ConfigError, Preempted
+from sft_dist.errors import CheckpointError, Preempted
 from sft_dist.metrics.line_file import LineFile
+from sft_dist.metrics.wandb_run import WandbRun
 
 Metrics = dict[str, int | float]
 
@@ -56,9 +58,10 @@ class RunLogger:
         self.console = Console(highlight=False)
         self._num_steps, self._completed = num_steps, completed
         # First, because it may fail: a run that has not written its metrics has not taken the folder.
-        self._wandb = _start_wandb(wandb, folder, settings, is_resumed=completed > 0)
+        self._wandb = None if wandb.mode == "disabled" else WandbRun(wandb, folder, settings)
         keep_lines(folder / METRICS, completed=completed)
         self._lines = LineFile(folder / METRICS)
+        self._to_wandb(lambda run: run.replay(self._all_lines()))
         self._bar = Progress(
             TextColumn("[bold]train"),
             BarColumn(),
@@ -87,10 +90,9 @@ class RunLogger:
             for line in self._lines.waiting:
                 self.say(escape(line))
         if self._wandb is not None:
+            code, is_preempted = 0 if kind is None else 1, isinstance(error, Preempted)
             try:
-                if isinstance(error, Preempted):
-                    self._wandb.mark_preempting()
-                self._wandb.finish(exit_code=0 if kind is None else 1)
+                self._wandb.finish(code=code, is_preempted=is_preempted, lines=self._all_lines)
             except Exception as e:
                 self.say(f"[yellow]W&B did not finish ({escape(str(e))}); {METRICS} has all metrics")
 
@@ -156,13 +158,20 @@ class RunLogger:
                 f"[yellow]{METRICS} cannot be written ({self._lines.problem}): training goes on, its lines wait in "
                 f"memory and are written when there is room{also}"
             )
+        self._to_wandb(lambda run: run.log(metrics, lines=self._all_lines))
+
+    def _to_wandb(self, act: Callable[[WandbRun], None]) -> None:
         if self._wandb is None:
             return
         try:
-            self._wandb.log(metrics, step=int(metrics["step"]))
+            act(self._wandb)
         except Exception as e:
             self.say(f"[yellow]W&B stopped taking metrics ({e}); training goes on, {METRICS} has them all")
             self._wandb = None
+
+    def _all_lines(self) -> list[str]:
+        """Of the whole run, those among them that wait for room on the disk."""
+        return [*self._lines.path.read_text(encoding="utf-8").splitlines(), *self._lines.waiting]
 
 
 def keep_lines(path: Path, *, completed: int) -> None:
@@ -190,27 +199,3 @@ def _step_of(line: bytes) -> int:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else -1
     except ValueError:
         return -1
-
-
-def _start_wandb(config: WandbConfig, folder: Path, settings: dict[str, Any], *, is_resumed: bool) -> Any:
-    if config.mode == "disabled":
-        return None
-    import wandb
-
-    # Online, a resumed run continues its curves; offline, both parts are uploaded to one run.
-    id_file = folder / "wandb" / "run_id"
-    known = id_file.read_text() if is_resumed and id_file.exists() else None
-    try:
-        run = wandb.init(
-            project=config.project, name=config.name, mode=config.mode, dir=folder, config=settings, id=known,
-            resume="allow" if known is not None and config.mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
-    except Exception as e:
-        raise ConfigError(
-            f"logging.wandb.mode={config.mode}: W&B did not start ({str(e).strip().splitlines()[0]})",
-            fix="run `wandb login`, or set logging.wandb.mode to offline or disabled",
-        ) from e
-    id_file.parent.mkdir(exist_ok=True)
-    id_file.write_text(run.id)
-    return run

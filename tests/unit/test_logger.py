@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from sft_dist.config.schema import WandbConfig
 from sft_dist.errors import ConfigError, Preempted
 from sft_dist.metrics.logger import RunLogger
+from tests.helpers.offline_wandb import OfflineRun, offline_runs
 
 OFF = WandbConfig(mode="disabled")
 
@@ -30,7 +32,7 @@ class FakeWandb(SimpleNamespace):
     """A run of W&B that keeps what it is given and breaks at step 2."""
 
     def __init__(self) -> None:
-        super().__init__(logged=[], finished=[], ids=[], id="first", Settings=lambda **_: None)
+        super().__init__(logged=[], finished=[], ids=[], id="first", step=0, Settings=lambda **_: None)
         self.is_preempting = False
 
     def init(self, **settings: Any) -> FakeWandb:
@@ -41,6 +43,9 @@ class FakeWandb(SimpleNamespace):
         if step == 2:
             raise OSError("disk full")
         self.logged.append((step, metrics["loss"]))
+
+    def teardown(self) -> None:
+        pass
 
     def mark_preempting(self) -> None:
         self.is_preempting = True
@@ -77,7 +82,8 @@ def test_a_failure_of_wandb_is_said_once_and_stops_nothing(
         for step in (1, 2, 3, 4):
             logger.training_step(line(step))
     assert [entry["step"] for entry in written(tmp_path)] == [1, 2, 3, 4]
-    assert wandb.logged == [(1, 1.5)]
+    assert wandb.logged == [(1, 1.5)] * 2, "started again once, with all lines, and broken again"
+    assert wandb.ids == [(None, None), ("first", None)]
     assert capsys.readouterr().out.count("W&B stopped taking metrics (disk full)") == 1
 
 
@@ -127,10 +133,46 @@ def test_wandb_that_does_not_start_is_a_mistake_in_the_config(
 def test_a_resumed_run_is_the_same_run_for_wandb(
     tmp_path: Path, wandb: FakeWandb, mode: Any, resume: str | None
 ) -> None:
-    for completed in (0, 3, 0):
+    for completed in (0, 3, 0):  # the last: one that was killed before it had saved
         with RunLogger(tmp_path, WandbConfig(mode=mode), {}, num_steps=4, completed=completed):
             pass
-    assert wandb.ids == [(None, None), ("first", resume), (None, None)]
+    assert wandb.ids == [(None, None), ("first", resume), ("first", resume)]
+
+
+@pytest.mark.parametrize(("mode", "logged"), [("offline", [1, 3, 4, 5]), ("online", [4, 5])])
+def test_wandb_gets_the_lines_of_earlier_starts_that_it_lacks(
+    tmp_path: Path, wandb: FakeWandb, mode: Any, logged: list[int]
+) -> None:
+    wandb.step = 4  # what a server knows: the first step that it lacks
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in (1, 3, 4, 9)))
+    with RunLogger(tmp_path, WandbConfig(mode=mode), {}, num_steps=9, completed=4) as logger:
+        logger.training_step(line(5))
+    assert [step for step, _ in wandb.logged] == logged
+
+
+def test_a_process_of_wandb_that_is_gone_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
+    """As a scheduler's SIGTERM to all processes of a job ends it, in mid-run and again before the end."""
+
+    def end_wandb() -> None:
+        ended = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
+        assert ended
+        for child in ended:
+            child.terminate()
+        psutil.wait_procs(ended, timeout=10)
+
+    def preempted() -> None:
+        with RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=9, completed=1) as logger:
+            logger.training_step(line(2, loss=math.nan))
+            end_wandb()
+            logger.training_step(line(3))
+            end_wandb()
+            raise Preempted("preempted", fix="go on")
+
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
+    with pytest.raises(Preempted):
+        preempted()
+    *_, last = offline_runs(tmp_path)
+    assert last == OfflineRun((tmp_path / "wandb/run_id").read_text(), [1, 2, 3], exit_code=1)
 
 
 @pytest.mark.parametrize(("completed", "kept"), [(0, []), (1, [0, 1, 1]), (2, [0, 1, 1, 2]), (9, [0, 1, 1, 2, 3])])
