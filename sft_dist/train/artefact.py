@@ -44,7 +44,8 @@ def write_artefact(final: Path, run: Run, config: Config, process: Process, inpu
         if failure is not None:
             raise failure
         if run.checkpoint.prove_final:
-            prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, inputs.sample)
+            with process.heartbeat.phase("proving"):
+                prove_artefact(final.with_name(final.name + UNFINISHED), run.model, weights, probes, inputs.sample)
         publish(final)
 
     run_on_main_first(process.world, process.store, f"prove {final}", prove_and_publish)

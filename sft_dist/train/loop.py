@@ -18,6 +18,7 @@ from sft_dist.checkpoint.store import name_of
 from sft_dist.data.loader import Step, TrainingOrder
 from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import Preempted, TrainingDiverged
+from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
 from sft_dist.runtime.seeding import seed_step
@@ -56,6 +57,7 @@ class Training:
         eval_data: held-out rows, or None.
         logger, account: on rank 0; None elsewhere.
         signals: that this process notes.
+        heartbeat: gets what it is doing.
         completed: steps that are behind ``strategy``'s state; more than 0 when the run is resumed.
     """
 
@@ -72,13 +74,14 @@ class Training:
         account: Account | None,
         checkpointer: Checkpointer,
         signals: Signals,
+        heartbeat: Heartbeat,
         *,
         num_steps: int,
         completed: int,
     ) -> None:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
         self.order, self.eval_data, self.checkpointer = order, eval_data, checkpointer
-        self.logger, self.account, self.signals = logger, account, signals
+        self.logger, self.account, self.signals, self.heartbeat = logger, account, signals, heartbeat
         self.agreement = Agreement()
         self.num_steps, self.completed = num_steps, completed
         self._best_loss = checkpointer.best_loss()
@@ -193,7 +196,8 @@ class Training:
         # A step that diverged must not become a checkpoint.
         self._read()
         started, self._saved_at = time.perf_counter(), time.monotonic()
-        self.checkpointer.save(self.strategy, self._position())
+        with self.heartbeat.phase("saving"):
+            self.checkpointer.save(self.strategy, self._position())
         if self._eval_loss is not None:
             self._best_loss = min(self._best_loss, self._eval_loss)
         if self.account is not None:
@@ -208,7 +212,8 @@ class Training:
         """Waits for what is being written, and says how it went, also when it went wrong."""
         started = time.perf_counter()
         try:
-            self.checkpointer.wait()
+            with self.heartbeat.phase("saving"):
+                self.checkpointer.wait()
         finally:
             self._tell_of_saves()
         if self.account is not None:
@@ -245,6 +250,7 @@ class Training:
             return
         done, self._unread = self._unread, None
         loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
+        self.heartbeat.completed(done.number + 1)
         if self.logger is not None and self.account is not None:
             metrics = self._metrics(done, loss, grad_norm)
             of_account, bill = self.account.trained(
@@ -287,7 +293,8 @@ class Training:
             return
         self._read()
         started = time.perf_counter()
-        result = evaluate(self.strategy, self.eval_data, self.run.batch, rank=self.world.rank, device=self.device)
+        with self.heartbeat.phase("evaluating"):
+            result = evaluate(self.strategy, self.eval_data, self.run.batch, rank=self.world.rank, device=self.device)
         if self.account is not None:
             self.account.evaluated(time.perf_counter() - started)
         self._eval_loss = result.loss

@@ -25,6 +25,7 @@ from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
 from sft_dist.errors import ConfigError, DataError, RowError
+from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.model.renderer import renderer_of
 from sft_dist.model.untrained import untrained_tokens
 from sft_dist.model.weights import check_weights
@@ -57,12 +58,14 @@ class Process:
 
     Args:
         started: on ``time.perf_counter``; its machine is paid for from then on.
+        heartbeat: gets what it is doing.
     """
 
     world: World
     device: torch.device
     store: dist.Store
     started: float = field(default_factory=time.perf_counter)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
 
 @dataclass(frozen=True)
@@ -112,21 +115,31 @@ class Ready:
     checkpoints: list[Path]
 
 
-def make_ready(config: Config, *, resume: str) -> Ready:
+def make_ready(config: Config, *, resume: str, heartbeat: Heartbeat | None = None) -> Ready:
     """Meets the other processes, decides, and prepares the data on rank 0 or finds them prepared.
 
     Args:
         resume: ``never``, ``auto`` or the path of a checkpoint.
+        heartbeat: begins when the run directory is taken; None: nothing is to be left there.
     """
     world = World.from_environment()
     store = join(world)
     settle(store, world)
-    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store))
+    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store), heartbeat=heartbeat or Heartbeat())
     config, run = decide(config, process)
     load = renderer_of(config.model, config.data)
     renderer = load()
+
+    def taken() -> None:
+        if heartbeat is not None:
+            heartbeat.begin(Path(run.output_dir), strategy=run.strategy, world_size=world.size, say=warn)
+
+    def prepare() -> str:
+        with process.heartbeat.phase("preparing"):
+            return prepare_run(run, config, renderer, load, resume, taken=taken)
+
     # Before there is a process group: nothing of it can time out while rank 0 tokenises for hours.
-    told = run_on_main_first(world, process.store, "prepare", lambda: prepare_run(run, config, renderer, load, resume))
+    told = run_on_main_first(world, process.store, "prepare", prepare)
     found = Found(**json.loads(told or ""))
     inputs = open_inputs(run, renderer, found, is_main=world.is_main)
     return Ready(config, run, process, store, inputs, [Path(path) for path in found.checkpoints])
@@ -150,11 +163,20 @@ def decide(config: Config, process: Process) -> tuple[Config, Run]:
     return choice.config, run
 
 
-def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable[[], ChatRenderer], resume: str) -> str:
+def prepare_run(
+    run: Run,
+    config: Config,
+    renderer: ChatRenderer,
+    load: Callable[[], ChatRenderer],
+    resume: str,
+    *,
+    taken: Callable[[], None],
+) -> str:
     """Everything that can be found wrong without a GPU, and the data; on rank 0.
 
     Args:
         load: makes ``renderer`` in another process.
+        taken: called when the run directory is this run's own.
 
     Returns:
         ``Found``, as JSON.
@@ -163,6 +185,7 @@ def prepare_run(run: Run, config: Config, renderer: ChatRenderer, load: Callable
         ConfigError, CheckpointError, DataError: the run directory, the checkpoint, the weights, the data.
     """
     take_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER, say=warn)
+    taken()
     sweep(checkpoints_folder(run.output_dir))
     remove_leftovers(run.output_dir)
     if needs_storage(config, resume):

@@ -17,6 +17,7 @@ from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import Preempted
+from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.run import Run
 from sft_dist.runtime.memory import most_allocated_bytes
@@ -62,14 +63,21 @@ def run_training(
             what was saved is not what was trained.
         Preempted: a signal ended training. This process is then to end: it no longer heeds such signals.
     """
-    with Signals(is_main=World.from_environment().is_main) as signals:
-        _run_training(config, signals, resume=resume, allowed=allowed, rehearsing=rehearsing)
+    with Signals(is_main=World.from_environment().is_main) as signals, Heartbeat() as heartbeat:
+        _run_training(config, signals, heartbeat, resume=resume, allowed=allowed, rehearsing=rehearsing)
 
 
 def _run_training(
-    config: Config, signals: Signals, *, resume: str, allowed: Collection[str], rehearsing: Rehearsing
+    config: Config,
+    signals: Signals,
+    heartbeat: Heartbeat,
+    *,
+    resume: str,
+    allowed: Collection[str],
+    rehearsing: Rehearsing,
 ) -> None:
-    ready = make_ready(config, resume=resume)
+    # A rehearsal alone leaves the folder as it was.
+    ready = make_ready(config, resume=resume, heartbeat=None if rehearsing == "only" else heartbeat)
     run, process, inputs = ready.run, ready.process, ready.inputs
     # Before there is a process group: a plan of ranks that share sequences makes one of its own.
     outlook = None
@@ -113,11 +121,12 @@ def train(
         start: the checkpoint to go on from.
         allowed: in what it may differ from this run.
     """
-    world, final = process.world, Path(run.output_dir) / "final"
+    world, heartbeat, final = process.world, process.heartbeat, Path(run.output_dir) / "final"
     order = TrainingOrder(inputs.train_data, run.batch, run.seed)
     num_steps = run.num_steps(inputs.train_data.num_sequences)
     identity = identity_of(run, inputs.train_data)
     completed = 0 if start is None else check_position(start, identity, order, num_steps=num_steps, allowed=allowed)
+    heartbeat.at(completed, num_steps)
     if completed == num_steps and final.exists():
         if world.is_main:
             print(f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there")
@@ -140,7 +149,8 @@ def train(
             run, world, process.device, strategy, spec, order, inputs.eval_data, checkpointer, outlook,
             lambda folder: write_artefact(folder, run, config, process, inputs, strategy), num_steps, completed,
         )  # fmt: skip
-        rehearsed_s = rehearse(stage)
+        with heartbeat.phase("rehearsing"):
+            rehearsed_s = rehearse(stage)
         if books is not None:
             books.account.rehearsed(rehearsed_s)
     if rehearsing == "only":
@@ -158,10 +168,11 @@ def train(
             books.begin(logger)
         training = Training(
             run, world, process.device, strategy, spec, order, inputs.eval_data, logger,
-            None if books is None else books.account, checkpointer, signals, num_steps=num_steps, completed=completed,
+            None if books is None else books.account, checkpointer, signals, heartbeat,
+            num_steps=num_steps, completed=completed,
         )  # fmt: skip
         try:
-            with signals.while_training():
+            with heartbeat.phase("training"), signals.while_training():
                 training.train()
         except Preempted:
             if logger is not None and books is not None:
@@ -169,11 +180,12 @@ def train(
             raise
         checkpointer.close()
         peak_bytes = most_allocated_bytes(process.device)
-        write_artefact(final, run, config, process, inputs, strategy)
-        if logger is not None and books is not None:
-            logger.say(f"saved {final}{proven(run)}")
-            books.close(logger, peak_allocated_bytes=peak_bytes)
-        _require_metrics(process, logger)
+        with heartbeat.phase("exporting"):
+            write_artefact(final, run, config, process, inputs, strategy)
+            if logger is not None and books is not None:
+                logger.say(f"saved {final}{proven(run)}")
+                books.close(logger, peak_allocated_bytes=peak_bytes)
+            _require_metrics(process, logger)
     strategy.close()
 
 
