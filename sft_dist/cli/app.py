@@ -21,6 +21,7 @@ from sft_dist.cli.export import export
 from sft_dist.cli.model import model_app
 from sft_dist.cli.planning import calibrate, plan
 from sft_dist.cli.training import resume, train
+from sft_dist.cli.watching import logs, status
 from sft_dist.errors import SftError
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_interrupt, report_unexpected
 
@@ -61,6 +62,8 @@ app.command()(train)
 app.command()(resume)
 app.command(short_help="The dry run: does it fit, how long, how much money.")(plan)
 app.command(short_help="Measure this machine's GPU for plans.")(calibrate)
+app.command(short_help="How a run stands, also while it runs elsewhere.")(status)
+app.command(short_help="What the processes of a run have printed.")(logs)
 app.command(short_help="Talk to a run, or let it answer a file.")(chat)
 app.command(short_help="Answer over HTTP, as the OpenAI API does.")(serve)
 app.command(short_help="Write an adapter, a merged or a whole model for others to load.")(export)

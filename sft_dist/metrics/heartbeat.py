@@ -37,9 +37,7 @@ PATIENCE_S = 10.0
 
 MAX_TEXT = 500
 
-Doing = Literal[
-    "preparing", "loading", "rehearsing", "training", "evaluating", "saving", "exporting", "proving"
-]  # fmt: skip
+Doing = Literal["preparing", "loading", "rehearsing", "training", "evaluating", "saving", "exporting", "proving"]
 Ended = Literal["done", "stopped", "failed"]
 
 
@@ -179,7 +177,7 @@ class Heartbeat:
         self._changed.set()
         self._thread.join(PATIENCE_S)
         if not self._thread.is_alive():
-            self._write(_ending(self._now_doing(self._beat), error))
+            self._write(_ending(self._now_doing(self._beat), self._phase, error))
 
     def _enter(self, name: Doing) -> None:
         self._phase, self._since = name, _now()
@@ -214,8 +212,12 @@ class Heartbeat:
                 self._say(f"{self._path} cannot be written ({error.strerror or error}): `sft-dist status` sees less")
 
 
-def _ending(beat: Beat, error: BaseException | None) -> Beat:
-    """The last state of a process that ends in order."""
+def _ending(beat: Beat, during: Doing, error: BaseException | None) -> Beat:
+    """The last state of a process that ends in order.
+
+    Args:
+        during: the phase that it was in.
+    """
     if error is None:
         return replace(beat, phase="done", phase_since=beat.written_at, exit_code=0)
     phase: Ended = "stopped" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
@@ -226,8 +228,6 @@ def _ending(beat: Beat, error: BaseException | None) -> Beat:
         what, code = "interrupted", INTERRUPTED_EXIT_CODE
     else:
         what = f"{type(error).__name__}: {error}"
-    during = beat.phase
-    assert during not in ("done", "stopped", "failed")
     line = (what.splitlines() or [""])[0][:MAX_TEXT]
     return replace(beat, phase=phase, phase_since=beat.written_at, during=during, what=line, exit_code=code)
 

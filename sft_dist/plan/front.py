@@ -55,17 +55,20 @@ def parse_budget(text: str) -> Budget:
     return Budget(amount, "JPY" if is_yen else "USD")
 
 
-def parse_deadline(text: str) -> float:
+def parse_deadline(text: str, *, option: str = "--deadline") -> float:
     """Seconds of ``6h``, ``90m``, ``1h30m``, ``2.5 days``.
+
+    Args:
+        option: that it was given to.
 
     Raises:
         ConfigError: it is no length of time.
     """
     if _DEADLINE.fullmatch(text.strip()) is None:
-        raise ConfigError(f"--deadline {text} is no length of time", fix="write it as 6h, 90m, 1h30m or 2d")
+        raise ConfigError(f"{option} {text} is no length of time", fix="write it as 6h, 90m, 1h30m or 2d")
     seconds = sum(float(re.sub("[_,]", "", number)) * _SECONDS[unit.lower()] for number, unit in _STEP.findall(text))
     if seconds <= 0:
-        raise ConfigError(f"--deadline {text}: no run takes no time", fix="state more than 0, e.g. 6h")
+        raise ConfigError(f"{option} {text}: that is no time", fix="state more than 0, e.g. 6h")
     return seconds
 
 

@@ -1,0 +1,323 @@
+"""What the files of a run directory say of a run, while it runs elsewhere or after it was killed. Imports no torch.
+
+A file that is not there is None here, and one that cannot be understood is a note: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sft_dist.checkpoint import store
+from sft_dist.checkpoint.manifest import MANIFEST, Manifest
+from sft_dist.checkpoint.source import CHECKPOINTS, FINAL
+from sft_dist.cluster.file_clock import Clock
+from sft_dist.config.text import read_yaml
+from sft_dist.errors import SftError
+from sft_dist.export.provenance import RECEIPT, read_receipt
+from sft_dist.metrics.heartbeat import HEARTBEAT, Beat
+from sft_dist.metrics.logger import METRICS
+from sft_dist.plan.to_json import load_plan
+from sft_dist.train.resume import holds_a_run
+from sft_dist.train.sessions import Session, earlier_sessions, total_usd
+
+PLAN = "plan.json"
+
+# Points of the curve of losses that are kept; a terminal shows fewer.
+CURVE_POINTS = 60
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """The heartbeat and its age.
+
+    Args:
+        dated: seconds since 1970, by the clock of the file system.
+        age_s: since it was written.
+        step_age_s: since this process completed a step, or began to train where it has not yet; None: it does neither.
+        phase_age_s: since its phase began.
+    """
+
+    beat: Beat
+    dated: float
+    age_s: float
+    step_age_s: float | None
+    phase_age_s: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What ``metrics.jsonl`` has.
+
+    Args:
+        step: of its last line of training; loss, tokens_per_s, step_time_s: of that line.
+        curve: losses from the first step to the last, each the mean of as many steps; None where none is finite.
+        eval_last, eval_best: (step, loss).
+        age_s: since the last line was written.
+    """
+
+    step: int
+    loss: float | None
+    tokens_per_s: float | None
+    step_time_s: float | None
+    mfu: float | None
+    curve: tuple[float | None, ...]
+    eval_last: tuple[int, float] | None
+    eval_best: tuple[int, float] | None
+    age_s: float
+
+
+@dataclass(frozen=True)
+class Bill:
+    """
+    Args:
+        elapsed_s: wall time of all starts, as far as it is written down.
+        spent_usd: None where no price is known.
+        usd_per_hour: of all machines together.
+        starts: how often the run has started to train.
+    """
+
+    elapsed_s: float
+    starts: int
+    spent_usd: float | None
+    usd_per_hour: float | None
+    jpy_per_usd: float | None
+    price_name: str | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What ``plan.json`` says of the whole run on ``machines``; its cost is None where no price is known."""
+
+    machines: str
+    step_s: float
+    total_s: float
+    usd: float | None
+    jpy: float | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoints.
+
+    Args:
+        newest: step of the newest complete one whose manifest is whole; None: there is none.
+        count: complete ones. writing: steps of those that are not complete.
+    """
+
+    newest: int | None
+    age_s: float | None
+    count: int
+    writing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that the files say.
+
+    Args:
+        finished: ``final/`` is there and the receipt says that the run is.
+        final: proven, not proven (by the settings of the run), unfinished (it failed its proof, or is being written);
+            None: there is none.
+        num_steps: of the whole run.
+        notes: what is not known and why, a line each.
+    """
+
+    pulse: Pulse | None
+    measured: Measured | None
+    bill: Bill | None
+    planned: Planned | None
+    saved: Saved
+    finished: bool
+    final: str | None
+    num_steps: int | None
+    notes: tuple[str, ...]
+
+
+def read_evidence(folder: Path, clock: Clock) -> Evidence:
+    """Reads a run directory."""
+    notes: list[str] = []
+    pulse = _pulse(folder, clock, notes)
+    measured = _measured(folder, clock)
+    receipt = read_receipt(folder)
+    if not receipt and measured is not None:
+        notes.append(f"no {RECEIPT} that can be read: the bill is what {METRICS} has of it")
+    planned = _planned(folder, notes)
+    final, finished = _final(folder, receipt)
+    return Evidence(
+        pulse=pulse,
+        measured=measured,
+        bill=_bill(folder, receipt, pulse),
+        planned=planned,
+        saved=_saved(folder / CHECKPOINTS, clock, notes),
+        finished=finished,
+        final=final,
+        num_steps=_num_steps(pulse, receipt),
+        notes=tuple(notes),
+    )
+
+
+def _pulse(folder: Path, clock: Clock, notes: list[str]) -> Pulse | None:
+    try:
+        beat = Beat.read(folder)
+        if beat is None:
+            if holds_a_run(folder):
+                notes.append(f"no {HEARTBEAT}: what the run is doing at the moment is not known")
+            return None
+        dated = (folder / HEARTBEAT).stat().st_mtime
+    except (OSError, ValueError) as error:
+        notes.append(f"{HEARTBEAT} cannot be read: {error}")
+        return None
+    age_s, written = clock.age_s(dated), _seconds(beat.written_at)
+    # By the clock of the node that wrote both times, so that no other clock is needed for what lies between them.
+    in_phase = written - _seconds(beat.phase_since)
+    without_step = None
+    if beat.phase == "training":
+        without_step = in_phase if beat.step_at is None else min(in_phase, written - _seconds(beat.step_at))
+    return Pulse(beat, dated, age_s, None if without_step is None else age_s + without_step, age_s + in_phase)
+
+
+def _seconds(iso: str) -> float:
+    return datetime.fromisoformat(iso).timestamp()
+
+
+def _measured(folder: Path, clock: Clock) -> Measured | None:
+    path = folder / METRICS
+    try:
+        content, dated = path.read_bytes(), path.stat().st_mtime
+    except OSError:
+        return None
+    steps: list[dict[str, Any]] = []
+    evaluations: list[tuple[int, float]] = []
+    for text in content.splitlines(keepends=True):
+        try:
+            line = json.loads(text) if text.endswith(b"\n") else {}
+        except ValueError:
+            continue  # cut short by a dying process
+        if "loss" in line:
+            steps.append(line)
+        elif _number(line.get("eval_loss")) is not None:
+            evaluations.append((int(line["step"]), float(line["eval_loss"])))
+    if not steps:
+        return None
+    last = steps[-1]
+    return Measured(
+        step=int(last["step"]),
+        loss=_number(last["loss"]),
+        tokens_per_s=_number(last.get("tokens_per_s")),
+        step_time_s=_number(last.get("step_time_s")),
+        mfu=_number(last.get("mfu")),
+        curve=_curve([_number(line["loss"]) for line in steps]),
+        eval_last=evaluations[-1] if evaluations else None,
+        eval_best=min(evaluations, key=lambda each: each[1]) if evaluations else None,
+        age_s=clock.age_s(dated),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _curve(losses: Sequence[float | None]) -> tuple[float | None, ...]:
+    """Means of as many steps each, at most ``CURVE_POINTS`` of them."""
+    count = min(CURVE_POINTS, len(losses))
+    borders = [round(i * len(losses) / count) for i in range(count + 1)]
+    means: list[float | None] = []
+    for first, last in zip(borders, borders[1:], strict=False):
+        finite = [loss for loss in losses[first:last] if loss is not None]
+        means.append(sum(finite) / len(finite) if finite else None)
+    return tuple(means)
+
+
+def _bill(folder: Path, receipt: dict[str, Any], pulse: Pulse | None) -> Bill | None:
+    """Up to the last sign of life: a session is paid from the start of its process on."""
+    sessions = earlier_sessions(folder)
+    price = receipt.get("price") or {}
+    usd_per_hour = _number(price.get("usd"))
+    elapsed_s, spent = sum(each.elapsed_s for each in sessions), total_usd(sessions)
+    unbooked_s = 0.0 if pulse is None else _unbooked_s(sessions, pulse.beat)
+    if not sessions and not unbooked_s:
+        return None
+    if spent is not None and usd_per_hour is not None:
+        spent += unbooked_s * usd_per_hour / 3600
+    return Bill(
+        elapsed_s=elapsed_s + unbooked_s,
+        starts=max(len(sessions), 1),
+        spent_usd=spent,
+        usd_per_hour=usd_per_hour,
+        jpy_per_usd=_number(price.get("jpy_per_usd")),
+        price_name=price.get("name"),
+    )
+
+
+def _unbooked_s(sessions: Sequence[Session], beat: Beat) -> float:
+    """Seconds of the process that beats, or beat last, that no session has yet."""
+    lived_s = _seconds(beat.written_at) - _seconds(beat.started)
+    if not sessions or not sessions[-1].started:
+        return lived_s if not sessions else 0.0
+    last = sessions[-1]
+    is_of_this_process = _seconds(last.started) >= math.floor(_seconds(beat.started))
+    if not is_of_this_process:
+        return lived_s
+    # A process that was started twice in a run writes its own time; one that ended has written all of it.
+    return 0.0 if last.ended or last.preempted_by else max(0.0, lived_s - last.elapsed_s)
+
+
+def _planned(folder: Path, notes: list[str]) -> Planned | None:
+    try:
+        plan = load_plan(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, SftError) as error:
+        notes.append(f"{PLAN} cannot be read: {str(error).splitlines()[0]}")
+        return None
+    chosen = plan.cost.chosen
+    return Planned(
+        machines=plan.subject["machines"],
+        step_s=plan.time.step.value,
+        total_s=plan.time.total.value,
+        usd=None if chosen is None else chosen.usd.value,
+        jpy=None if chosen is None else chosen.jpy.value,
+    )
+
+
+def _saved(folder: Path, clock: Clock, notes: list[str]) -> Saved:
+    complete = store.complete_checkpoints(folder)
+    writing = sorted(
+        int(path.name.removesuffix(store.UNFINISHED).rpartition("-")[2])
+        for path in folder.glob(f"step-*{store.UNFINISHED}")
+    )
+    for checkpoint in reversed(complete):
+        try:
+            manifest = Manifest.read(checkpoint)
+            age_s = clock.age_s((checkpoint / MANIFEST).stat().st_mtime)
+        except (SftError, OSError) as error:  # damaged, or deleted meanwhile
+            if checkpoint.exists():
+                notes.append(str(error).splitlines()[0])
+            continue
+        return Saved(manifest.completed_steps, age_s, len(complete), tuple(writing))
+    return Saved(None, None, len(complete), tuple(writing))
+
+
+def _final(folder: Path, receipt: dict[str, Any]) -> tuple[str | None, bool]:
+    """What ``final/`` is, and whether the run is finished with it."""
+    if not (folder / FINAL).is_dir():
+        return ("unfinished" if (folder / f"{FINAL}{store.UNFINISHED}").is_dir() else None), False
+    try:
+        settings = read_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+        is_proven = bool(settings["checkpoint"]["prove_final"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "there", receipt.get("finished") is True
+    return ("proven" if is_proven else "not proven"), receipt.get("finished") is True
+
+
+def _num_steps(pulse: Pulse | None, receipt: dict[str, Any]) -> int | None:
+    if pulse is not None and pulse.beat.num_steps is not None:
+        return pulse.beat.num_steps
+    planned = receipt.get("planned") or {}
+    return planned.get("steps")
