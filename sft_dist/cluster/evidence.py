@@ -5,6 +5,7 @@ A file that is not there is None here, and one that cannot be understood is a no
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ from sft_dist.train.sessions import Session, earlier_sessions, total_usd
 
 PLAN = "plan.json"
 
-# Points of the curve of losses that are kept; a terminal shows fewer.
-CURVE_POINTS = 60
+# Points of the curve of losses: what a terminal has room for.
+CURVE_POINTS = 40
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _curve(losses: Sequence[float | None]) -> tuple[float | None, ...]:
     count = min(CURVE_POINTS, len(losses))
     borders = [round(i * len(losses) / count) for i in range(count + 1)]
     means: list[float | None] = []
-    for first, last in zip(borders, borders[1:], strict=False):
+    for first, last in itertools.pairwise(borders):
         finite = [loss for loss in losses[first:last] if loss is not None]
         means.append(sum(finite) / len(finite) if finite else None)
     return tuple(means)

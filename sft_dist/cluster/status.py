@@ -72,7 +72,7 @@ def read_status(folder: Path, *, clock: Clock | None = None, ask: Ask = show_job
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < LITTLE_BYTES and not found.finished:
         notes.append(f"the disk has {free_bytes / 2**20:,.0f} MiB free")
-    verdict = judge(found, job, is_gone=_is_gone(folder, found.pulse), silent_s=silent_s)
+    verdict = judge(found, job, now=clock.now, is_gone=_is_gone(folder, found.pulse), silent_s=silent_s)
     return Status(folder, verdict, step_of(found), forecast(found), found, job, clock, free_bytes, tuple(notes))
 
 

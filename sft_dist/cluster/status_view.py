@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -46,7 +45,7 @@ def render_status(status: Status, console: Console) -> RenderableType:
     for name, lines in _sections(status):
         table.add_row(name, Text("\n").join(lines))
     for number, note in enumerate(status.notes):
-        table.add_row(Text("" if number else "Not known", "bold yellow"), Text(note))
+        table.add_row(Text("" if number else "Note", "bold yellow"), Text(note))
     return Group(
         Text(status.verdict.line, style, overflow="fold"), Text(str(status.folder), "dim", overflow="fold"), table
     )
@@ -63,8 +62,7 @@ def _sections(status: Status) -> Iterable[tuple[str, list[Text]]]:
         "Heartbeat": _heartbeat(found),
         "Job": [] if status.job is None else _job(status.job, status.clock.now),
     }
-    return [(name, [Text.from_markup(line) if isinstance(line, str) else line for line in lines])
-            for name, lines in sections.items() if lines]  # fmt: skip
+    return [(name, lines) for name, lines in sections.items() if lines]
 
 
 def _progress(status: Status) -> list[Text]:
@@ -160,7 +158,7 @@ def _saved(found: Evidence) -> list[Text]:
             parts.append(f"{saved.count} in all")
     elif found.measured is not None:
         parts.append("no complete checkpoint yet")
-    parts += [f"step {step:,} begun" for step in saved.writing]
+    parts += [f"that of step {step:,} is being written" for step in saved.writing]
     final = {
         "proven": "final/ is proven",
         "not proven": "final/ is there, not proven (checkpoint.prove_final)",
@@ -197,17 +195,13 @@ def _job(job: JobOfRun, now: float) -> list[Text]:
         parts = [f"{state.job_id} is {state.state}" + (f" ({state.reason})" if state.reason != "None" else "")]
         if nodes and state.state != "PENDING":
             parts.append(f"on {nodes}")
-        parts.append(f"start {state.restarts + 1}")
+        if state.restarts:
+            parts.append(f"start {state.restarts + 1}")
         if state.state == "PENDING" and state.started is not None:
-            parts.append(f"expected to start at {clock_time(state.started.timestamp())}")
+            parts.append(f"expected to start at {clock_time(state.started.timestamp(), now)}")
         if state.state == "RUNNING" and state.ended is not None:
-            parts.append(f"{duration(max(0.0, state.ended.timestamp() - _local_now()))} left in this start")
+            parts.append(f"{duration(max(0.0, state.ended.timestamp() - now))} left in this start")
         lines = [Text(", ".join(parts))]
         if state.excluded:
             lines.append(Text(f"without {', '.join(state.excluded)}", "dim"))
     return lines
-
-
-def _local_now() -> float:
-    # SLURM's times are by the clocks of its own machines, which the login node is one of.
-    return datetime.now().timestamp()

@@ -11,7 +11,7 @@ from sft_dist.cluster.job_of_run import JobOfRun
 from sft_dist.cluster.slurm import JobState
 from sft_dist.metrics.heartbeat import Beat
 from sft_dist.plan.money import format_usd
-from sft_dist.plan.units import duration, percent
+from sft_dist.plan.units import HOUR_S, duration, percent
 
 # A heartbeat comes every 5 s; a network file system may show it to other machines a minute late.
 SILENT_S = 120.0
@@ -80,7 +80,7 @@ def forecast(found: Evidence) -> Forecast | None:
     bill = found.bill
     usd = None
     if bill.spent_usd is not None and bill.usd_per_hour is not None:
-        usd = bill.spent_usd + left_s * bill.usd_per_hour / 3600
+        usd = bill.spent_usd + left_s * bill.usd_per_hour / HOUR_S
     return Forecast(left_s, bill.elapsed_s + left_s, usd)
 
 
@@ -101,9 +101,12 @@ def _step_s(found: Evidence) -> float | None:
     return None if found.measured is None else found.measured.step_time_s
 
 
-def judge(found: Evidence, job: JobOfRun | None, *, is_gone: bool | None, silent_s: float = SILENT_S) -> Verdict:
+def judge(
+    found: Evidence, job: JobOfRun | None, *, now: float, is_gone: bool | None, silent_s: float = SILENT_S
+) -> Verdict:
     """
     Args:
+        now: seconds since 1970.
         is_gone: whether the process that beats is known to be no more; None: it is on another machine.
         silent_s: how long no heartbeat may come from a run that should be there.
     """
@@ -111,7 +114,7 @@ def judge(found: Evidence, job: JobOfRun | None, *, is_gone: bool | None, silent
     if found.finished and not _lives(pulse, silent_s, is_gone):
         return Verdict("finished", _finished(found))
     if state is not None and state.state == "PENDING":
-        return _pending(found, job, state)
+        return _pending(found, job, state, now)
     if job is not None and job.gave_up is not None and (state is None or state.has_ended):
         return Verdict("failed", f"gave up{at(found)}: {job.gave_up}", is_trouble=True)
     if state is not None and state.has_ended:
@@ -150,7 +153,7 @@ def _by_heartbeat(found: Evidence, pulse: Pulse, *, is_gone: bool | None, silent
     if pulse.age_s >= silent_s:
         line = (
             f"no sign of life for {duration(pulse.age_s)}: the last heartbeat is from node {beat.host} at "
-            f"{clock_time(pulse.dated)}{at(found, beat)}"
+            f"{clock_time(pulse.dated, pulse.dated + pulse.age_s)}{at(found, beat)}"
         )
         return Verdict("silent", line + ("" if runs else "; it was killed or its machine is lost"), is_trouble=True)
     return _working(found, pulse, silent_s)
@@ -210,14 +213,14 @@ def _finished(found: Evidence) -> str:
     return said
 
 
-def _pending(found: Evidence, job: JobOfRun | None, state: JobState) -> Verdict:
+def _pending(found: Evidence, job: JobOfRun | None, state: JobState, now: float) -> Verdict:
     why = "" if state.reason in ("None", "") else f" ({state.reason})"
     if state.reason in NEVER:
         return Verdict("waiting", f"will not start{why}: see `scontrol show job {state.job_id}`", is_trouble=True)
     if state.reason.startswith("JobHeld"):
         line = f"held in the queue{why}: `scontrol release {state.job_id}` lets it go"
         return Verdict("waiting", line, is_trouble=state.reason == "JobHeldAdmin")
-    expected = "" if state.started is None else f", expected to start at {clock_time(state.started.timestamp())}"
+    expected = "" if state.started is None else f", expected to start at {clock_time(state.started.timestamp(), now)}"
     if state.restarts == 0:
         line = "waiting for the job before it" if state.reason == "Dependency" else "waiting in the queue"
         return Verdict("waiting", f"{line}{why}{expected}")
@@ -260,7 +263,7 @@ def _without_heartbeat(found: Evidence, job: JobOfRun | None) -> Verdict:
     return Verdict("unknown", "nothing has begun here")
 
 
-def clock_time(moment: float) -> str:
-    """``12:03``, with the date where that is not of the last hours; by the time zone of this machine."""
+def clock_time(moment: float, now: float) -> str:
+    """``12:03``, with the date where that is hours away; in the time zone of this machine."""
     then = datetime.fromtimestamp(moment)
-    return f"{then:%H:%M}" if abs((datetime.now() - then).total_seconds()) < 12 * 3600 else f"{then:%b %d, %H:%M}"
+    return f"{then:%H:%M}" if abs(moment - now) < 12 * HOUR_S else f"{then:%Y-%m-%d %H:%M}"
