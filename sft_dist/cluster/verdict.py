@@ -153,7 +153,7 @@ def _by_heartbeat(found: Evidence, pulse: Pulse, *, is_gone: bool | None, silent
     if pulse.age_s >= silent_s:
         line = (
             f"no sign of life for {duration(pulse.age_s)}: the last heartbeat is from node {beat.host} at "
-            f"{clock_time(pulse.dated, pulse.dated + pulse.age_s)}{at(found, beat)}"
+            f"{clock_time(pulse.dated, pulse.dated + pulse.age_s)},{at(found, beat) or ' before the first step'}"
         )
         return Verdict("silent", line + ("" if runs else "; it was killed or its machine is lost"), is_trouble=True)
     return _working(found, pulse, silent_s)

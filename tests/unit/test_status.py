@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_written(run: Path) -> None:
 def test_no_sign_of_life(run: Path) -> None:
     found = status(folders.training(run, ago_s=14 * 60, phase="evaluating"))
     assert found.verdict.line == (
-        "no sign of life for 14 min: the last heartbeat is from node gpu-3 at 12:16 while evaluating at step 120 of "
+        "no sign of life for 14 min: the last heartbeat is from node gpu-3 at 12:16, while evaluating at step 120 of "
         "900; it was killed or its machine is lost"
     )
     assert (found.verdict.kind, found.verdict.is_trouble) == ("silent", True)
