@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sft_dist.cluster.attempts import FOLDER, GIVE_UP, Attempt, read_attempts
 from sft_dist.cluster.slurm import JobState, show_job
 from sft_dist.errors import SftError
 from sft_dist.metrics.heartbeat import Beat
 
-SLURM, ATTEMPTS, SUBMISSION = "slurm", "attempts.jsonl", "submission.json"
+SUBMISSION = "submission.json"
 
 # Asks SLURM for the state of a job; raises an error of this project where nobody answers.
 Ask = Callable[[str], JobState | None]
@@ -24,17 +24,22 @@ class JobOfRun:
     Args:
         job_id: of SLURM, of the newest job that trained or will train this run.
         state: what SLURM says of it; None: ``unknown`` says why not.
-        attempts: lines of ``attempts.jsonl``, as they are there.
-        gave_up: why it is not started again; None: it did not give up.
-        interrupted_by: how the last start ended that is followed by another; None: nothing is written of that.
+        attempts: starts that were noted, of this job and of those before it, the oldest first.
     """
 
     job_id: str
     state: JobState | None
     unknown: str | None
-    attempts: tuple[dict[str, Any], ...] = ()
-    gave_up: str | None = None
-    interrupted_by: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def last(self) -> Attempt | None:
+        """The last start of this very job; None: it has not started, or nobody noted it."""
+        return self.attempts[-1] if self.attempts and self.attempts[-1].job == self.job_id else None
+
+    @property
+    def has_given_up(self) -> bool:
+        return self.last is not None and self.last.decision == GIVE_UP
 
 
 def job_of_run(folder: Path, beat: Beat | None, notes: list[str], *, ask: Ask = show_job) -> JobOfRun | None:
@@ -43,8 +48,8 @@ def job_of_run(folder: Path, beat: Beat | None, notes: list[str], *, ask: Ask = 
     Args:
         notes: gets what is there and cannot be read.
     """
-    attempts = tuple(_lines(folder / SLURM / ATTEMPTS))
-    candidates = [_submitted(folder, notes), *(str(line["job_id"]) for line in attempts if "job_id" in line)]
+    attempts = tuple(read_attempts(folder))
+    candidates = [_submitted(folder, notes), *(attempt.job for attempt in attempts)]
     candidates.append(None if beat is None else beat.job_id)
     ids = [each for each in candidates if each is not None]
     if not ids:
@@ -62,7 +67,7 @@ def job_of_run(folder: Path, beat: Beat | None, notes: list[str], *, ask: Ask = 
 
 def _submitted(folder: Path, notes: list[str]) -> str | None:
     """Id of the training's job in the newest submission that has come to one."""
-    for path in sorted(folder.glob(f"{SLURM}/submission-*/{SUBMISSION}"), reverse=True):
+    for path in sorted(folder.glob(f"{FOLDER}/submission-*/{SUBMISSION}"), reverse=True):
         try:
             train = json.loads(path.read_text(encoding="utf-8"))["jobs"].get("train")
         except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -71,19 +76,3 @@ def _submitted(folder: Path, notes: list[str]) -> str | None:
         if train is not None:
             return str(train)
     return None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return []
-    found = []
-    for text in content.splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # being written
-        if isinstance(line, dict):
-            found.append(line)
-    return found

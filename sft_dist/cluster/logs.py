@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from sft_dist.cluster.job_of_run import SLURM
+from sft_dist.cluster.attempts import FOLDER as SLURM
 from sft_dist.cluster.status import require_run
 from sft_dist.errors import ConfigError
 
@@ -91,7 +91,9 @@ def chosen_files(folder: Path, choice: Choice) -> dict[Path, int | None]:
                 fix=f"give one of {', '.join(each.name for each in attempts)}",
             )
         return {}
-    attempt = attempts[-1] if choice.attempt is None and attempts else folder / LOGS / (choice.attempt or "")
+    # Without SLURM each node has a folder of its own until its ranks have met rank 0.
+    met = [each for each in attempts if 0 in rank_files(each)] or attempts
+    attempt = met[-1] if choice.attempt is None and met else folder / LOGS / (choice.attempt or "")
     files = rank_files(attempt)
     if choice.rank is None:
         return {path: rank for rank, path in files.items()}

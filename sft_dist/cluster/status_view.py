@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sft_dist.cluster.attempts import Attempt
 from sft_dist.cluster.evidence import Evidence, Measured
 from sft_dist.cluster.job_of_run import JobOfRun
 from sft_dist.cluster.status import Status
@@ -18,6 +19,9 @@ from sft_dist.plan.units import duration, percent, rate, step_seconds
 MIN_COLUMNS, MAX_COLUMNS = 80, 120
 LABEL_COLUMNS = 10
 BAR_COLUMNS = 40
+
+# The last ones say why a job waits or gave up.
+MAX_STARTS = 5
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -61,6 +65,7 @@ def _sections(status: Status) -> Iterable[tuple[str, list[Text]]]:
         "Saved": _saved(found),
         "Heartbeat": _heartbeat(found),
         "Job": [] if status.job is None else _job(status.job, status.clock.now),
+        "Starts": [] if status.job is None else _starts(status.job.attempts, status.clock.now),
     }
     return [(name, lines) for name, lines in sections.items() if lines]
 
@@ -204,4 +209,22 @@ def _job(job: JobOfRun, now: float) -> list[Text]:
         lines = [Text(", ".join(parts))]
         if state.excluded:
             lines.append(Text(f"without {', '.join(state.excluded)}", "dim"))
+    return lines
+
+
+def _starts(attempts: Sequence[Attempt], now: float) -> list[Text]:
+    """The last ones, and why each ended."""
+    lines = []
+    for number, each in list(enumerate(attempts, 1))[-MAX_STARTS:]:
+        text = f"{number}. {clock_time(each.began, now)}"
+        if each.is_open:
+            text += f" on {', '.join(each.nodes[:4])}, from step {each.step_before:,}"
+        else:
+            took = "" if each.ended is None else f", {duration(each.ended - each.began)}"
+            text += f"{took}, step {each.step_before:,} to {each.step_after:,}: {each.reason}"
+            if each.blamed:
+                text += f" ({', '.join(each.blamed)} failed)"
+        lines.append(Text(text))
+    if len(attempts) > MAX_STARTS:
+        lines.insert(0, Text(f"{len(attempts) - MAX_STARTS} before these", "dim"))
     return lines

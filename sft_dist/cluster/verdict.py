@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from sft_dist.cluster.attempts import REQUEUE, Attempt
 from sft_dist.cluster.evidence import Evidence, Pulse
 from sft_dist.cluster.job_of_run import JobOfRun
 from sft_dist.cluster.slurm import JobState
@@ -110,23 +111,54 @@ def judge(
         is_gone: whether the process that beats is known to be no more; None: it is on another machine.
         silent_s: how long no heartbeat may come from a run that should be there.
     """
-    pulse, state = found.pulse, None if job is None else job.state
+    pulse = found.pulse
     if found.finished and not _lives(pulse, silent_s, is_gone):
         return Verdict("finished", _finished(found))
-    if state is not None and state.state == "PENDING":
-        return _pending(found, job, state, now)
-    if job is not None and job.gave_up is not None and (state is None or state.has_ended):
-        return Verdict("failed", f"gave up{at(found)}: {job.gave_up}", is_trouble=True)
-    if state is not None and state.has_ended:
-        return _after_the_job(found, state)
-    is_of_this_start = pulse is not None and (
-        state is None or (pulse.beat.job_id == state.job_id and pulse.beat.restart == state.restarts)
-    )
-    if state is not None and not is_of_this_start:
-        return _starting(state)
+    if job is not None:
+        said = _by_the_job(found, job, now)
+        if said is not None:
+            return said
     if pulse is None:
         return _without_heartbeat(found, job)
-    return _by_heartbeat(found, pulse, is_gone=is_gone, silent_s=silent_s, runs=state is not None)
+    runs = job is not None and job.state is not None
+    return _by_heartbeat(found, pulse, is_gone=is_gone, silent_s=silent_s, runs=runs)
+
+
+def _by_the_job(found: Evidence, job: JobOfRun, now: float) -> Verdict | None:
+    """None: the job runs, or SLURM does not tell, and the heartbeat says more."""
+    state = job.state
+    if state is not None and state.state == "PENDING":
+        return _pending(found, job, state, now)
+    if job.has_given_up and (state is None or state.has_ended):
+        return _gave_up(found, job)
+    if state is None:
+        return _by_the_attempts(found, job)
+    if state.has_ended:
+        return _after_the_job(found, job, state)
+    if found.pulse is None or not _is_of(found.pulse.beat, job, state):
+        return _starting(state)
+    return None
+
+
+def _gave_up(found: Evidence, job: JobOfRun) -> Verdict:
+    last = job.last
+    assert last is not None
+    beat = None if found.pulse is None else found.pulse.beat
+    if beat is not None and beat.phase == "failed" and _is_of_start(beat, last) and beat.exit_code == last.code:
+        return _failed(last.code or 1, at(found, beat), beat.what)
+    return Verdict("failed", f"gave up{at(found)}: {last.reason}", is_trouble=True)
+
+
+def _by_the_attempts(found: Evidence, job: JobOfRun) -> Verdict | None:
+    """Where SLURM does not tell: what the job itself noted last, if no later start has shown itself."""
+    last, beat = job.last, None if found.pulse is None else found.pulse.beat
+    if last is None or last.decision != REQUEUE or (beat is not None and beat.restart > last.restart):
+        return None
+    return Verdict("waiting", f"asked for another start{at(found)}, nothing has come of it yet: {last.reason}")
+
+
+def _is_of_start(beat: Beat, start: Attempt) -> bool:
+    return (beat.job_id, beat.restart) == (start.job, start.restart)
 
 
 def _lives(pulse: Pulse | None, silent_s: float, is_gone: bool | None) -> bool:
@@ -213,7 +245,7 @@ def _finished(found: Evidence) -> str:
     return said
 
 
-def _pending(found: Evidence, job: JobOfRun | None, state: JobState, now: float) -> Verdict:
+def _pending(found: Evidence, job: JobOfRun, state: JobState, now: float) -> Verdict:
     why = "" if state.reason in ("None", "") else f" ({state.reason})"
     if state.reason in NEVER:
         return Verdict("waiting", f"will not start{why}: see `scontrol show job {state.job_id}`", is_trouble=True)
@@ -224,7 +256,9 @@ def _pending(found: Evidence, job: JobOfRun | None, state: JobState, now: float)
     if state.restarts == 0:
         line = "waiting for the job before it" if state.reason == "Dependency" else "waiting in the queue"
         return Verdict("waiting", f"{line}{why}{expected}")
-    ended = "interrupted" if job is None or job.interrupted_by is None else job.interrupted_by
+    if job.last is not None and job.last.decision == REQUEUE and not (job.last.reason or "").startswith("preempted"):
+        return Verdict("waiting", f"waiting to start again{why}{expected}{at(found)}: {job.last.reason}")
+    ended = "preempted" if job.last is not None and job.last.decision == REQUEUE else "interrupted"
     return Verdict("waiting", f"{ended}{at(found)}, waiting to start again{why}{expected}")
 
 
@@ -236,10 +270,14 @@ def _starting(state: JobState) -> Verdict:
     return Verdict("starting", line)
 
 
-def _after_the_job(found: Evidence, state: JobState) -> Verdict:
+def _is_of(beat: Beat, job: JobOfRun, state: JobState) -> bool:
+    """Whether a heartbeat is of the last start of a job."""
+    return beat.job_id == job.job_id and beat.restart == state.restarts
+
+
+def _after_the_job(found: Evidence, job: JobOfRun, state: JobState) -> Verdict:
     beat = None if found.pulse is None else found.pulse.beat
-    is_its_beat = beat is not None and beat.job_id == state.job_id and beat.restart == state.restarts
-    if beat is not None and is_its_beat and beat.phase == "failed":
+    if beat is not None and _is_of(beat, job, state) and beat.phase == "failed":
         return _failed(beat.exit_code or 1, at(found, beat), beat.what)
     if state.state in ENDINGS:
         line = f"{ENDINGS[state.state]}{at(found)}: job {state.job_id} does not start again by itself"

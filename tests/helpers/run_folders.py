@@ -123,3 +123,17 @@ def job(state: str, *, job_id: str = "4711", reason: str = "None", restarts: int
         record |= {"StartTime": "2026-03-04T11:30:00", "EndTime": "2026-03-04T15:30:00", "NodeList": "gpu-3,gpu-4"}
     line = " ".join(f"{key}={value}" for key, value in (record | fields).items())
     return slurm._job(slurm.parse_record(line))
+
+
+def attempt(folder: Path, restart: int, *, ago_s: float, step: int, **end: Any) -> None:
+    """Notes a start of job 4711 on two nodes, and its end after half an hour where ``end`` says how it ended."""
+    start = {"job": "4711", "restart": restart}
+    began = {"event": "began", **start, "at": NOW.timestamp() - ago_s, "nodes": ["gpu-3", "gpu-4"], "step": step}
+    lines = [began]
+    if end:
+        known = {"at": NOW.timestamp() - ago_s + 1800, "code": 75, "step": step, "reason": "", "blamed": []}
+        lines.append({"event": "ended", **start} | known | end)
+    path = folder / "slurm" / "attempts.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)

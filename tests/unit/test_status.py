@@ -179,6 +179,34 @@ def test_a_job_between_two_starts(run: Path) -> None:
     assert line(run, again) == "loading the model for 1 min"
 
 
+PREEMPTED = "preempted: its nodes are wanted by another job"
+
+
+def test_why_a_job_is_started_again_or_not(run: Path) -> None:
+    folders.training(run, ago_s=600, phase="stopped", during="training", exit_code=75, job_id="4711")
+    folders.attempt(run, 0, ago_s=3000, step=0, decision="requeue", reason=PREEMPTED)
+    waits = folders.job("PENDING", reason="Resources", restarts=1)
+    assert line(run, waits) == "preempted at step 120 of 900, waiting to start again (Resources)"
+    folders.attempt(run, 1, ago_s=1000, step=100, decision="requeue", reason="exit code 1: unexpected")
+    again = folders.job("PENDING", reason="BeginTime", restarts=2)
+    assert line(run, again) == "waiting to start again (BeginTime) at step 120 of 900: exit code 1: unexpected"
+    nobody = MachineError("x", fix="y")
+    folders.beat(run, ago_s=600, restart=1, job_id="4711", phase="failed", exit_code=1, what="ValueError: x")
+    assert line(run, nobody) == (
+        "asked for another start at step 120 of 900, nothing has come of it yet: exit code 1: unexpected"
+    )
+    folders.beat(run, restart=2, job_id="4711")
+    assert line(run, nobody).startswith("training, step 120"), "it has come"
+    reason = "4 starts in a row got no further than the last checkpoint"
+    folders.attempt(run, 2, ago_s=900, step=100, decision="give up", code=1, reason=reason)
+    for job in (folders.job("FAILED", restarts=2, ExitCode="1:0"), None):
+        assert line(run, job) == f"gave up at step 120 of 900: {reason}"
+        assert status(run, job).verdict.is_trouble
+    folders.attempt(run, 2, ago_s=900, step=100, decision="give up", code=4, reason="exit code 4 (data): ...")
+    folders.beat(run, restart=2, job_id="4711", phase="failed", during="training", exit_code=4, what="row 7")
+    assert line(run) == "failed with 4 (data) at step 120 of 900: row 7", "which says more"
+
+
 def test_slurm_that_does_not_answer(run: Path) -> None:
     folders.training(run, job_id="4711")
     found = status(run, MachineError("SLURM's controller does not answer: x", fix="y"))
@@ -315,8 +343,21 @@ def in_training(run: Path) -> Status:
 
 def silent(run: Path) -> Status:
     folders.submitted(run)
+    folders.attempt(run, 0, ago_s=10_000, step=0, decision="requeue", reason=PREEMPTED)
+    folders.attempt(
+        run,
+        1,
+        ago_s=5000,
+        step=50,
+        decision="lost",
+        code=None,
+        at=None,
+        blamed=["gpu-4"],
+        reason="it never told of its end",
+    )
+    folders.attempt(run, 2, ago_s=3600, step=100)
     refused = ConfigError("SLURM is not installed here: there is no program scontrol", fix="x")
-    return status(folders.training(run, ago_s=14 * 60, job_id="4711"), refused)
+    return status(folders.training(run, ago_s=14 * 60, job_id="4711", restart=2), refused)
 
 
 def finished(run: Path) -> Status:
