@@ -93,9 +93,13 @@ class Bill:
 
 @dataclass(frozen=True)
 class Planned:
-    """What ``plan.json`` says of the whole run on ``machines``; its cost is None where no price is known."""
+    """What ``plan.json`` says of the whole run; its cost is None where no price is known.
 
-    machines: str
+    Args:
+        machines: that it was planned for, where the plan has a line about them.
+    """
+
+    machines: str | None
     step_s: float
     total_s: float
     usd: float | None
@@ -279,7 +283,7 @@ def _planned(folder: Path, notes: list[str]) -> Planned | None:
         return None
     chosen = plan.cost.chosen
     return Planned(
-        machines=plan.subject["machines"],
+        machines=plan.subject.get("machines"),
         step_s=plan.time.step.value,
         total_s=plan.time.total.value,
         usd=None if chosen is None else chosen.usd.value,

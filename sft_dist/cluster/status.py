@@ -84,11 +84,16 @@ def require_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder here", fix="give the output_dir of a run")
-    if not (holds_a_run(folder) or (folder / HEARTBEAT).exists() or (folder / SLURM).is_dir()):
+    if not is_run(folder):
         raise ConfigError(
             f"{folder} holds no run: it has none of config.yaml, metrics.jsonl, checkpoints/, {HEARTBEAT} and {SLURM}/",
             fix="give the output_dir of a run that has begun or was submitted; `config show CONFIG` prints it",
         )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in a folder, or was submitted into it."""
+    return holds_a_run(folder) or (folder / HEARTBEAT).exists() or (folder / SLURM).is_dir()
 
 
 def _is_gone(folder: Path, pulse: Pulse | None) -> bool | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -39,10 +39,14 @@ STYLES: dict[Kind, str] = {
 }
 
 
-def render_status(status: Status, console: Console) -> RenderableType:
-    """The verdict, then a line or two for each thing that is known."""
+def headline(status: Status) -> Text:
+    """The verdict, in one line however long."""
+    return Text(status.verdict.line, "bold red" if status.verdict.is_trouble else STYLES[status.verdict.kind])
+
+
+def details(status: Status, console: Console) -> RenderableType:
+    """A line or two for each thing that is known."""
     columns = max(MIN_COLUMNS, min(console.width, MAX_COLUMNS))
-    style = "bold red" if status.verdict.is_trouble else STYLES[status.verdict.kind]
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(width=LABEL_COLUMNS, no_wrap=True, style="bold")
     table.add_column(overflow="fold", max_width=columns - LABEL_COLUMNS - 1)
@@ -50,9 +54,17 @@ def render_status(status: Status, console: Console) -> RenderableType:
         table.add_row(name, Text("\n").join(lines))
     for number, note in enumerate(status.notes):
         table.add_row(Text("" if number else "Note", "bold yellow"), Text(note))
-    return Group(
-        Text(status.verdict.line, style, overflow="fold"), Text(str(status.folder), "dim", overflow="fold"), table
-    )
+    return Group(Text(str(status.folder), "dim", overflow="fold"), table)
+
+
+def sweep_view(points: Mapping[str, Status | None]) -> RenderableType:
+    """A line a point; None: nothing of it has begun."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
+    for name, status in points.items():
+        table.add_row(name, Text("not begun", "dim") if status is None else headline(status))
+    return table
 
 
 def _sections(status: Status) -> Iterable[tuple[str, list[Text]]]:
@@ -127,9 +139,8 @@ def _time(status: Status) -> list[Text]:
         lines.append(Text(so_far))
     if found.planned is not None:
         plan = found.planned
-        lines.append(
-            Text(f"planned {duration(plan.total_s)}, {step_seconds(plan.step_s)} a step, on {plan.machines}", "dim")
-        )
+        on = "" if plan.machines is None else f", on {plan.machines}"
+        lines.append(Text(f"planned {duration(plan.total_s)}, {step_seconds(plan.step_s)} a step{on}", "dim"))
     return lines
 
 

@@ -26,8 +26,8 @@ def test_a_run_from_its_first_step_to_its_end(tiny_base: Path, tmp_path: Path) -
     config, output, log = write_config(tiny_base, tmp_path, "ddp", "lora"), tmp_path / "run", tmp_path / "log"
     priced = ["hardware.price_per_hour=36", "hardware.fx=150"]
     command = ["train", str(config), "--resume", "auto", f"output_dir={output}", *priced]
-    with Ranks(1, [*command, "train.max_steps=100000", "checkpoint.every_steps=4"], log) as ranks:
-        found = wait_for(output, lambda s: (s.step or 0) > 4 and s.forecast is not None, ranks)
+    with Ranks(1, [*command, "train.max_steps=100000", "checkpoint.every_steps=5"], log) as ranks:
+        found = wait_for(output, lambda s: s.found.saved.newest is not None and s.forecast is not None, ranks)
         assert found.verdict.kind == "working"
         assert not found.verdict.is_trouble
         assert found.found.num_steps == 100000
@@ -45,10 +45,10 @@ def test_a_run_from_its_first_step_to_its_end(tiny_base: Path, tmp_path: Path) -
         ranks.let_go()
         ranks.kill()
     gone = read_status(output)
-    assert gone.verdict.line.startswith("its process is gone at step "), gone.verdict.line
+    assert gone.verdict.line.startswith("its process is gone"), "its lock is free"
     assert gone.verdict.is_trouble
     assert gone.step is not None
-    reached = gone.step + 30
+    reached = gone.step + 5
     with Ranks(1, [*command, "train.max_steps=100000"], log) as ranks:
         wait_for(output, lambda s: s.verdict.kind == "working" and (s.step or 0) > reached, ranks)
         ranks.processes[0].terminate()

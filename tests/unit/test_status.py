@@ -16,11 +16,13 @@ from sft_dist.cli import main
 from sft_dist.cluster.file_clock import clock_of
 from sft_dist.cluster.slurm import JobState
 from sft_dist.cluster.status import Status, read_status, status_json
-from sft_dist.cluster.status_view import render_status, sparkline
+from sft_dist.cluster.status_view import details, headline, sparkline
 from sft_dist.cluster.watch import watch_status
 from sft_dist.errors import ConfigError, MachineError
 from sft_dist.metrics.heartbeat import HEARTBEAT
+from sft_dist.plan.to_json import plan_json
 from tests.helpers import run_folders as folders
+from tests.helpers import sample_plans
 from tests.helpers.disks import read_only
 from tests.helpers.run_folders import CLOCK
 
@@ -317,6 +319,31 @@ def test_watching_without_a_terminal(run: Path) -> None:
     assert out.getvalue() == "failed with 3 (memory) at step 120 of 900: too large\n"
 
 
+def test_the_first_line_is_whole_in_a_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    what = "a long story " * 20
+    folders.training(run, phase="failed", exit_code=1, what=what)
+    assert code_of("status", str(run)) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(what)
+
+
+def test_a_sweep(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders.submitted(run)
+    points = {"format": 1, "keys": ["optim.lr"], "points": [{"name": f"lr-{n}"} for n in (1, 2, 3)]}
+    folders.put(run / "slurm" / "submission-001" / "sweep.json", json.dumps(points), ago_s=0)
+    folders.training(run / "lr-1", phase="failed", exit_code=6, what="step 120: loss nan")
+    folders.training(run / "lr-3", phase="stopped", exit_code=75, what="preempted by SIGTERM at step 120")
+    assert code_of("status", str(run)) == 0
+    assert [" ".join(text.split()) for text in capsys.readouterr().out.splitlines()] == [
+        "lr-1 failed with 6 (diverged) at step 120 of 900: step 120: loss nan",
+        "lr-2 not begun",
+        "lr-3 preempted by SIGTERM at step 120; it goes on with --resume auto",
+    ]
+    assert code_of("status", str(run), "--check", "10m") == 1
+    assert capsys.readouterr().out == "runs/llama: 3 points: 1 failed, 1 stopped, 1 not begun\n"
+    assert code_of("status", str(run), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["points"]["lr-3"]["state"] == "stopped"
+
+
 def test_sparkline() -> None:
     assert sparkline([1.0, 4.5, 8.0]) == "▁▅█"
     assert sparkline([2.0, None, 2.0]) == "▁×▁"
@@ -326,7 +353,8 @@ def test_sparkline() -> None:
 def shown(found: Status, columns: int) -> str:
     out = io.StringIO()
     console = Console(file=out, width=columns, highlight=False)
-    console.print(render_status(found, console))
+    console.print(headline(found))
+    console.print(details(found, console))
     return "".join(f"{each.rstrip()}\n" for each in out.getvalue().splitlines())
 
 
@@ -338,6 +366,7 @@ def in_the_queue(run: Path) -> Status:
 def in_training(run: Path) -> Status:
     folders.submitted(run)
     (run / "checkpoints" / "step-00000120.unfinished").mkdir(parents=True)
+    folders.put(run / "plan.json", json.dumps(plan_json(sample_plans.lora_70b())), ago_s=5000)
     return status(folders.training(run, job_id="4711"), folders.job("RUNNING", ExcNodeList="gpu-7"))
 
 
