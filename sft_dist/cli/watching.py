@@ -31,7 +31,7 @@ def status(
             "--check",
             metavar="TIME",
             help="For cron: one line, and exit code 1 if the run failed, will never start, or gave no sign of life or "
-            "made no step for this long, e.g. 15m.",
+            "made no step for this long, e.g. 15m; a step may take 5 min in any case.",
         ),
     ] = None,
 ) -> None:

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -228,8 +229,9 @@ def _follow(
         if new and (gone or not is_first or choice.rank is None):
             say(f"==> {next(iter(new)).parent if choice.rank is None else next(iter(new))} <==")
         # What has begun since this look began is shown from its start.
-        for tail in _open(new, choice, lines=choice.lines if is_first else None):
-            tails[tail.path] = tail
+        with suppress(FileNotFoundError):  # moved meanwhile; the next look finds it
+            for tail in _open(new, choice, lines=choice.lines if is_first else None):
+                tails[tail.path] = tail
         is_first = False
         _write(out, tails.values())
         out.flush()

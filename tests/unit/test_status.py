@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from tests.helpers import run_folders as folders
 from tests.helpers import sample_plans
 from tests.helpers.disks import read_only
 from tests.helpers.run_folders import CLOCK
+from tests.helpers.terminal import Terminal
 
 VIEWS = Path(__file__).parent.parent / "golden" / "status"
 
@@ -342,6 +345,21 @@ def test_a_sweep(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "runs/llama: 3 points: 1 failed, 1 stopped, 1 not begun\n"
     assert code_of("status", str(run), "--json") == 0
     assert json.loads(capsys.readouterr().out)["points"]["lr-3"]["state"] == "stopped"
+
+
+def test_watching_in_a_terminal(run: Path) -> None:
+    folders.training(run)
+    os.utime(run / HEARTBEAT)
+    with Terminal([sys.executable, "-m", "sft_dist", "status", str(run), "--watch"], columns=90, rows=30) as terminal:
+        shown = terminal.wait_for("training, step 120 of 900")
+        terminal.wait_for("fsdp2 on 16 processes", after=shown)
+        folders.beat(run, step=121)
+        os.utime(run / HEARTBEAT)
+        terminal.wait_for("training, step 121 of 900", after=shown)
+        terminal.type("\x03")
+        assert terminal.wait_for_exit() == 128 + signal.SIGINT
+    assert "Traceback" not in terminal.text
+    assert "interrupted" not in terminal.text
 
 
 def test_sparkline() -> None:
