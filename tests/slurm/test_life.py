@@ -16,7 +16,7 @@ from tests.helpers import figures
 from tests.helpers.offline_wandb import offline_runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import SmallRun
-from tests.slurm.training import was_sent, submit_training
+from tests.slurm.training import submit_training, was_sent
 
 pytestmark = pytest.mark.slurm
 
