@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from sft_dist import __version__
 from sft_dist.cli.answers import chat, serve
+from sft_dist.cli.cluster import submit
 from sft_dist.cli.config import config_app
 from sft_dist.cli.data import data_app
 from sft_dist.cli.export import export
@@ -64,6 +65,7 @@ app.command(short_help="The dry run: does it fit, how long, how much money.")(pl
 app.command(short_help="Measure this machine's GPU for plans.")(calibrate)
 app.command(short_help="How a run stands, also while it runs elsewhere.")(status)
 app.command(short_help="What the processes of a run have printed.")(logs)
+app.command(short_help="Train as a job of SLURM, from start to end.")(submit)
 app.command(short_help="Talk to a run, or let it answer a file.")(chat)
 app.command(short_help="Answer over HTTP, as the OpenAI API does.")(serve)
 app.command(short_help="Write an adapter, a merged or a whole model for others to load.")(export)

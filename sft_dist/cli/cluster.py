@@ -1,0 +1,46 @@
+"""``sft-dist submit``: jobs on a cluster. Imports no torch at module level."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sft_dist.cli.options import ConfigPath, Overrides, checked_config
+from sft_dist.errors import PlanError
+from sft_dist.runtime.quiet import quiet_libraries
+
+
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Submit nothing: show the plan's verdict, what is asked for and the script."),
+    ] = False,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="Submit nothing: ask SLURM whether and when it would run.")
+    ] = False,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never", help="auto: output_dir may hold a run, and the job goes on with it.")
+    ] = "never",
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Submit although the plan says that it does not fit.")
+    ] = False,
+) -> None:
+    """Train as a job of SLURM: what it asks for follows from the plan and from the section `cluster`.
+
+    The job resumes after its time limit, a preemption or a failed node, until the run is done. What it runs is kept
+    in output_dir/slurm/submission-NNN. Ends with 3 where the run does not fit.
+    """
+    checked = checked_config(config, overrides)
+    quiet_libraries()
+    from sft_dist.cluster.submit import prepare, show
+
+    if dry_run:
+        prepared = prepare(checked)
+        show(prepared, Console())
+        if not prepared.fits and not anyway:
+            raise typer.Exit(PlanError.exit_code)
+        return

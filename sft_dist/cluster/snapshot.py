@@ -1,0 +1,154 @@
+"""What a submission keeps in ``OUTPUT_DIR/slurm/submission-NNN``: what the job runs, and what it was submitted from.
+
+The code itself stays where it is: a job runs the checkout as it is when the job starts.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import sft_dist
+from sft_dist import __version__
+from sft_dist.config.load import dump_config
+from sft_dist.config.schema import Config
+from sft_dist.train.run_files import keep_file, writing_into
+
+# In the run directory.
+FOLDER = "slurm"
+# In a submission.
+CONFIG, RECORD, LOCK, CHANGES = "config.yaml", "submission.json", "packages.txt", "uncommitted.diff"
+NUMBER_DIGITS = 3
+GIT_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code that a submission runs.
+
+    Args:
+        version: of this package.
+        checkout: its folder; None: the package is installed elsewhere.
+        commit: None where the checkout is no git repository, or git is not there.
+        changed: whether files differ from the commit; new_files: that are in no commit.
+        difference: of the files that the commit has, as git tells it.
+    """
+
+    version: str
+    checkout: str | None
+    commit: str | None
+    changed: bool
+    new_files: tuple[str, ...] = ()
+    difference: str = ""
+
+
+def code_here() -> Code:
+    """The code that runs now."""
+    folder = Path(sft_dist.__file__).resolve().parents[1]
+    if not (folder / "pyproject.toml").is_file():
+        return Code(__version__, None, None, False)
+    try:
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return Code(__version__, str(folder), None, False)
+    difference = _git(folder, "diff", "HEAD", "--binary")
+    new = tuple(_git(folder, "ls-files", "--others", "--exclude-standard").splitlines())
+    return Code(__version__, str(folder), commit, bool(difference or new), new, difference)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "core.quotepath=false", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=GIT_TIMEOUT_S).stdout
+
+
+def installed_packages() -> str:
+    """``name==version``, a line each, of everything that this Python can import."""
+    found = {f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions()}
+    return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
+
+
+def submission_folder(run: Path, number: int) -> Path:
+    return run / FOLDER / f"submission-{number:0{NUMBER_DIGITS}}"
+
+
+def last_submission(run: Path) -> int:
+    """The highest number; 0 where there is none."""
+    found = (folder.name.partition("-")[2] for folder in (run / FOLDER).glob("submission-*"))
+    return max((int(number) for number in found if number.isdecimal()), default=0)
+
+
+def new_submission(run: Path) -> Path:
+    """Makes the folder of the next submission; two at a time get two.
+
+    Raises:
+        ConfigError: the run directory cannot be written.
+    """
+    with writing_into(run):
+        (run / FOLDER).mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = submission_folder(run, last_submission(run) + 1)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+
+
+def write_submission(folder: Path, config: Config, scripts: Mapping[str, str], code: Code) -> None:
+    """Writes everything but the record.
+
+    Args:
+        folder: as ``new_submission`` made it.
+        scripts: by the names of their files.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    files = {CONFIG: dump_config(config), LOCK: installed_packages(), **scripts}
+    if code.difference:
+        files[CHANGES] = code.difference
+    with writing_into(folder):
+        for name, text in files.items():
+            keep_file(folder / name, text)
+        for name in scripts:
+            (folder / name).chmod(0o755)
+
+
+def record(
+    folder: Path, *, code: Code, source: Path, overrides: Sequence[str], jobs: Mapping[str, int], **further: Any
+) -> None:
+    """Writes ``submission.json``.
+
+    Args:
+        source: the file that was submitted; overrides: of it on the command line.
+        jobs: SLURM's ids by the name of the script without its ending, e.g. ``train``.
+        further: what else is to be known.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    said = {name: value for name, value in asdict(code).items() if name != "difference"}
+    content = {
+        "submission": int(folder.name.partition("-")[2]),
+        "jobs": dict(jobs),
+        "submitted_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "user": getpass.getuser(),
+        "host": socket.gethostname(),
+        "directory": str(Path.cwd()),
+        "config": str(source),
+        "overrides": list(overrides),
+        "python": f"{sys.executable} {sys.version.split()[0]}",
+        "code": said,
+        **further,
+    }
+    with writing_into(folder):
+        keep_file(folder / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
