@@ -36,11 +36,25 @@ def submit(
     """
     checked = checked_config(config, overrides)
     quiet_libraries()
-    from sft_dist.cluster.submit import prepare, show
+    from sft_dist.cluster import submit as jobs
 
     if dry_run:
-        prepared = prepare(checked)
-        show(prepared, Console())
-        if not prepared.fits and not anyway:
+        what = jobs.wanted(checked)
+        jobs.show(what, Console())
+        if not what.fits and not anyway:
             raise typer.Exit(PlanError.exit_code)
         return
+    jobs.check_run_directory(checked, resume=resume)
+    what = jobs.wanted(checked)
+    for line in jobs.verdict_lines(what.plan):
+        typer.echo(line)
+    if not anyway:
+        jobs.check_fit(what)
+    if test_only:
+        for line in jobs.would_run(what):
+            typer.echo(line)
+        return
+    ids = jobs.submit(what, source=config, overrides=overrides or [], say=typer.echo)
+    typer.echo(f"\nsubmitted job {ids['train']}; to follow it:")
+    for line in jobs.how_to_follow(checked, ids):
+        typer.echo(f"  {line}")

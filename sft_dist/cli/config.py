@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sft_dist.cli.options import ConfigPath, Overrides, checked_config, put_own_tools_on_path
-from sft_dist.config.load import dump_config
+from sft_dist.config.load import dump_config, value_at
 from sft_dist.config.schema import Config
 from sft_dist.runtime.quiet import quiet_libraries
 
@@ -44,6 +44,17 @@ def check(
 def show(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the configuration with every default, as YAML that can be loaded again."""
     typer.echo(dump_config(checked_config(config, overrides)), nl=False)
+
+
+@config_app.command("get")
+def get(
+    config: ConfigPath,
+    key: Annotated[str, typer.Argument(metavar="KEY.PATH", help="Of one value, e.g. output_dir.")],
+    overrides: Overrides = None,
+) -> None:
+    """Print one value of a configuration, for scripts: text as it is, anything else as JSON."""
+    value = value_at(checked_config(config, overrides), key)
+    typer.echo(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 @config_app.command("schema")

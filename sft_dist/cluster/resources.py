@@ -11,11 +11,14 @@ from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, UnknownHardware
 
 if TYPE_CHECKING:
+    from sft_dist.plan.assumed import AssumedData
     from sft_dist.plan.dry_run import DryRun
 
-# Of the planned host memory. What it does not count: the launcher, W&B's process, NCCL's shared memory, allocators'
-# slack. The page cache is not in it either: a job's limit counts it, but the kernel takes it back before it ends a job.
-MEMORY_MARGIN = 1.2
+# Of the planned host memory, and at most so much a process. What the plan does not count: the launcher, W&B's process,
+# NCCL's shared memory, allocators' slack. The page cache is not in it either: a job's limit counts it, but the kernel
+# takes it back before it ends a job.
+MEMORY_MARGIN = 0.2
+MOST_MARGIN_GIB = 8
 # What a process of training keeps busy, one core each: its main thread, autograd's thread for the backward pass, NCCL's
 # or gloo's proxy, and what writes checkpoints and metrics beside it (W&B's process too).
 CPUS_OF_A_PROCESS = 4
@@ -27,6 +30,8 @@ LEAST_SIGNAL_S = 120
 SIGNAL_WITHOUT_PLAN_S = 300
 # Before each start: what checks the nodes takes less than this.
 DOCTOR_S = 20
+# Of an evaluation of data that cannot be counted; it is finished first.
+UNKNOWN_EVALUATION_S = 300
 # A process notices the signal at the end of a step, all agree at the next one, and one more may be a slow one.
 STEPS_TO_STOP = 3
 # Disks are assumed; half or twice of it is what the plan expects of them.
@@ -67,8 +72,11 @@ class Resources:
         assert set(self.reasons) == {field.name for field in fields(self)} - {"reasons"}
 
 
-def planned_run(config: Config) -> DryRun | None:
+def planned_run(config: Config, *, assumed: AssumedData | None = None) -> DryRun | None:
     """The plan that a job's resources are taken from; None where no GPU is known and the configuration says it all.
+
+    Args:
+        assumed: in place of the data.
 
     Raises:
         ConfigError: no GPU is known, and ``cluster`` does not say what would come from the plan.
@@ -92,7 +100,7 @@ def planned_run(config: Config) -> DryRun | None:
             f"{unknown.what}: nothing is planned, and {' and '.join(missing)} would come from the plan",
             fix=f"set {' and '.join(missing)}, or hardware.gpu to the GPU of the nodes, e.g. h100",
         ) from None
-    return dry_run(config, machines)
+    return dry_run(config, machines, assumed=assumed)
 
 
 def resources_of(config: Config, planned: DryRun | None) -> Resources:
@@ -133,7 +141,7 @@ def resources_of(config: Config, planned: DryRun | None) -> Resources:
 
 
 def _stated(key: str, value: int | None) -> str:
-    return key if value is not None else f"{key} is not set: 1"
+    return key if value is not None else f"{key} is not set"
 
 
 def _cpus(config: Config, planned: DryRun | None) -> tuple[int, str]:
@@ -152,11 +160,12 @@ def _memory(config: Config, planned: DryRun | None) -> tuple[int, str]:
         return math.ceil(config.cluster.memory_gib), "cluster.memory_gib"
     assert planned is not None, "planned_run asks for memory_gib"
     parts = planned.plan.memory.host_parts
-    needed = sum(parts.values())
+    needed_gib = sum(parts.values()) / 2**30
+    margin_gib = min(MEMORY_MARGIN * needed_gib, MOST_MARGIN_GIB * planned.run.world.ranks_per_node)
     largest = max(parts, key=lambda name: parts[name])
     return (
-        math.ceil(MEMORY_MARGIN * needed / 2**30),
-        f"planned {needed / 2**30:,.1f} GiB x {MEMORY_MARGIN:g}; most of it: {largest} {parts[largest] / 2**30:,.1f}",
+        math.ceil(needed_gib + margin_gib),
+        f"planned {needed_gib:,.1f} GiB and {margin_gib:,.1f} more; most is {largest}, {parts[largest] / 2**30:,.1f}",
     )
 
 
@@ -167,6 +176,7 @@ def _signal(config: Config, planned: DryRun | None) -> tuple[int, str]:
     if planned is None:
         return SIGNAL_WITHOUT_PLAN_S, "no plan says how long saving takes: 5 minutes"
     from sft_dist.plan.disk import saved_state_bytes
+    from sft_dist.plan.fit import evaluates
     from sft_dist.plan.rates import DISK_BYTES_PER_S
     from sft_dist.plan.units import duration
 
@@ -175,7 +185,9 @@ def _signal(config: Config, planned: DryRun | None) -> tuple[int, str]:
         f"{STEPS_TO_STOP} steps": STEPS_TO_STOP * time.step.high,
         "a save": SLOWER_DISK * saved_state_bytes(planned.run) / DISK_BYTES_PER_S,
     }
-    if data.evaluations:
+    if evaluates(planned.run) and data.basis == "assumed":
+        parts["an evaluation (data.eval is not here)"] = UNKNOWN_EVALUATION_S
+    elif data.evaluations:
         parts["an evaluation"] = SLOWER_DISK * time.phases["eval"] / data.evaluations
     needed = EARLINESS_S + sum(parts.values())
     said = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,13 +15,12 @@ from sft_dist.cluster.resources import Resources
 from sft_dist.cluster.time_limit import limit_of_seconds
 from sft_dist.config.cluster_schema import ClusterConfig
 from sft_dist.config.schema import Config
+from sft_dist.config.validate_cluster import OWN_VARIABLES
 
 # The editable copies stand in slurm/ of the checkout.
 TEMPLATES = Path(__file__).parent / "templates"
 
 MODULES = {name: f"sft_dist.launch.{name}" for name in ("torchrun", "accelerate", "deepspeed", "srun")}
-# Exported below by name: in a container they count over those of the image.
-OWN_VARIABLES = ("HF_HUB_OFFLINE", "PYTHONPATH", "SFT_DIST_JOB_NOTES")
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,15 @@ class Place:
     submission: str
 
 
-def render_train(config: Config, resources: Resources, place: Place | None, *, name: str) -> str:
+def render_train(
+    config: Config, resources: Resources, place: Place | None, *, name: str, about: Mapping[str, str] | None = None
+) -> str:
     """The script of the job that trains.
 
     Args:
         place: None: a script for every CONFIG, to be submitted from the checkout by hand.
         name: of the job.
+        about: without a place: ``recipe`` and ``data`` that its resources are planned for.
     """
     cluster = config.cluster
     output = "%x-%j.out" if place is None else f"{output_pattern(place.run)}/slurm/train-%j.out"
@@ -56,6 +59,7 @@ def render_train(config: Config, resources: Resources, place: Place | None, *, n
         cluster,
         place,
         resources=resources,
+        about=about,
         why=resource_lines(resources),
         launch_options=_launch_options(config, resources),
         python_of_steps='"$python"' if cluster.container is None else "python3",
@@ -151,6 +155,7 @@ def step_options(cluster: ClusterConfig, place: Place | None) -> list[str]:
         options.append(f"--container-mounts={','.join(mounts)}")
     if place is not None:
         options.append(f"--container-workdir={place.directory}")
+    # In a container they count over those of the image.
     return [*options, f"--container-env={','.join([*OWN_VARIABLES, *cluster.environment])}"]
 
 

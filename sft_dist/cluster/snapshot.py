@@ -51,10 +51,16 @@ class Code:
     difference: str = ""
 
 
+def checkout() -> Path | None:
+    """The folder of this project's code; None where it is installed like any other package."""
+    folder = Path(sft_dist.__file__).resolve().parents[1]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
 def code_here() -> Code:
     """The code that runs now."""
-    folder = Path(sft_dist.__file__).resolve().parents[1]
-    if not (folder / "pyproject.toml").is_file():
+    folder = checkout()
+    if folder is None:
         return Code(__version__, None, None, False)
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
@@ -124,7 +130,7 @@ def write_submission(folder: Path, config: Config, scripts: Mapping[str, str], c
 
 
 def record(
-    folder: Path, *, code: Code, source: Path, overrides: Sequence[str], jobs: Mapping[str, int], **further: Any
+    folder: Path, *, code: Code, source: Path, overrides: Sequence[str], jobs: Mapping[str, str], **further: Any
 ) -> None:
     """Writes ``submission.json``.
 

@@ -72,7 +72,10 @@ class ClusterConfig(Section):
     )
     time_margin: float = Field(1.5, ge=1, description="Time limit over the planned time, where time_limit is null.")
     signal_before_s: int | None = Field(
-        None, ge=60, description="Seconds before the time limit at which to save and stop; null: from the plan."
+        None,
+        ge=60,
+        le=65_535,
+        description="Seconds before the time limit when to save and stop; null: from the plan.",
     )
     max_restarts: int = Field(
         3, ge=0, description="Starts in a row that did not get past the last checkpoint, before the job gives up."

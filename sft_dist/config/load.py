@@ -74,6 +74,30 @@ def dump_config(config: Config) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
+def value_at(config: Config, key: str) -> Any:
+    """The value of a dotted key, as YAML would hold it; a number is a place in a list.
+
+    Raises:
+        ConfigError: there is no such key in this configuration.
+    """
+    here: Any = config.model_dump(mode="json")
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        place: str | int = int(name) if isinstance(here, list) and name.isdecimal() else name
+        if not isinstance(here, dict | list) or not (place in here if isinstance(here, dict) else _is_in(place, here)):
+            known = f"; the keys here are {', '.join(here)}" if isinstance(here, dict) else ""
+            raise ConfigError(
+                f"{key}: {'.'.join(names[:depth]) or 'the configuration'} has no {name}{known}",
+                fix="`sft-dist config show FILE` prints all keys with their values",
+            )
+        here = here[place]  # type: ignore[index]
+    return here
+
+
+def _is_in(place: str | int, values: list[Any]) -> bool:
+    return isinstance(place, int) and place < len(values)
+
+
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ from sft_dist.config.schema import (
     QloraMethod,
     VirtualTokensMethod,
 )
+from sft_dist.config.validate_cluster import cluster_findings
 from sft_dist.errors import ConfigError
 
 REGULAR_EXPRESSION = "re:"  # in front of a name that is one
@@ -370,4 +371,5 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _evaluation,
     _mirror,
     _hardware,
+    cluster_findings,
 )
