@@ -25,6 +25,12 @@ def submit(
     resume: Annotated[
         str, typer.Option(metavar="auto|never", help="auto: output_dir may hold a run, and the job goes on with it.")
     ] = "never",
+    examples: Annotated[
+        str | None, typer.Option("--examples", metavar="N", help="Plan for so many rows of data, e.g. 10k.")
+    ] = None,
+    tokens_per_example: Annotated[
+        str | None, typer.Option("--tokens-per-example", metavar="T", help="Their mean length, with the template.")
+    ] = None,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Submit although the plan says that it does not fit.")
     ] = False,
@@ -37,15 +43,17 @@ def submit(
     checked = checked_config(config, overrides)
     quiet_libraries()
     from sft_dist.cluster import submit as jobs
+    from sft_dist.plan.command import stated_data
 
+    assumed = stated_data(examples, tokens_per_example)
     if dry_run:
-        what = jobs.wanted(checked)
+        what = jobs.wanted(checked, assumed=assumed)
         jobs.show(what, Console())
         if not what.fits and not anyway:
             raise typer.Exit(PlanError.exit_code)
         return
     jobs.check_run_directory(checked, resume=resume)
-    what = jobs.wanted(checked)
+    what = jobs.wanted(checked, assumed=assumed)
     for line in jobs.verdict_lines(what.plan):
         typer.echo(line)
     if not anyway:

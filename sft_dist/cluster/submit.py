@@ -31,6 +31,7 @@ from sft_dist.cluster.snapshot import (
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from sft_dist.plan import words
+from sft_dist.plan.assumed import AssumedData
 from sft_dist.plan.result import Plan
 from sft_dist.train.preflight import preflight
 from sft_dist.train.resume import AUTO, NEVER
@@ -59,8 +60,11 @@ class Wanted:
         return self.plan is None or self.plan.memory.verdict != "does not fit"
 
 
-def wanted(config: Config) -> Wanted:
+def wanted(config: Config, *, assumed: AssumedData | None = None) -> Wanted:
     """Plans a configuration; writes nothing.
+
+    Args:
+        assumed: what the data is like, where its owner says so.
 
     Raises:
         ConfigError: resources are missing, or SLURM could not write its output into the run directory.
@@ -72,7 +76,7 @@ def wanted(config: Config) -> Wanted:
             f"output_dir: {str(run)!r} has a backslash or a line break, which sbatch cannot take in --output",
             fix="set another output_dir",
         )
-    planned = planned_run(config)
+    planned = planned_run(config, assumed=assumed)
     plan = None if planned is None else planned.plan
     return Wanted(config, run, plan, resources_of(config, planned))
 

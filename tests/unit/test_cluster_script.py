@@ -170,7 +170,8 @@ def test_every_step(tmp_path: Path, launcher: str, container: str) -> None:
         ]  # fmt: skip
         outside = [call for call in done.of("python") if "sft_dist.cluster.job" in call]
         assert outside == [
-            ["-m", "sft_dist.cluster.job", "begin", run], ["-m", "sft_dist.cluster.job", "end", run, "--code", "0"],
+            ["-m", "sft_dist.cluster.job", "begin", run, "--max-restarts", "3"],
+            ["-m", "sft_dist.cluster.job", "end", run, "--code", "0", "--max-restarts", "3"],
         ]  # fmt: skip
 
 
@@ -189,17 +190,17 @@ def test_no_node_is_told_its_rank_by_the_batch_shell(launcher: str) -> None:
 def test_what_a_step_ends_with_is_told_and_decides(tmp_path: Path) -> None:
     done = played(tmp_path, 2, "torchrun", "none", TRAIN="75", END="0")
     assert done.code == 0
-    assert done.of("python")[-1][-2:] == ["--code", "75"]
+    assert done.of("python")[-1][-4:-2] == ["--code", "75"]
     shutil.rmtree(tmp_path / "runs")
     done = played(tmp_path, 2, "torchrun", "none", TRAIN="6", END="6")
-    assert (done.code, done.of("python")[-1][-2:]) == (6, ["--code", "6"])
+    assert (done.code, done.of("python")[-1][-4:-2]) == (6, ["--code", "6"])
 
 
 def test_a_node_that_is_not_well_is_not_trained_on(tmp_path: Path) -> None:
     done = played(tmp_path, 2, "torchrun", "none", DOCTOR="7", END="7")
     assert done.code == 7
     assert len(done.of("srun")) == 1
-    assert done.of("python")[-1][-2:] == ["--code", "7"]
+    assert done.of("python")[-1][-4:-2] == ["--code", "7"]
 
 
 def test_nothing_is_trained_where_the_job_must_not_begin(tmp_path: Path) -> None:
@@ -207,6 +208,14 @@ def test_nothing_is_trained_where_the_job_must_not_begin(tmp_path: Path) -> None
     assert done.code == 3
     assert not done.of("srun")
     assert len(done.of("python")) == 1
+    shutil.rmtree(tmp_path / "runs")
+    done = played(tmp_path, 2, "torchrun", "none", BEGIN="99")
+    assert (done.code, len(done.calls)) == (0, 1), "99: the run is done already"
+
+
+def test_how_often_a_job_starts_again_is_for_the_user_to_say() -> None:
+    script = render_train(config(max_restarts=7), resources(), None, name="x", about=ABOUT)
+    assert 'sft_dist.cluster.job "$@" --max-restarts 7; }' in script
 
 
 def test_the_doctor_may_be_left_out(tmp_path: Path) -> None:
@@ -247,7 +256,7 @@ def test_the_shell_takes_every_name_as_it_is(tmp_path: Path, name: str, value: s
     script = render_train(config(environment={"TOLD": value}), resources(), here, name=name)
     done = play(script.replace("job begin", f"{show}\njob begin"), tmp_path)
     assert done.code == 0, done.output
-    assert done.of("python")[0] == ["-m", "sft_dist.cluster.job", "begin", str(run)]
+    assert done.of("python")[0][:4] == ["-m", "sft_dist.cluster.job", "begin", str(run)]
     assert done.of("srun")[1][-3:] == [f"{run}/slurm/submission-001/config.yaml", "--resume", "auto"]
     assert (tmp_path / "calls.told").read_bytes().decode() == value
     assert sbatch_options(script)["job-name"] == name
@@ -274,7 +283,7 @@ def test_a_ready_script_takes_its_configuration_from_the_command_line(tmp_path: 
     done = play(script, tmp_path, arguments=given, RUN="my runs/x", VIRTUAL_ENV="/somewhere")
     assert done.code == 0, done.output
     assert done.of("python")[0] == ["-m", "sft_dist", "config", "get", given[0], "output_dir", *given[1:]]
-    assert done.of("python")[1][-2:] == ["begin", str(run)]
+    assert done.of("python")[1][2:4] == ["begin", str(run)]
     assert done.of("srun")[0][-5:] == ["sft_dist", "doctor", *given]
     assert done.of("srun")[1][-6:] == ["train", given[0], "--resume", "auto", *given[1:]]
     assert (run / "slurm/train-7.out").is_symlink()
