@@ -98,9 +98,8 @@ def _keep_what_is_printed(config: Config) -> None:
     from sft_dist.runtime.rank_log import keep
     from sft_dist.runtime.world import World
 
-    world = World.from_environment()
-    if world.size > 1:
-        keep(Path(config.output_dir), world)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        keep(Path(config.output_dir), World.from_environment())
 
 
 def resume(
