@@ -165,6 +165,19 @@ def test_following_all_ranks_never_cuts_a_line(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
+def test_the_last_words_of_a_rank_that_was_killed(run: Path) -> None:
+    """Without the end of their line: they come before the next start."""
+
+    def killed_and_started_again() -> None:
+        write(run, "4711-1", 0, "last wor", ago_s=3)
+        write(run, "4711-2", 0, "again\n")
+
+    text, said = follow(run, killed_and_started_again, lambda: None, rank=None, lines=0)
+    assert text == "[0] last wor\n[0] again\n"
+    assert said[-1] == f"==> {run / 'logs' / '4711-2'} <=="
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_file_that_is_written_anew(run: Path) -> None:
     path = run / "logs" / "4711-1" / "rank-0.log"
     text, _ = follow(run, lambda: path.write_text("anew\n"), lines=0)
