@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sft_dist.launch import meeting as meetings
 from sft_dist.launch.meeting import await_first_node, choose_network, claim_port, meeting_of, step_of_launcher
 from sft_dist.runtime.network import free_port, interface_of
 from sft_dist.runtime.slurm_step import Step, step_from_environment
-from tests.launch.conftest import command_line
+from tests.launch.conftest import REPOSITORY, command_line
 from tests.unit.test_slurm_step import BATCH_SHELL, TASK
 
 PROGRAM = "launch/torchrun.sh"
@@ -172,3 +173,41 @@ def test_tasks_are_the_processes(environment: dict[str, str], tmp_path: Path) ->
     assert list(tmp_path.glob("sft_dist_launch_*")) == []
     logs = sorted((tmp_path / "runs/x/logs/9-0").iterdir())
     assert [log.name for log in logs] == ["rank-0.log", "rank-1.log"]
+
+
+@pytest.mark.ci
+def test_processes_that_meet_by_themselves_do_not_wait_for_ever(environment: dict[str, str], tmp_path: Path) -> None:
+    """As under plain srun and DeepSpeed, where no launcher keeps the store: rank 0 of another node never comes."""
+    (tmp_path / "sitecustomize.py").unlink()
+    lonely = {
+        "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "SFT_DIST_LAUNCHER": "launch/srun.sh", "SFT_DIST_MEETING_S": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "sft_dist", "train", "run.yaml"],
+        cwd=tmp_path, env=environment | lonely, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr
+    assert done.stderr.startswith("error: launch/srun.sh: the first node, 127.0.0.1, did not answer on port ")
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_a_package_or_a_program_that_is_missing(environment: dict[str, str], tmp_path: Path) -> None:
+    bare = {key: value for key, value in environment.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    without = subprocess.run(
+        [sys.executable, "-S", "-m", "sft_dist.launch", "deepspeed", "train", "run.yaml"],
+        cwd=REPOSITORY, env=bare, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert without.returncode == 2
+    assert without.stderr.startswith("error: launch/deepspeed.sh: ")
+    assert " has no package psutil\n  fix: activate the environment " in without.stderr
+    (tmp_path / "bin").mkdir()
+    for tool in ("dirname", "sh"):
+        (tmp_path / "bin" / tool).symlink_to(f"/bin/{tool}")
+    script = subprocess.run(
+        command_line("torchrun.sh", "train", "run.yaml"),
+        cwd=tmp_path, env={"PATH": str(tmp_path / "bin"), "VIRTUAL_ENV": "/none"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (script.returncode, script.stdout) == (2, "")
+    assert script.stderr.startswith("error: launch/torchrun.sh: there is no program python\n  fix: ")
