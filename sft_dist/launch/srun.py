@@ -17,8 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import psutil
-
 from sft_dist.errors import ConfigError, Preempted, SftError
 from sft_dist.launch.command import MODULE, USAGE, WHAT_FOLLOWS, check_training, runs_everywhere, split_debug
 from sft_dist.launch.meeting import Meeting, choose_network, claim_port, meeting_of, tell_processes
@@ -31,8 +29,7 @@ usage: srun --ntasks-per-node=N {PROGRAM} {USAGE}
 
 Every task of the step is one process of the training: one for each GPU, as many on each node. {WHAT_FOLLOWS}"""
 
-# In the folder that the tasks of a node share: a file for each of them, with its process id until it has gone.
-HERE, GONE = "here-", "gone"
+GONE = "gone-"  # in the folder that the tasks of a node share: a file for each of them that has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,25 +137,18 @@ def _address(meeting: Meeting) -> dict[str, str]:
 
 @contextmanager
 def _shared_folder(step: Step) -> Iterator[Path]:
-    """For the tasks of this node. When all of them have been there and gone, the last one removes it: one that begins
-    later than another ends finds what that one said."""
-    folder = Path(tempfile.gettempdir()) / f"sft_dist_launch_{os.getuid()}_{step.run_id}"
+    """For the tasks of this node. The last of them to end removes it, when all have been there: one that begins later
+    than another ends finds what that one said."""
+    # Nodes may share the place of temporary files, too.
+    name = f"sft_dist_launch_{os.getuid()}_{step.run_id}_{step.node_rank}"
+    folder = Path(tempfile.gettempdir()) / name
     folder.mkdir(mode=0o700, exist_ok=True)
-    own = folder / f"{HERE}{step.local_task}"
-    own.write_text(str(os.getpid()), encoding="utf-8")
     try:
         yield folder
     finally:
-        own.write_text(GONE, encoding="utf-8")
-        tasks = [folder / f"{HERE}{task}" for task in range(step.num_tasks_here)]
-        if all(_is_gone(task) for task in tasks):
+        (folder / f"{GONE}{step.local_task}").touch()
+        if all((folder / f"{GONE}{task}").exists() for task in range(step.num_tasks_here)):
             shutil.rmtree(folder, ignore_errors=True)  # another one may see the same at the same time
-
-
-def _is_gone(task: Path) -> bool:
-    """Whether a task began and ended; one that a signal ended could not say so."""
-    said = task.read_text(encoding="utf-8") if task.exists() else ""
-    return said == GONE or (said.isdigit() and not psutil.pid_exists(int(said)))
 
 
 def _run(words: Sequence[str]) -> int:

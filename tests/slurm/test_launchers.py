@@ -95,6 +95,28 @@ def test_two_nodes_of_two_processes(
     assert cluster.left_running() == []
 
 
+def test_signals_reach_the_tasks_of_plain_srun(cluster: Cluster, small_run: SmallRun, tmp_path: Path) -> None:
+    """As SLURM sends them before the time limit and at a preemption: to every process of the step."""
+    file, output = small_run.write("launched-and-stopped", train={"max_steps": 4000})
+    screen, notes = tmp_path / "screen", tmp_path / "notes"
+    job = cluster.submit(
+        SCRIPT.format(
+            repository=REPOSITORY, notes=notes, commands=f"srun --wait=40 launch/srun.sh train {file}; exit $?"
+        ),
+        "--ntasks-per-node=2", f"--output={screen}",
+    )  # fmt: skip
+    steps = output / "metrics.jsonl"
+    cluster.wait_for(lambda: steps.exists() and len(steps.read_text().splitlines()) > 3, 200, what="steps", job=job)
+    cluster.command("scancel", "--signal=TERM", f"{job}.0")
+    assert cluster.wait(job, "FAILED", 60)["ExitCode"] == "75:0"
+    assert exit_notes.read(notes) == {0: [75, 75], 1: [75, 75]}
+    (saved,) = (output / "checkpoints").glob("step-*")
+    for text in (screen.read_text(), (output / f"logs/{job}-0/rank-0.log").read_text()):
+        assert text.count(f": saved {saved}") == 1
+        assert "Traceback" not in text
+    assert cluster.left_running() == []
+
+
 MISTAKES = """\
 train="train {file} output_dir={output}"
 launch/srun.sh $train; echo "outside a step: $?"
