@@ -94,12 +94,13 @@ def train(
 
 
 def _keep_what_is_printed(config: Config) -> None:
-    """In a log of each rank, where there are several."""
+    """In a log of each rank, where a launcher has started several."""
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
     from sft_dist.runtime.rank_log import keep
     from sft_dist.runtime.world import World
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        keep(Path(config.output_dir), World.from_environment())
+    keep(Path(config.output_dir), World.from_environment())
 
 
 def resume(
