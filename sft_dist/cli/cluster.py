@@ -9,7 +9,6 @@ from rich.console import Console
 
 from sft_dist.cli.options import ConfigPath, Overrides, checked_config
 from sft_dist.errors import PlanError
-from sft_dist.runtime.quiet import quiet_libraries
 
 
 def submit(
@@ -41,11 +40,13 @@ def submit(
     in output_dir/slurm/submission-NNN. Ends with 3 where the run does not fit.
     """
     checked = checked_config(config, overrides)
-    quiet_libraries()
     from sft_dist.cluster import submit as jobs
-    from sft_dist.plan.command import stated_data
 
-    assumed = stated_data(examples, tokens_per_example)
+    assumed = None
+    if examples is not None or tokens_per_example is not None:
+        from sft_dist.plan.command import stated_data
+
+        assumed = stated_data(examples, tokens_per_example)
     if dry_run:
         what = jobs.wanted(checked, assumed=assumed)
         jobs.show(what, Console())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sft_dist.cluster.time_limit import HOUR_S, MINUTE_S, limit_of_seconds, rounded_up, seconds_of_limit
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, UnknownHardware
+from sft_dist.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from sft_dist.plan.assumed import AssumedData
@@ -50,6 +51,7 @@ class Resources:
         memory_gib: of a node.
         time_limit_s: of one start of the job.
         signal_before_s: before that, when the processes are told to save and stop.
+        unit: what those are called.
         starts: how many it takes until the run is done, if none is interrupted; None: not planned.
         reasons: one line for each field above, by its name.
     """
@@ -63,13 +65,14 @@ class Resources:
     signal_before_s: int
     starts: int | None
     reasons: dict[str, str]
+    unit: Literal["GPUs", "processes"] = "GPUs"
 
     @property
     def cpus_per_node(self) -> int:
         return self.tasks_per_node * self.cpus_per_task
 
     def __post_init__(self) -> None:
-        assert set(self.reasons) == {field.name for field in fields(self)} - {"reasons"}
+        assert set(self.reasons) == {field.name for field in fields(self)} - {"reasons", "unit"}
 
 
 def planned_run(config: Config, *, assumed: AssumedData | None = None) -> DryRun | None:
@@ -82,25 +85,35 @@ def planned_run(config: Config, *, assumed: AssumedData | None = None) -> DryRun
         ConfigError: no GPU is known, and ``cluster`` does not say what would come from the plan.
         SftError: as ``plan.dry_run.dry_run``.
     """
+    if config.hardware.gpu is None and config.cluster.request_gpus == "none":
+        _check_all_stated(config, "hardware.gpu is not set, and cluster.request_gpus is none")
+        return None
+    quiet_libraries()
     from sft_dist.plan.dry_run import dry_run
     from sft_dist.plan.machines import machines_of
 
     try:
-        if config.hardware.gpu is None and config.cluster.request_gpus == "none":
-            raise UnknownHardware("hardware.gpu is not set, and cluster.request_gpus is none", fix="")
         machines = machines_of(config.hardware)
     except UnknownHardware as unknown:
         if config.hardware.gpu is not None:
             raise
-        stated = {"time_limit": config.cluster.time_limit, "memory_gib": config.cluster.memory_gib}
-        missing = [f"cluster.{key}" for key, value in stated.items() if value is None]
-        if not missing:
-            return None
-        raise ConfigError(
-            f"{unknown.what}: nothing is planned, and {' and '.join(missing)} would come from the plan",
-            fix=f"set {' and '.join(missing)}, or hardware.gpu to the GPU of the nodes, e.g. h100",
-        ) from None
+        _check_all_stated(config, unknown.what)
+        return None
     return dry_run(config, machines, assumed=assumed)
+
+
+def _check_all_stated(config: Config, why: str) -> None:
+    """
+    Raises:
+        ConfigError: something would come from the plan.
+    """
+    stated = {"time_limit": config.cluster.time_limit, "memory_gib": config.cluster.memory_gib}
+    missing = " and ".join(f"cluster.{key}" for key, value in stated.items() if value is None)
+    if missing:
+        raise ConfigError(
+            f"{why}: nothing is planned, and {missing} would come from the plan",
+            fix=f"set {missing}, or hardware.gpu to the GPU of the nodes, e.g. h100",
+        )
 
 
 def resources_of(config: Config, planned: DryRun | None) -> Resources:
@@ -126,6 +139,7 @@ def resources_of(config: Config, planned: DryRun | None) -> Resources:
         time_limit_s=limit_s,
         signal_before_s=signal_s,
         starts=starts,
+        unit="processes" if config.cluster.request_gpus == "none" else "GPUs",
         reasons={
             "nodes": _stated("hardware.nodes", config.hardware.nodes),
             "gpus_per_node": _stated("hardware.gpus_per_node", config.hardware.gpus_per_node),

@@ -103,7 +103,7 @@ def resource_rows(resources: Resources) -> list[tuple[str, str, str]]:
     reasons = resources.reasons
     rows = [
         ("nodes", str(resources.nodes), reasons["nodes"]),
-        ("GPUs", f"{resources.gpus_per_node} a node", reasons["gpus_per_node"]),
+        (resources.unit, f"{resources.gpus_per_node} a node", reasons["gpus_per_node"]),
         ("tasks", f"{resources.tasks_per_node} a node", reasons["tasks_per_node"]),
         ("CPUs", f"{resources.cpus_per_task} a task", reasons["cpus_per_task"]),
         ("memory", f"{resources.memory_gib} GiB a node", reasons["memory_gib"]),

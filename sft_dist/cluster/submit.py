@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.padding import Padding
@@ -31,10 +32,12 @@ from sft_dist.cluster.snapshot import (
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from sft_dist.plan import words
-from sft_dist.plan.assumed import AssumedData
 from sft_dist.plan.result import Plan
 from sft_dist.train.preflight import preflight
 from sft_dist.train.resume import AUTO, NEVER
+
+if TYPE_CHECKING:
+    from sft_dist.plan.assumed import AssumedData
 
 TRAIN = "train.sbatch"
 
@@ -145,7 +148,6 @@ def check_run_directory(config: Config, *, resume: str) -> None:
             f"--resume {resume}: a job that is started again goes on from the newest checkpoint of its own output_dir",
             fix="give --resume auto, or none for a new run",
         )
-    preflight(config, resume=resume)
     run = Path(config.output_dir)
     for name, job_id in jobs_of(run, last_submission(run)).items():
         job = slurm.show_job(job_id)
@@ -155,6 +157,7 @@ def check_run_directory(config: Config, *, resume: str) -> None:
                 f"{job.state.lower()}, and writes there",
                 fix=f"let it end, end it by `scancel {job_id}`, or set another output_dir",
             )
+    preflight(config, resume=resume)
 
 
 def jobs_of(run: Path, number: int) -> dict[str, str]:

@@ -154,7 +154,7 @@ def test_without_a_gpu_the_configuration_says_it_all() -> None:
     stated = without_gpu("cluster.time_limit=1:00:00", "cluster.memory_gib=8")
     assert planned_run(stated) is None
     found = resources_of(stated, None)
-    assert found == Resources(2, 2, 1, 8, 8, 3600, 300, None, found.reasons)
+    assert found == Resources(2, 2, 1, 8, 8, 3600, 300, None, found.reasons, "processes")
     with pytest.raises(ConfigError, match="leaves no time to train in"):
         resources_of(without_gpu("cluster.time_limit='5'", "cluster.memory_gib=8"), None)
 
