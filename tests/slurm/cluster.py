@@ -164,9 +164,10 @@ class Cluster:
         """
         deadline = time.monotonic() + timeout_s
         while not condition():
-            shown = "" if job is None else f"{self.show(job)}\n{_output_of(self.show(job))}"
-            assert time.monotonic() < deadline, f"not in {timeout_s:.0f} s: {what}\n{shown}"
-            time.sleep(0.1)
+            if time.monotonic() > deadline:
+                shown = "" if job is None else f"{self.show(job)}\n{_output_of(self.show(job))}"
+                raise AssertionError(f"not in {timeout_s:.0f} s: {what}\n{shown}")
+            time.sleep(0.05)
 
     def cancel_all(self) -> None:
         """Ends all jobs and waits until the nodes are free."""

@@ -20,7 +20,7 @@ from tests.slurm.training import submit_training, was_sent
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 120
+STEPS = 300
 
 
 def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
@@ -32,6 +32,7 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
         "logging": {"wandb": {"mode": "offline"}},
     }
     config, output = small_run.write("interrupted", **sections)
+    alone, alone_output = small_run.write("alone", **(sections | {"logging": {"wandb": {"mode": "disabled"}}}))
     began = time.monotonic()
     job = submit_training(cluster, config, output, "--time=10", "--signal=USR1@60")
 
@@ -41,6 +42,11 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
         assert len(ranks) == 4
         limit_minutes = int(time.monotonic() - began + 30) // 60 + 1
         cluster.command("scontrol", "update", f"JobId={job.id}", f"TimeLimit={limit_minutes}")
+        # Meanwhile nothing else computes.
+        uninterrupted = subprocess.Popen(
+            [sys.executable, "-m", "sft_dist", "train", str(alone)], env=cluster.environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
         cluster.wait_for(lambda: all(was_sent(pid, signal.SIGUSR1) for pid in ranks), 50, what="USR1", job=job.id)
     cluster.wait(job.id, "PENDING", 30)
     print(f"requeued after {time.monotonic() - began:.0f} s")
@@ -51,12 +57,11 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
     assert newest_step(output) == first.step_after == job.last_step()
     cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     wandb_id = (output / "wandb/run_id").read_text()
-    alone, alone_output = small_run.write("alone", **(sections | {"logging": {"wandb": {"mode": "disabled"}}}))
-    uninterrupted = subprocess.run(
-        [sys.executable, "-m", "sft_dist", "train", str(alone)], capture_output=True, text=True,
-        env=cluster.environment, timeout=100,
-    )  # fmt: skip
-    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    try:
+        _, problems = uninterrupted.communicate(timeout=100)
+    finally:
+        uninterrupted.kill()
+    assert uninterrupted.returncode == 0, problems
 
     # Preempted.
     job.wait_for_step(first.step_after + 2)
