@@ -18,6 +18,7 @@ from sft_dist.cli.answers import chat, serve
 from sft_dist.cli.cluster import submit
 from sft_dist.cli.config import config_app
 from sft_dist.cli.data import data_app
+from sft_dist.cli.doctor import doctor
 from sft_dist.cli.export import export
 from sft_dist.cli.model import model_app
 from sft_dist.cli.planning import calibrate, plan
@@ -63,6 +64,7 @@ app.command()(train)
 app.command()(resume)
 app.command(short_help="The dry run: does it fit, how long, how much money.")(plan)
 app.command(short_help="Measure this machine's GPU for plans.")(calibrate)
+app.command(short_help="Check machines and network before a run.")(doctor)
 app.command(short_help="How a run stands, also while it runs elsewhere.")(status)
 app.command(short_help="What the processes of a run have printed.")(logs)
 app.command(short_help="Train as a job of SLURM, from start to end.")(submit)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sft_dist.hardware.gpus import ComputeDtype
-from sft_dist.sharding.collectives import Kind, ring_factor
+from sft_dist.sharding.ring import Kind, ring_factor
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ from sft_dist.plan.measured_rates import MeasuredRates, store_rates
 from sft_dist.plan.rates import MEMORY_SHARE, link_share
 from sft_dist.runtime.process_group import device_of, join, process_group
 from sft_dist.runtime.world import World
-from sft_dist.sharding.collectives import Kind
+from sft_dist.sharding.ring import Kind
 
 RINGS: tuple[Kind, ...] = ("all_gather", "all_reduce")
 

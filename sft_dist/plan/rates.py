@@ -12,7 +12,8 @@ from sft_dist.hardware.gpus import ComputeDtype, Gpu, Link
 from sft_dist.hardware.networks import Network
 from sft_dist.plan.launches import MEASURED, Host, host_of
 from sft_dist.plan.tape import Work
-from sft_dist.sharding.collectives import Collective, Group, ring_factor
+from sft_dist.sharding.collectives import Collective, Group
+from sft_dist.sharding.ring import ring_factor
 
 # Of what the best matrix product reaches: FlashAttention-2 does 175 of 312 TFLOP/s forward and backward on an A100
 # (Dao 2023, arXiv 2307.08691, figures 4 to 6: 130 to 220 for heads of 64 and 128), where the best product does 271.

@@ -20,9 +20,9 @@ from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
 from sft_dist.sharding.optim import Group as OptimizerGroup
 from sft_dist.sharding.optim import group_of
+from sft_dist.sharding.ring import Kind, ring_factor
 from sft_dist.sharding.zero import PARTITION_ALIGNMENT
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "reduce", "all_to_all"]
 Pass = Literal["forward", "backward", "step"]
 
 # DistributedDataParallel's defaults: the first bucket is smaller, so that something travels early.
@@ -280,12 +280,6 @@ def _sequence_parallel(run: Run, tokens: int) -> Iterator[Collective]:
             if block in needed:
                 again = replace(exchange, of="backward")
                 yield from (again,) * (2 if name in recomputed else 1)
-
-
-def ring_factor(kind: Kind, size: int) -> float:
-    """Bytes that a rank sends over those of the whole tensor: NCCL's "bus bandwidth" (nccl-tests, PERFORMANCE.md)."""
-    others = (size - 1) / size
-    return 2 * others if kind == "all_reduce" else 1.0 if kind == "reduce" else others
 
 
 def total_bytes(found: Iterable[Collective], *, micro_batches: int) -> int:
