@@ -5,8 +5,8 @@
     schema          1; higher when a field changes its meaning
     verdict         "ok", "warning" or "failed": the worst level of all findings
     exit_code       0, or 7 where the verdict is "failed"
-    failed_nodes    names of the nodes that are themselves at fault, in the order of the nodes: those to leave out of the
-                    next attempt. Empty where a fault is of all nodes, such as a full disk that they share
+    failed_nodes    names of the nodes that are themselves at fault, in the order of the nodes: those to leave out
+                    of the next attempt. Empty where a fault is of all nodes, such as a full disk that they share
     nodes           names of all nodes, in their order; those that did not answer, too
     findings        [{check, node, level, what, fix, value}], worst first. node is "" where a finding is of all nodes;
                     value is a number or a text, null where there is none; its unit stands in ``what``

@@ -38,7 +38,7 @@ def look(
     hanging = driver if isinstance(driver, Overdue) else None
     driver = driver if isinstance(driver, DriverState) else None
     num_gpus = 0 if driver is None else len(driver.gpus)
-    num_processes = wanted.gpus or num_gpus or 1
+    num_processes = wanted.processes or wanted.gpus or num_gpus or 1
     world_size = place.size * num_processes
     node = place.name
     calls: dict[str, Callable[[], Found]] = {

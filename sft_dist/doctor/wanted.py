@@ -24,7 +24,8 @@ class Wanted:
 
     Args:
         output_dir, cache_dir: folders; None: not known, without a configuration.
-        gpu: model, as the configuration calls it. gpus: of a node; 0: it is to train on CPUs; None: any number.
+        gpu: model, as the configuration calls it. gpus: of a node; None: any number, or none.
+        processes: of the training on a node; None: one for each GPU.
         stated_memory_gib: of a node, that the configuration counts with.
         network: between nodes, as the configuration calls it.
         host_bytes, disk_parts: what the plan says of a node's memory, and of the disk by what takes it; None: no plan
@@ -35,6 +36,7 @@ class Wanted:
     cache_dir: Path | None = None
     gpu: str | None = None
     gpus: int | None = None
+    processes: int | None = None
     nodes: int | None = None
     stated_memory_gib: float | None = None
     network: str | None = None
@@ -55,6 +57,7 @@ def wanted_of(config: Config | None) -> Wanted:
         output_dir=output_dir,
         cache_dir=cache.expanduser().absolute(),
         gpu=hardware.gpu,
+        processes=hardware.gpus_per_node,
         gpus=None if on_cpu else (hardware.gpus_per_node or 1),
         nodes=hardware.nodes,
         stated_memory_gib=hardware.host_memory_gib,
