@@ -19,9 +19,10 @@ from sft_dist.doctor.place import Place
 from sft_dist.doctor.report import console_for_output, render
 from sft_dist.doctor.wanted import Wanted
 from sft_dist.errors import ConfigError, MachineError
+from sft_dist.runtime import exit_notes
 
-# The folder in which a job collects what is to be known of an attempt, and the file in it.
-NOTES, FILE = "SFT_DIST_JOB_NOTES", "doctor.json"
+# In the folder in which a job collects what is to be known of an attempt.
+FILE = "doctor.json"
 
 TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
 
@@ -53,7 +54,7 @@ def doctor(place: Place, wanted: Wanted, *, effort: Effort, json_file: Path | No
 
 
 def _files(json_file: Path | None, env: Mapping[str, str] = os.environ) -> list[Path]:
-    notes = env.get(NOTES)
+    notes = env.get(exit_notes.FOLDER)
     return [*([json_file] if json_file else []), *([Path(notes) / FILE] if notes else [])]
 
 

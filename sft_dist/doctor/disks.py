@@ -111,11 +111,12 @@ def _write_rate(folder: Path, size_bytes: int) -> float:
     The file has no name: it goes with this process, however that ends.
     """
     block, best = os.urandom(PROBE_PART_BYTES), 0.0
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         until = time.perf_counter() + PROBE_S
         for _ in range(size_bytes // PROBE_PART_BYTES):
             started = time.perf_counter()
             file.write(block)
+            file.flush()
             os.fsync(file.fileno())
             now = time.perf_counter()
             best = max(best, len(block) / (now - started))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 from collections.abc import Mapping, Sequence
 
@@ -36,9 +35,7 @@ def _why(error: Exception) -> str:
     return str(error.strerror if isinstance(error, OSError) and error.strerror else error)
 
 
-def check_names(
-    answers: Mapping[str, Mapping[str, list[str] | str]], order: Sequence[str], env: Mapping[str, str] = os.environ
-) -> list[Finding]:
+def check_names(answers: Mapping[str, Mapping[str, list[str] | str]], order: Sequence[str]) -> list[Finding]:
     """Whether every node knows every other.
 
     Args:
@@ -50,10 +47,10 @@ def check_names(
         for host, answer in answers.get(node, {}).items():
             if isinstance(answer, str):
                 unknown.setdefault(host, []).append(node)
-            elif host == node and len(order) > 1 and _is_loopback(answer) and "GLOO_SOCKET_IFNAME" not in env:
-                what = f"its own name means {', '.join(answer)} there: the others cannot connect to that"
-                fix = "take the name off the loopback line of /etc/hosts, or set GLOO_SOCKET_IFNAME"
-                found.append(Finding("host names", node, "warning", what, fix))
+            elif host != node and _is_loopback(answer):  # its own name may: the launchers know
+                what = f"{host} is {', '.join(answer)} here, which is this machine itself"
+                fix = f"mend {host} in /etc/hosts of {node}"
+                found.append(Finding("host names", node, "failed", what, fix, host))
     for host, askers in unknown.items():
         # One that hardly anybody knows is wrong itself; else those are that do not know it.
         why = answers[askers[0]][host]

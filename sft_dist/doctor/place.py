@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sft_dist.errors import ConfigError
-from sft_dist.runtime.network import own_address_towards
 from sft_dist.runtime.slurm_step import FIRST_PORT, NUM_PORTS, step_from_environment
 from sft_dist.runtime.world import World
 
@@ -69,7 +68,7 @@ def find_place(env: Mapping[str, str] = os.environ, *, port: int | None = None) 
             hosts=step.hosts,
             first_hosts=tuple(dict.fromkeys(host for host in (step.first_host, called_from) if host)),
             meeting_ports=_meeting_ports(step.port),
-            training_port=port or (next_port if step.num_nodes > 1 else None),
+            training_port=port or _named_port(env) or (next_port if step.num_nodes > 1 else None),
             meeting_name=step.run_id,
             speaks=step.local_task == 0,
         )
@@ -98,14 +97,11 @@ def find_place(env: Mapping[str, str] = os.environ, *, port: int | None = None) 
     )
 
 
+def _named_port(env: Mapping[str, str]) -> int | None:
+    """MASTER_PORT, which the launchers follow where it is set."""
+    named = env.get("MASTER_PORT", "")
+    return int(named) if named.isdigit() else None
+
+
 def _meeting_ports(first: int) -> tuple[int, ...]:
     return tuple(FIRST_PORT + (first - FIRST_PORT + number * STRIDE) % NUM_PORTS for number in range(MEETING_PORTS))
-
-
-def own_address(place: Place) -> str:
-    """Of this node, on the way that leads to the first one; on that, of the name that the others know it by.
-
-    Raises:
-        OSError: no way leads there.
-    """
-    return LOOPBACK if place.size == 1 else own_address_towards(place.first_hosts[0])

@@ -178,7 +178,7 @@ def read_only_output(site: Site, node: Node) -> Key:
 
 
 def private_output(site: Site, node: Node) -> Key:
-    node.run(f"mount -t tmpfs -o size=1g tmpfs {site.output_dir}")
+    node.run(f"mount -t tmpfs -o size=64g tmpfs {site.output_dir}")
     return node.name, "shared folder", "failed"
 
 
@@ -288,6 +288,7 @@ def test_what_all_nodes_have_is_no_nodes_fault(site: Callable[[int], Site]) -> N
     assert [each.code for each in found.values()] == [7, 7]
 
 
+@pytest.mark.ci
 def test_a_node_that_does_not_come(site: Callable[[int], Site]) -> None:
     here = site(3)
     here.patience_s = here.patience_s / 4  # of which it waits for 0.4
@@ -298,7 +299,7 @@ def test_a_node_that_does_not_come(site: Callable[[int], Site]) -> None:
     assert [each.code for each in found.values()] == [7, 7]
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.ci)])
 def test_a_node_that_dies_or_hangs_in_the_middle(site: Callable[[int], Site], how: str) -> None:
     here = site(2)
     here.patience_s = here.patience_s / 2
@@ -326,6 +327,7 @@ def _killed(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.ci
 def test_without_the_first_node(site: Callable[[int], Site]) -> None:
     here = site(2)
     here.patience_s = 10
