@@ -409,6 +409,7 @@ def test_speeds_name_the_node_with_a_quota(site: Callable[[int], Site]) -> None:
 @pytest.mark.parametrize("load", [0, 4])
 def test_healthy_nodes_get_no_alarm(site: Callable[[int], Site], load: int) -> None:
     here = site(2)
+    here.patience_s *= 5  # torch is imported twice on cores that are busy
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
     try:
         for _ in range(3):
