@@ -20,7 +20,7 @@ from typing import Any
 from sft_dist.doctor.deadline import Overdue, within
 from sft_dist.doctor.disks import token_in, tokens_seen
 from sft_dist.doctor.finding import Verdict
-from sft_dist.doctor.gpus import DriverState, driver_by_torch, driver_is_loaded, read_driver
+from sft_dist.doctor.gpus import DriverState, DriverTrouble, driver_by_torch, driver_is_loaded, read_driver
 from sft_dist.doctor.judge import Heard, judge
 from sft_dist.doctor.look import look
 from sft_dist.doctor.meeting import Clock, Connection, Hall, Lost, Silence
@@ -115,7 +115,7 @@ class _Visit:
     place: Place
     wanted: Wanted
     effort: Effort
-    driver: DriverState | Overdue | None
+    driver: DriverState | Overdue | DriverTrouble | None
     workers: Workers
     connection: Connection
     hall: Hall | None
@@ -281,12 +281,12 @@ class _Visit:
         return address if self.place.index == group["members"][0] else self.connection.own_address
 
 
-def _driver() -> DriverState | Overdue | None:
+def _driver() -> DriverState | Overdue | DriverTrouble | None:
     try:
         return within(DRIVER_S, read_driver)
-    except Overdue as error:
+    except (Overdue, DriverTrouble) as error:
         return error
 
 
-def _num_gpus(driver: DriverState | Overdue | None) -> int:
+def _num_gpus(driver: object) -> int:
     return len(driver.gpus) if isinstance(driver, DriverState) else 0

@@ -57,10 +57,17 @@ class DriverState:
         return asdict(self)
 
 
+class DriverTrouble(Exception):
+    """The driver is there and does not serve."""
+
+
 def read_driver(env: Mapping[str, str] = os.environ) -> DriverState | None:
     """What the driver says of the GPUs that this process may use; None where there is no driver.
 
     Needs nvidia-ml-py.
+
+    Raises:
+        DriverTrouble: a GPU is lost, or the driver cannot say.
     """
     try:
         import pynvml
@@ -78,6 +85,8 @@ def read_driver(env: Mapping[str, str] = os.environ) -> DriverState | None:
             cuda=(newest // 1000, newest % 1000 // 10),
             gpus=tuple(_state(pynvml, index, handle) for index, handle in enumerate(handles)),
         )
+    except pynvml.NVMLError as error:
+        raise DriverTrouble(f"the driver says: {error}") from None
     finally:
         pynvml.nvmlShutdown()
 
@@ -142,8 +151,11 @@ def check_gpus(node: str, driver: DriverState | None, *, wanted: int | None, mod
         wanted: on each node; None: any number. model: as the configuration calls it.
     """
     there = 0 if driver is None else len(driver.gpus)
+    if driver is None and driver_is_loaded():
+        fix = "pip install 'sft-dist[gpu]', which has nvidia-ml-py, or leave out --no-speed"
+        return [Finding("GPUs", node, "warning", "there are some, but nothing here can look at them", fix)]
     if wanted is not None and there < wanted:
-        what = f"{there} of {wanted} GPUs" + (": there is no driver, or no nvidia-ml-py" if driver is None else "")
+        what = f"{there} of {wanted} GPUs" + (": no driver is loaded" if driver is None else "")
         fix = "see nvidia-smi there; state what the nodes have: hardware.gpus_per_node, or cluster.request_gpus none"
         return [Finding("GPUs", node, "failed", what, fix, there)]
     if driver is None or not driver.gpus:

@@ -26,16 +26,16 @@ Found = tuple[list[Finding], dict[str, Any]]
 
 
 def look(
-    place: Place, wanted: Wanted, driver: DriverState | Overdue | None, *, hosts: tuple[str, ...], deadline: float
+    place: Place, wanted: Wanted, driver: DriverState | Exception | None, *, hosts: tuple[str, ...], deadline: float
 ) -> dict[str, Any]:
     """Findings and facts of this node, ready for JSON.
 
     Args:
-        driver: what it says of this node's GPUs; Overdue: it hangs.
+        driver: what it says of this node's GPUs, or what is wrong with it.
         hosts: names of all nodes.
         deadline: of ``time.monotonic``: what has not answered by then is a finding.
     """
-    hanging = driver if isinstance(driver, Overdue) else None
+    trouble = driver if isinstance(driver, Exception) else None
     driver = driver if isinstance(driver, DriverState) else None
     num_gpus = 0 if driver is None else len(driver.gpus)
     num_processes = wanted.processes or wanted.gpus or num_gpus or 1
@@ -57,7 +57,7 @@ def look(
         calls[disk.what] = partial(_disk, node, disk)
     if place.index == 0:
         calls["port"] = partial(_only, partial(check_port, node, place.training_port))
-    findings = [] if hanging is None else [Finding("GPU driver", node, "failed", f"{hanging}: it hangs", DRIVER_FIX)]
+    findings = [] if trouble is None else [Finding("GPU driver", node, "failed", str(trouble), DRIVER_FIX)]
     facts: dict[str, Any] = {}
     for check, answer in all_within(deadline - time.monotonic(), calls).items():
         if isinstance(answer, Overdue):

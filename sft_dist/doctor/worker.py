@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 
 # Products on a core: of this size, for so long, so many times. Quotas of control groups count over 0.1 s.
-CORE_PRODUCT, CORE_WINDOW_S, CORE_WINDOWS = 384, 0.4, 3
+CORE_PRODUCT, CORE_WINDOW_S, CORE_WINDOWS = 384, 0.4, 4
 GPU_PRODUCT, GPU_WINDOW_S = 8192, 0.5
 
 PINGS, TRANSFER_BYTES, TRANSFER_S, MOST_TRANSFERS = 20, 4 * 2**20, 0.1, 64

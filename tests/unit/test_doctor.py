@@ -98,6 +98,9 @@ def test_a_straggler_is_slow_all_the_time() -> None:
     assert "it gets 25% of a core" in found[0].what
     assert found[0].value == 4.0
     assert "has the core to itself" in found[1].what
+    # Where all are busy with other things, only much counts.
+    busy = windows((4, 0.2))
+    assert keys(check_cores({"n1": windows((7, 0.4)), "n2": busy, "n3": busy})) == [("", "straggler", "ok")]
     # Of two, the slower one.
     assert keys(check_cores({"n1": starved, "n2": fast})) == [("n1", "straggler", "failed")]
 
