@@ -22,6 +22,7 @@ from sft_dist.cli.doctor import doctor
 from sft_dist.cli.export import export
 from sft_dist.cli.model import model_app
 from sft_dist.cli.planning import calibrate, plan
+from sft_dist.cli.prepare import prepare
 from sft_dist.cli.training import resume, train
 from sft_dist.cli.watching import logs, status
 from sft_dist.errors import SftError
@@ -62,6 +63,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(resume)
+app.command(short_help="Before training: the model, and the data in tokens and packs.")(prepare)
 app.command(short_help="The dry run: does it fit, how long, how much money.")(plan)
 app.command(short_help="Measure this machine's GPU for plans.")(calibrate)
 app.command(short_help="Check machines and network before a run.")(doctor)

@@ -11,8 +11,10 @@ import errno
 import hashlib
 import json
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 PARALLEL_FILES = 4
 READ_BYTES = 1 << 24
+# Between two lines about a fetch in a file.
+LINE_EVERY_S = 30.0
 GB = 1e9
 
 
@@ -237,7 +241,10 @@ class _Blob:
 
     @property
     def partial_bytes(self) -> int:
-        return self.partial.stat().st_size if self.partial.exists() else 0
+        try:
+            return self.partial.stat().st_size
+        except FileNotFoundError:  # not begun, or whole and renamed
+            return 0
 
 
 def _fetch_weights(path: str, commit: str, names: list[str], say: Callable[[str], None]) -> int:
@@ -255,8 +262,32 @@ def _fetch_weights(path: str, commit: str, names: list[str], say: Callable[[str]
     going_on = f", going on after {kept / GB:,.3f} GB" if kept else ""
     say(f"fetching {len(blobs)} of {len(names)} weight files, {new_bytes / GB:,.3f} GB{going_on}")
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-        list(pool.map(_fetch_blob, blobs))
+        fetches = [pool.submit(_fetch_blob, blob) for blob in blobs]
+        _watch(fetches, blobs, say)
     return new_bytes
+
+
+def _watch(fetches: list[Future[None]], blobs: list[_Blob], say: Callable[[str], None]) -> None:
+    """Waits for all; where no bar of ``http_get`` moves, tells how far they are. Raises what one of them raised."""
+    total, started, before = sum(blob.size for blob in blobs), time.monotonic(), _here(blobs)
+    silent_s = None if sys.stderr.isatty() else LINE_EVERY_S
+    try:
+        while True:
+            done, left = wait(fetches, silent_s, return_when=FIRST_EXCEPTION)
+            for each in done:
+                each.result()
+            if not left:
+                return
+            here, seconds = _here(blobs), time.monotonic() - started
+            say(f"{here / GB:,.3f} of {total / GB:,.3f} GB, {(here - before) / seconds / 1e6:,.1f} MB/s")
+    finally:
+        for each in fetches:
+            each.cancel()
+
+
+def _here(blobs: list[_Blob]) -> int:
+    """Bytes of them that have come."""
+    return sum(blob.size if blob.path.exists() else blob.partial_bytes for blob in blobs)
 
 
 def _blobs(path: str, commit: str, names: list[str]) -> Iterator[_Blob]:

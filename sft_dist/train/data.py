@@ -23,7 +23,11 @@ from sft_dist.data.prepared import ChosenRows, open_prepared
 from sft_dist.data.rejected import rejections
 from sft_dist.data.tokenising import WHOLE, Shard
 from sft_dist.model.renderer import renderer_of
+from sft_dist.plan.units import duration
 from sft_dist.train.summary import notices
+
+# What is written to a file tells how far it is.
+LINE_EVERY_S = 30.0
 
 
 def prepare_data(config: Config, *, shard: Shard = WHOLE) -> None:
@@ -40,7 +44,7 @@ def prepare_data(config: Config, *, shard: Shard = WHOLE) -> None:
         sets = prepare_sets(config.data, cache, seed=config.train.seed, shard=shard, display=display)
     for name, folder in (("train", sets.train), ("eval", sets.eval)):
         if folder is not None:
-            console.print(_told_of(f"data.{name}", folder, config.data))
+            console.print(table_of(f"data.{name}", folder, config.data))
             for line in told_of_rows(folder, config.data):
                 console.print(f"[yellow]data.{name}: {escape(line)}", soft_wrap=True)
     if sets.train is None or (sets.eval is None and (config.data.eval or config.data.eval_split)):
@@ -64,7 +68,8 @@ def tell_of_template(renderer: ChatRenderer, console: Console) -> None:
         console.print(f"[yellow]model: {escape(renderer.notice)}", soft_wrap=True)
 
 
-def _told_of(name: str, folder: Path, data: DataConfig) -> Table:
+def table_of(name: str, folder: Path, data: DataConfig) -> Table:
+    """What a prepared set holds, of each source and in all."""
     prepared = open_prepared(folder)
     table = Table(box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column(name, overflow="fold")
@@ -93,21 +98,32 @@ class _Rate(ProgressColumn):
 
 
 class _Bars:
-    """Shows each source that is tokenised, and what waits for another process."""
+    """Shows each source that is tokenised, and what waits for another process.
 
-    def __init__(self, console: Console, progress: Progress) -> None:
-        self._console, self._progress = console, progress
+    Args:
+        line_every_s: between two lines about a source where nothing moves; a file of a job's output grows by them.
+    """
+
+    def __init__(self, console: Console, progress: Progress, *, line_every_s: float) -> None:
+        self._console, self._progress, self._line_every_s = console, progress, line_every_s
 
     def source(self, name: str, *, is_there: bool) -> Callable[[int, int], None]:
         if is_there:
             return lambda rows, tokens: None
         task = self._progress.add_task(escape(name), total=None, tokens=0)
-        total = 0
+        all_rows = all_tokens = 0
+        started = told = time.monotonic()
 
         def on_progress(rows: int, tokens: int) -> None:
-            nonlocal total
-            total += tokens
-            self._progress.update(task, advance=rows, tokens=total)
+            nonlocal all_rows, all_tokens, told
+            all_rows, all_tokens = all_rows + rows, all_tokens + tokens
+            self._progress.update(task, advance=rows, tokens=all_tokens)
+            now = time.monotonic()
+            if not self._console.is_terminal and now - told >= self._line_every_s:
+                told = now
+                self.say(
+                    f"tokenising {name}: {all_rows:,} rows, {all_tokens:,} tokens, {duration(now - started)} so far"
+                )
 
         return on_progress
 
@@ -116,8 +132,8 @@ class _Bars:
 
 
 @contextmanager
-def showing(console: Console | None = None) -> Iterator[_Bars]:
-    """A display of what is prepared, on stdout by default; on a terminal it moves."""
+def showing(console: Console | None = None, *, line_every_s: float = LINE_EVERY_S) -> Iterator[_Bars]:
+    """A display of what is prepared, on stdout by default; on a terminal it moves, elsewhere it is a line at times."""
     console = console or Console(highlight=False)
     columns = (
         SpinnerColumn(),
@@ -126,4 +142,4 @@ def showing(console: Console | None = None) -> Iterator[_Bars]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield _Bars(console, progress)
+        yield _Bars(console, progress, line_every_s=line_every_s)

@@ -39,6 +39,15 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
     # Not every rank has to ask the storage.
     if from_mirror.needs_storage(config, resume) and is_first_to_look():
         from_mirror.check_mirror(config, resume)
+    check_inputs(config)
+
+
+def check_inputs(config: Config) -> None:
+    """Looks at the files that a run reads.
+
+    Raises:
+        ConfigError, DataError: as ``preflight``.
+    """
     model = config.model.path
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise ConfigError(f"model.path: the folder {model} does not exist", fix="give an existing folder or a hub id")

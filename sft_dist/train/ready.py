@@ -21,14 +21,11 @@ from sft_dist.data.chat_template import ChatRenderer, TemplateSample
 from sft_dist.data.files import is_url
 from sft_dist.data.fingerprint import is_offline
 from sft_dist.data.messages import Conversation
-from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.data.sources import read_source
 from sft_dist.errors import ConfigError, DataError, RowError
 from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.model.renderer import renderer_of
-from sft_dist.model.untrained import untrained_tokens
-from sft_dist.model.weights import check_weights
 from sft_dist.plan.accelerate import check_accelerate
 from sft_dist.plan.choose import choose
 from sft_dist.resolve import resolve
@@ -39,14 +36,12 @@ from sft_dist.runtime.process_group import device_of, join, run_on_main_first
 from sft_dist.runtime.rank_log import settle
 from sft_dist.runtime.world import World
 from sft_dist.sharding.optim import unsupported_on
-from sft_dist.train.audit import audit_prepared
-from sft_dist.train.data import showing, told_of_rows
 from sft_dist.train.from_mirror import bring, check_mirror, needs_storage
+from sft_dist.train.inputs import prepare_inputs
 from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.rehearsed import remove_leftovers
 from sft_dist.train.resume import checkpoints_folder, find_checkpoints
 from sft_dist.train.run_files import keep_file, writing_into
-from sft_dist.train.summary import long_rows_notice, untrained_notice
 
 # In the run directory: what was found in the data.
 AUDIT = "audit.json"
@@ -192,19 +187,9 @@ def prepare_run(
         check_mirror(config, resume)
         resume = bring(config, resume, say=warn)
     checkpoints = find_checkpoints(resume, run.output_dir)
-    check_weights(run.model)
-    cache = Cache(cache_folder(run.data, run.output_dir), renderer, load, run.data.num_workers)
-    with showing() as display:
-        sets = prepare_sets(run.data, cache, seed=run.seed, display=display)
-    assert sets.train is not None
-    untrained = _warn_of_the_data(run, renderer, open_prepared(sets.train))
-    found_in_data = audit_prepared(config, cache, sets, untrained=untrained)
+    sets, found_in_data = prepare_inputs(config, run.model, renderer, load)
     with writing_into(Path(run.output_dir)):
         keep_file(Path(run.output_dir) / AUDIT, found_in_data.to_json())
-    for folder, name in ((sets.train, "data.train"), (sets.eval, "data.eval")):
-        if folder is not None:
-            for line in told_of_rows(folder, run.data):
-                Console(highlight=False).print(f"[yellow]{name}: {escape(line)}", soft_wrap=True)
     found = Found(
         checkpoints=tuple(map(str, checkpoints)),
         train_data=str(sets.train),
@@ -215,20 +200,6 @@ def prepare_run(
 
 def warn(line: str) -> None:
     Console(highlight=False).print(f"[yellow]{escape(line)}", soft_wrap=True)
-
-
-def _warn_of_the_data(run: Run, renderer: ChatRenderer, data: PreparedData) -> list[str]:
-    """Tells of tokens that the model never learned, which are returned, and of rows longer than it was made for."""
-    special = renderer.special_ids
-    untrained = untrained_tokens(run.model, data.occurring(special), special)
-    lines = [renderer.notice, long_rows_notice(data.lengths, run.model)]
-    names = [str(name) for name in renderer.tokenizer.convert_ids_to_tokens(untrained)]
-    if names:
-        lines.append(untrained_notice(names, run.model))
-    for line in lines:
-        if line is not None:
-            Console(highlight=False).print(f"[yellow]model: {escape(line)}", soft_wrap=True)
-    return names
 
 
 def open_inputs(run: Run, renderer: ChatRenderer, found: Found, *, is_main: bool) -> Inputs:
