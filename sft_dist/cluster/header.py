@@ -25,6 +25,7 @@ class Job:
         requeue: whether SLURM may start it again after a node failed or it was preempted.
         output: file of its output, with sbatch's patterns such as ``%j``.
         further: options as the user writes them, e.g. ``--nice=100``.
+        array: indices of an array of such jobs, e.g. ``0-7%2`` for at most two at once.
     """
 
     name: str
@@ -39,9 +40,12 @@ class Job:
     requeue: bool
     partition: str | None
     further: tuple[str, ...] = ()
+    array: str | None = None
 
 
-def training_job(cluster: ClusterConfig, resources: Resources, *, name: str, output: str) -> Job:
+def training_job(
+    cluster: ClusterConfig, resources: Resources, *, name: str, output: str, array: str | None = None
+) -> Job:
     """The job that trains."""
     return Job(
         name=name,
@@ -56,6 +60,7 @@ def training_job(cluster: ClusterConfig, resources: Resources, *, name: str, out
         requeue=True,
         partition=cluster.partition,
         further=tuple(cluster.options),
+        array=array,
     )
 
 
@@ -66,6 +71,8 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> list[str]:
 
 def _options(job: Job, cluster: ClusterConfig) -> Iterator[tuple[str, str | None]]:
     yield "job-name", job.name
+    if job.array is not None:
+        yield "array", job.array
     yield "nodes", str(job.nodes)
     yield "ntasks-per-node", str(job.tasks_per_node)
     yield "cpus-per-task", str(job.cpus_per_task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,22 +42,32 @@ class Place:
 
 
 def render_train(
-    config: Config, resources: Resources, place: Place | None, *, name: str, about: Mapping[str, str] | None = None
+    config: Config,
+    resources: Resources,
+    place: Place | None,
+    *,
+    name: str,
+    points: Sequence[str] = (),
+    array: str | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> str:
     """The script of the job that trains.
 
     Args:
+        config: of a sweep any point's: it reads what all points share.
         place: None: a script for every CONFIG, to be submitted from the checkout by hand.
         name: of the job.
         about: without a place: ``recipe`` and ``data`` that its resources are planned for.
+        points: names of a sweep's points, in the order of the array's indices; ``array``: these, as sbatch takes them.
     """
-    cluster = config.cluster
-    output = "%x-%j.out" if place is None else f"{output_pattern(place.run)}/slurm/train-%j.out"
+    cluster, job = config.cluster, "%A_%a" if points else "%j"
+    output = "%x-%j.out" if place is None else f"{output_pattern(place.run)}/slurm/train-{job}.out"
     return render(
         "train.sbatch.j2",
-        training_job(cluster, resources, name=name, output=output),
+        training_job(cluster, resources, name=name, output=output, array=array),
         cluster,
         place,
+        points=points,
         resources=resources,
         about=about,
         why=resource_lines(resources),

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sft_dist.cluster.sweep_files import SweepFile, read_sweeps
 from sft_dist.config.load import load_config
@@ -132,7 +134,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
 
 
-def sweep_table(rows: Sequence[SweepRow], *, title: str, note: str | None = None) -> Table:
+def sweep_table(rows: Sequence[SweepRow], *, title: str, note: str | None = None) -> RenderableType:
     """For a terminal; the best row in bold, with a star.
 
     Args:
@@ -146,29 +148,25 @@ def sweep_table(rows: Sequence[SweepRow], *, title: str, note: str | None = None
         said.append(f"* best {'so far ' if any(row.state != DONE for row in rows) else ''}by {by}")
     if any(row.train_loss is not None for row in rows):
         said.append(f"train loss: mean of the last {LOSS_OF_STEPS} steps")
-    table = Table(
-        title=escape(title), caption="; ".join(said), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
-    )
+    lengths = {row.num_steps for row in rows if row.num_steps is not None}
+    of_all = f" of {lengths.pop():,}" if len(lengths) == 1 else ""
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     table.add_column("point", overflow="fold")
-    table.add_column("state")
-    for name in ("step", "train loss", *(("best eval", "last eval") if evaluated else ()), "hours"):
+    table.add_column("state", no_wrap=True)
+    for name in (f"step{of_all}", "train loss", *(("best eval", "last eval") if evaluated else ()), "hours"):
         table.add_column(name, justify="right", no_wrap=True)
     if billed:
         table.add_column("USD", justify="right", no_wrap=True)
         table.add_column("JPY", justify="right", no_wrap=True)
     for row in rows:
         losses = (row.best_eval_loss, row.last_eval_loss) if evaluated else ()
-        cells = [f"{row.point} *" if row.is_best else row.point, row.state, _steps(row), _loss(row.train_loss)]
+        step = f"{row.step or 0:,}" + (f"/{row.num_steps:,}" if row.num_steps and not of_all else "")
+        cells = [f"{row.point} *" if row.is_best else row.point, row.state, step, _loss(row.train_loss)]
         cells += [*map(_loss, losses), "" if row.hours is None else f"{row.hours:.2f}"]
         if billed:
             cells += ["" if row.usd is None else format_usd(row.usd), "" if row.jpy is None else format_jpy(row.jpy)]
         table.add_row(*map(escape, cells), style="bold" if row.is_best else None)
-    return table
-
-
-def _steps(row: SweepRow) -> str:
-    step = 0 if row.step is None else row.step
-    return f"{step:,}" if row.num_steps is None else f"{step:,} / {row.num_steps:,}"
+    return Group(table, *map(Text, said))
 
 
 def _loss(value: float | None) -> str:
