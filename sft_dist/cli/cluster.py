@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sft_dist.cli.options import ConfigPath, Overrides, checked_config
-from sft_dist.errors import PlanError
+from sft_dist.cli.prepare import Sweep
+from sft_dist.errors import ConfigError, PlanError
 
 
 def submit(
@@ -33,29 +34,52 @@ def submit(
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Submit although the plan says that it does not fit.")
     ] = False,
+    sweep: Sweep = None,
+    max_parallel: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --sweep: the most runs at once.")
+    ] = None,
+    prepares: Annotated[
+        bool,
+        typer.Option(
+            "--prepare/--no-prepare",
+            help="With or without a job before the training that fetches the model and prepares the data on CPUs.",
+        ),
+    ] = True,
 ) -> None:
     """Train as a job of SLURM: what it asks for follows from the plan and from the section `cluster`.
 
-    The job resumes after its time limit, a preemption or a failed node, until the run is done. What it runs is kept
-    in output_dir/slurm/submission-NNN. Ends with 3 where the run does not fit.
+    A job without GPUs fetches the model and prepares the data first, as `prepare` does; cluster.then is run when the
+    training has ended well. The job resumes after its time limit, a preemption or a failed node, until the run is done.
+    What it runs is kept in output_dir/slurm/submission-NNN. Ends with 3 where the run does not fit.
     """
-    checked = checked_config(config, overrides)
+    if max_parallel is not None and not sweep:
+        raise ConfigError("--max-parallel says how many runs of a sweep train at once", fix="give it with --sweep")
+    from sft_dist.cluster.sweep import plan_sweep
+
+    points = plan_sweep(config, overrides or (), sweep) if sweep else None
+    configs = [checked_config(config, overrides)] if points is None else [point.config for point in points.points]
+    if configs[0].cluster.then is not None:
+        _check_then(configs[0].cluster.then.command, configs[0].output_dir)
     from sft_dist.cluster import submit as jobs
+    from sft_dist.cluster.wanted import wanted, wanted_sweep
 
     assumed = None
     if examples is not None or tokens_per_example is not None:
         from sft_dist.plan.command import stated_data
 
         assumed = stated_data(examples, tokens_per_example)
+    if not dry_run:
+        jobs.check_run_directories(configs, resume=resume)
+    if points is None:
+        what = wanted(configs[0], prepares=prepares, assumed=assumed)
+    else:
+        what = wanted_sweep(points, max_parallel=max_parallel, prepares=prepares, assumed=assumed)
     if dry_run:
-        what = jobs.wanted(checked, assumed=assumed)
         jobs.show(what, Console())
         if not what.fits and not anyway:
             raise typer.Exit(PlanError.exit_code)
         return
-    jobs.check_run_directory(checked, resume=resume)
-    what = jobs.wanted(checked, assumed=assumed)
-    for line in jobs.verdict_lines(what.plan):
+    for line in jobs.verdict_lines(what):
         typer.echo(line)
     if not anyway:
         jobs.check_fit(what)
@@ -64,6 +88,39 @@ def submit(
             typer.echo(line)
         return
     ids = jobs.submit(what, source=config, overrides=overrides or [], say=typer.echo)
-    typer.echo(f"\nsubmitted job {ids['train']}; to follow it:")
-    for line in jobs.how_to_follow(checked, ids):
+    typer.echo(f"\nsubmitted {jobs.told(ids)}; to follow it:")
+    folder = configs[0].output_dir if points is None else str(points.folder)
+    for line in jobs.how_to_follow(folder, ids, points=len(what.points)):
         typer.echo(f"  {line}")
+
+
+# What typer's parser raises, wherever that comes from.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+
+
+def _check_then(command: str, run: str) -> None:
+    """Reads ``cluster.then.command`` as the job will, which is days later.
+
+    Raises:
+        ConfigError: it is no command of this program.
+    """
+    from sft_dist.cli.app import app
+    from sft_dist.cluster.side_jobs import RUN, words_of
+
+    words = [word.replace(RUN, run) for word in words_of(command) if word != "--debug"]
+    found: Any = typer.main.get_command(app)
+    context = found.context_class(found, info_name="sft-dist")
+    try:
+        while hasattr(found, "get_command"):
+            name, found, words = found.resolve_command(context, words)
+            context = found.context_class(found, parent=context, info_name=name)
+        found.make_context(context.info_name, words, parent=context.parent)
+    except _USAGE_ERROR as error:
+        raise ConfigError(
+            f"cluster.then.command: {command!r}: {error.format_message()}",
+            fix="write what stands behind sft-dist on a command line, e.g. 'export {run} --merge'",
+        ) from None
+    except (typer.Exit, IndexError):
+        raise ConfigError(
+            f"cluster.then.command: {command!r} does nothing", fix="write a command, e.g. 'export {run} --merge'"
+        ) from None

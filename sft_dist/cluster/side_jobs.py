@@ -112,6 +112,6 @@ def _in_partition(cluster: ClusterConfig, partition: str | None) -> ClusterConfi
 def _step(cluster: ClusterConfig, place: Place, *, gpus: int, job: Job) -> str:
     """Runs this program, in the container where there is one."""
     options = ["--ntasks=1", f"--cpus-per-task={job.cpus_per_task}", *step_options(cluster, place)]
-    inside = step_command(cluster, place, gpus=gpus > 0)
+    inside = [word for words in step_command(cluster, place, gpus=gpus > 0) for word in words]
     python = '"$python"' if cluster.container is None else "python3"
     return " ".join(["srun", *map(quoted, [*options, *inside]), python, "-m sft_dist"])

@@ -109,17 +109,20 @@ def new_submission(run: Path) -> Path:
             return folder
 
 
-def write_submission(folder: Path, config: Config, scripts: Mapping[str, str], code: Code) -> None:
+def write_submission(folder: Path, config: Config | None, scripts: Mapping[str, str], code: Code) -> None:
     """Writes everything but the record.
 
     Args:
         folder: as ``new_submission`` made it.
+        config: None: those of a sweep's points are written apart.
         scripts: by the names of their files.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
-    files = {CONFIG: dump_config(config), LOCK: installed_packages(), **scripts}
+    files = {LOCK: installed_packages(), **scripts}
+    if config is not None:
+        files[CONFIG] = dump_config(config)
     if code.difference:
         files[CHANGES] = code.difference
     with writing_into(folder):

@@ -8,17 +8,16 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
 from sft_dist.cluster import slurm
-from sft_dist.cluster.resources import Resources, planned_run, resources_of
+from sft_dist.cluster.chain import Link, submit_chain
 from sft_dist.cluster.script import Place, render_train, resource_rows
+from sft_dist.cluster.side_jobs import render_prepare, render_then
 from sft_dist.cluster.snapshot import (
     RECORD,
     checkout,
@@ -29,59 +28,17 @@ from sft_dist.cluster.snapshot import (
     submission_folder,
     write_submission,
 )
+from sft_dist.cluster.sweep_files import write_sweep
+from sft_dist.cluster.wanted import Wanted
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from sft_dist.plan import words
-from sft_dist.plan.result import Plan
 from sft_dist.train.preflight import preflight
 from sft_dist.train.resume import AUTO, NEVER
 
-if TYPE_CHECKING:
-    from sft_dist.plan.assumed import AssumedData
-
-TRAIN = "train.sbatch"
+PREPARE, TRAIN, THEN = "prepare.sbatch", "train.sbatch", "then.sbatch"
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be submitted, and what that takes.
-
-    Args:
-        run: ``output_dir``, absolute.
-        plan: None where no GPU is known.
-    """
-
-    config: Config
-    run: Path
-    plan: Plan | None
-    resources: Resources
-
-    @property
-    def fits(self) -> bool:
-        return self.plan is None or self.plan.memory.verdict != "does not fit"
-
-
-def wanted(config: Config, *, assumed: AssumedData | None = None) -> Wanted:
-    """Plans a configuration; writes nothing.
-
-    Args:
-        assumed: what the data is like, where its owner says so.
-
-    Raises:
-        ConfigError: resources are missing, or SLURM could not write its output into the run directory.
-        SftError: as ``resources.planned_run``.
-    """
-    run = Path(config.output_dir).resolve()
-    if "\n" in str(run) or "\\" in str(run):
-        raise ConfigError(
-            f"output_dir: {str(run)!r} has a backslash or a line break, which sbatch cannot take in --output",
-            fix="set another output_dir",
-        )
-    planned = planned_run(config, assumed=assumed)
-    plan = None if planned is None else planned.plan
-    return Wanted(config, run, plan, resources_of(config, planned))
 
 
 def scripts_of(what: Wanted, folder: Path) -> dict[str, str]:
@@ -98,14 +55,22 @@ def scripts_of(what: Wanted, folder: Path) -> dict[str, str]:
         run=str(what.run),
         submission=str(folder),
     )
-    return {TRAIN: render_train(what.config, what.resources, place, name=what.run.name)}
+    cluster, name, points = what.config.cluster, what.run.name, what.points
+    scripts = {}
+    if what.prepares:
+        scripts[PREPARE] = render_prepare(cluster, place, name=f"{name}-prepare", points=points)
+    scripts[TRAIN] = render_train(what.config, what.resources, place, name=name, points=points, array=what.array)
+    if cluster.then is not None:
+        scripts[THEN] = render_then(cluster, place, name=f"{name}-then", points=points, array=what.array)
+    return scripts
 
 
 def show(what: Wanted, console: Console) -> None:
     """The plan's verdict, what is asked for and why, and the scripts."""
-    for line in verdict_lines(what.plan):
+    for line in verdict_lines(what):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print("\nWhat the job asks for", style="bold")
+    whose = "What the job asks for" if what.sweep is None else "What the job of each point asks for"
+    console.print(f"\n{whose}", style="bold")
     table = Table.grid(padding=(0, 2))
     for row in resource_rows(what.resources):
         table.add_row(*row)
@@ -116,12 +81,17 @@ def show(what: Wanted, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True, end="")
 
 
-def verdict_lines(plan: Plan | None) -> list[str]:
+def verdict_lines(what: Wanted) -> list[str]:
     """Whether it fits, how long it takes and what that costs."""
-    if plan is None:
-        return ["Not planned: no GPU is known (hardware.gpu)."]
-    warnings = [f"! {warning}" for warning in plan.warnings]
-    return [words.headline(plan), words.peak_line(plan.memory), words.run_line(plan), *warnings]
+    lines = []
+    if what.sweep is not None:
+        names = what.points
+        lines.append(f"{len(names)} points in {what.run}: {', '.join(names)}")
+        lines.append(f"Each asks for what any of them needs; the plan of {Path(what.config.output_dir).name}:")
+    if what.plan is None:
+        return [*lines, "Not planned: no GPU is known (hardware.gpu)."]
+    warnings = [f"! {warning}" for warning in what.plan.warnings]
+    return [*lines, words.headline(what.plan), words.peak_line(what.plan.memory), words.run_line(what.plan), *warnings]
 
 
 def check_fit(what: Wanted) -> None:
@@ -135,6 +105,12 @@ def check_fit(what: Wanted) -> None:
             f"{words.headline(what.plan)}: {words.peak_line(what.plan.memory)}",
             fix="see `sft-dist plan CONFIG` for what makes it fit; --anyway submits it as it is",
         )
+
+
+def check_run_directories(configs: Sequence[Config], *, resume: str) -> None:
+    """``check_run_directory`` of every run, before anything is written."""
+    for config in configs:
+        check_run_directory(config, resume=resume)
 
 
 def check_run_directory(config: Config, *, resume: str) -> None:
@@ -212,23 +188,50 @@ def submit(what: Wanted, *, source: Path, overrides: Sequence[str], say: Say) ->
     scripts = scripts_of(what, folder)
     code = code_here()
     try:
-        write_submission(folder, what.config, scripts, code)
+        write_submission(folder, None if what.sweep else what.config, scripts, code)
+        if what.sweep is not None:
+            write_sweep(what.sweep, folder)
         for answer in _ask(scripts, folder):
             say(answer)
-        jobs = {name.partition(".")[0]: slurm.submit(folder / name) for name in scripts}
+        jobs = submit_chain(
+            [Link(name.partition(".")[0], folder / name, name == THEN and what.sweep is not None) for name in scripts]
+        )
     except BaseException:
         shutil.rmtree(folder)
         raise
     record(folder, code=code, source=source, overrides=overrides, jobs=jobs)
+    if what.sweep is not None:
+        for index, point in enumerate(what.sweep.points):
+            own = new_submission(what.run / point.name)
+            write_submission(own, point.config, {}, code)
+            record(
+                own, code=code, source=source, overrides=[*overrides, *point.overrides],
+                jobs=_of_point(jobs, index), sweep=str(folder),
+            )  # fmt: skip
     return jobs
 
 
-def how_to_follow(config: Config, jobs: dict[str, str]) -> list[str]:
-    """Commands that show how the jobs are doing."""
-    run = config.output_dir
-    output = f"{run}/slurm/train-{jobs['train']}.out"
+def _of_point(jobs: dict[str, str], index: int) -> dict[str, str]:
+    """SLURM's ids of the jobs of one point: elements of the arrays, and the preparation for all."""
+    return {name: job_id if name == "prepare" else f"{job_id}_{index}" for name, job_id in jobs.items()}
+
+
+def told(jobs: dict[str, str]) -> str:
+    """``job 12 (train)``, or ``jobs 12 (prepare), 13 (train)``."""
+    said = [f"{job_id} ({name})" for name, job_id in jobs.items()]
+    return f"job{'s' if len(said) > 1 else ''} {', '.join(said)}"
+
+
+def how_to_follow(run: str, jobs: dict[str, str], *, points: int = 0) -> list[str]:
+    """Commands that show how the jobs are doing.
+
+    Args:
+        points: of a sweep; 0: a single run.
+    """
+    first, job_id = next(iter(jobs.items()))
+    output = f"{first}-{job_id}{'_0' if points and first != 'prepare' else ''}.out"
     return [
         f"sft-dist status {shlex.quote(run)}",
         f"sft-dist logs {shlex.quote(run)}",
-        f"tail -F {shlex.quote(output)}",
+        f"tail -F {shlex.quote(f'{run}/slurm/{output}')}",
     ]
