@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 STORE = "/store/"
+LOCAL = "127.0.0.1"
 COMMIT = "c0ffee" + 34 * "0"
 
 
@@ -28,6 +29,7 @@ class FakeHub:
         error_code: the hub's own name of a refusal, beside the status.
         break_after: a download of a weight file stops after so many bytes in all and the connection closes.
         delay_s: before a weight file is sent.
+        host: address of this machine that it is reached at.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class FakeHub:
     error_code: str | None = None
     break_after: int | None = None
     delay_s: float = 0.0
+    host: str = LOCAL
     served: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
@@ -44,7 +47,7 @@ class FakeHub:
     requests: int = 0
 
     def __enter__(self) -> FakeHub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer((self.host, 0), type("Handler", (_Handler,), {"hub": self}))
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
         return self
@@ -55,7 +58,7 @@ class FakeHub:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+        return f"http://{self.host}:{self.server.server_address[1]}"
 
     @property
     def api(self) -> str:
@@ -112,8 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body=with_body)
 
     def _redirect(self, name: str, path: Path) -> None:
-        """Large files are in a store of another host."""
-        store = f"http://localhost:{self.hub.server.server_address[1]}{STORE}{name}"
+        """Large files are in a store of another host, where this machine has two names."""
+        host = "localhost" if self.hub.host == LOCAL else self.hub.host
+        store = f"http://{host}:{self.hub.server.server_address[1]}{STORE}{name}"
         linked = {"X-Linked-Size": str(path.stat().st_size), "X-Linked-ETag": f'"{_digest(path)}"'}
         self._send(302, b"", {"Location": store, "X-Repo-Commit": COMMIT, **linked}, with_body=False)
 

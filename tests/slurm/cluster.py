@@ -274,6 +274,11 @@ class Cluster:
     def address(self, node: str) -> str:
         return f"{self._network}.{self.nodes.index(node) + 1}"
 
+    @property
+    def outside(self) -> str:
+        """The address of this machine, where nodes reach what does not run on one of them."""
+        return f"{self._network}.254"
+
     def repair(self) -> None:
         """Brings all nodes back, whatever a test did to them, and waits until they are idle."""
         for node in self.nodes:
