@@ -65,7 +65,7 @@ def test_the_training_finds_all_of_it_and_what_follows_has_its_result(
             data={"cache_dir": str(cache)},
             cluster=ON_CPUS | {"environment": online, "then": then},
         )
-        jobs, _ = submit(cluster, small_run.folder, file, without="HF_HUB_OFFLINE")
+        jobs, submission = submit(cluster, small_run.folder, file, without="HF_HUB_OFFLINE")
         assert list(jobs) == ["prepare", "train", "then"]
         assert sorted(path.stem for path in submission.glob("*.sbatch")) == ["prepare", "then", "train"]
         cluster.wait(jobs["prepare"], "COMPLETED", 90)
