@@ -33,6 +33,7 @@ from sft_dist.cluster.attempts import (
 )
 from sft_dist.cluster.policy import Decision, JobNow, decide, fruitless_in_a_row, no_progress
 from sft_dist.errors import ConfigError, MachineError, Preempted, SftError
+from sft_dist.runtime.slurm_step import own_job_id
 
 # A job that was done, and that somebody put back into the queue.
 NOTHING_TO_DO = 99
@@ -51,9 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     # A job that is requeued or cancelled gets SIGTERM; what is half done here is still to be finished.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        job = os.environ["SLURM_JOB_ID"]
-    except KeyError:
+    job = own_job_id()
+    if job is None:
         print("error: this is no job of SLURM\n  fix: call it in the script of one", file=sys.stderr)
         return ConfigError.exit_code
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

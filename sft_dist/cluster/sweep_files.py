@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_dist.cluster.slurm import show_array
+from sft_dist.cluster.snapshot import RECORD
 from sft_dist.cluster.sweep import Sweep
 from sft_dist.config.load import dump_config
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, SftError
 
 FORMAT = 1
 
@@ -69,24 +70,25 @@ def read_sweeps(folder: Path) -> list[SweepFile]:
     return found
 
 
-def is_sweep(folder: Path) -> bool:
-    """Whether a sweep was submitted into a folder."""
-    return next(folder.glob(f"slurm/submission-*/{SWEEP}"), None) is not None
+def job_states(sweeps: Sequence[SweepFile], notes: list[str]) -> dict[str, str]:
+    """SLURM's word for the job of each point; those that it has forgotten are left out.
 
-
-def job_states(sweeps: Sequence[SweepFile]) -> dict[str, str]:
-    """SLURM's word for the job of each point; those that it has forgotten are left out. See ``slurm.show_array``.
-
-    Raises:
-        ConfigError, MachineError: SLURM is not here or does not answer.
+    Args:
+        notes: told where SLURM is not here or does not answer; nothing is known of its jobs then.
     """
     states: dict[str, str] = {}
     for sweep in sweeps:
-        document = json.loads((sweep.submission / "submission.json").read_text(encoding="utf-8"))
+        record = sweep.submission / RECORD
+        if not record.is_file():
+            continue  # not handed to SLURM yet, or refused by it
         names = list(sweep.configs)
-        for job in show_array(document["jobs"]["train"]):
-            indices = expand_indices(job.job_id.partition("_")[2])
-            states |= {names[index]: job.state for index in indices}
+        try:
+            jobs = show_array(json.loads(record.read_text(encoding="utf-8"))["jobs"]["train"])
+        except SftError as error:
+            notes.append(f"what SLURM says of the jobs is not known: {error.what}")
+            return {}
+        for job in jobs:
+            states |= {names[index]: job.state for index in expand_indices(job.job_id.partition("_")[2])}
     return states
 
 

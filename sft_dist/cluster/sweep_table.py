@@ -134,15 +134,15 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
 
 
-def sweep_table(rows: Sequence[SweepRow], *, title: str, note: str | None = None) -> RenderableType:
+def sweep_table(rows: Sequence[SweepRow], *, title: str, notes: Sequence[str] = ()) -> RenderableType:
     """For a terminal; the best row in bold, with a star.
 
     Args:
-        note: ``why_not_comparable``.
+        notes: lines below it, such as ``why_not_comparable``.
     """
     evaluated = any(row.best_eval_loss is not None for row in rows)
     billed = any(row.usd is not None for row in rows)
-    said = [] if note is None else [note]
+    said = list(notes)
     if any(row.is_best for row in rows):
         by = "evaluation" if evaluated else "training loss, as there is no evaluation"
         said.append(f"* best {'so far ' if any(row.state != DONE for row in rows) else ''}by {by}")

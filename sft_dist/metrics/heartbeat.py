@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sft_dist.errors import Preempted, SftError
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE
+from sft_dist.runtime.slurm_step import own_job_id
 from sft_dist.runtime.world import restarts
 
 HEARTBEAT = "heartbeat.json"
@@ -134,7 +135,7 @@ class Heartbeat:
             pid=os.getpid(),
             strategy=strategy,
             world_size=world_size,
-            job_id=os.environ.get("SLURM_JOB_ID"),
+            job_id=own_job_id(),
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             launch_restarts=restarts(),
         )

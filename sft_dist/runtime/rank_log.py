@@ -22,6 +22,7 @@ from typing import Protocol, TextIO
 
 import psutil
 
+from sft_dist.runtime.slurm_step import own_job_id
 from sft_dist.runtime.world import World, restarts
 
 FOLDER = "logs"  # in output_dir
@@ -116,8 +117,9 @@ def settle(store: Store, world: World) -> None:
 
 def attempt_of_the_launch(env: Mapping[str, str] = os.environ) -> str:
     """JOB-RESTART under SLURM; else the UTC time at which the launcher of this node started."""
-    if "SLURM_JOB_ID" in env:
-        return f"{env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    job = own_job_id(env)
+    if job is not None:
+        return f"{job}-{env.get('SLURM_RESTART_COUNT', '0')}"
     started = psutil.Process(os.getppid()).create_time()
     return datetime.fromtimestamp(started, UTC).strftime("%Y%m%dT%H%M%SZ")
 

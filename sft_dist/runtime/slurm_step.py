@@ -19,8 +19,20 @@ FIRST_PORT, NUM_PORTS = 20000, 10000
 # Steps that are none: SLURM_BATCH_SCRIPT, SLURM_INTERACTIVE_STEP, SLURM_EXTERN_CONT, ... of slurm.h.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
+ARRAY, ELEMENT, JOB = "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"
+
 RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+
+
+def own_job_id(env: Mapping[str, str] = os.environ) -> str | None:
+    """The id of the job that this process runs in, ``12``, or ``12_3`` of an element of an array; None outside.
+
+    One element's SLURM_JOB_ID is that of its whole array: ``scontrol requeue`` of it ends and requeues all elements.
+    """
+    if ELEMENT in env:
+        return f"{env[ARRAY]}_{env[ELEMENT]}"
+    return env.get(JOB)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ def test_where_a_later_job_is_refused_the_earlier_ones_are_cancelled(cluster: Cl
 
 
 def test_each_point_of_a_sweep_is_a_run_that_goes_on_by_itself(cluster: Cluster, small_run: SmallRun) -> None:
+    notes: list[str] = []
     file, folder = small_run.write("sweep", cluster=ON_CPUS)
     jobs, _ = submit(
         cluster, small_run.folder, file, "--no-prepare", "--sweep", "train.max_steps=4,80", "--max-parallel", "2"
@@ -137,7 +138,7 @@ def test_each_point_of_a_sweep_is_a_run_that_goes_on_by_itself(cluster: Cluster,
     metrics = folder / "max_steps-80" / "metrics.jsonl"
     cluster.wait_for(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, 90, what="step 3", job=long)
     cluster.command("scancel", "--signal=USR1", long)
-    states = job_states(read_sweeps(folder))
+    states = job_states(read_sweeps(folder), notes)
     assert states["max_steps-80"] == "RUNNING"
     running = {row.point: row for row in sweep_rows(folder, job_states=states)}["max_steps-80"]
     assert running.state == "running"
@@ -149,10 +150,11 @@ def test_each_point_of_a_sweep_is_a_run_that_goes_on_by_itself(cluster: Cluster,
     assert cluster.show(short)["Restarts"] == "0", "an element is requeued by itself"
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, 81))
-    rows = sweep_rows(folder, job_states=job_states(read_sweeps(folder)))
+    rows = sweep_rows(folder, job_states=job_states(read_sweeps(folder), notes))
     assert [(row.point, row.state, row.step, row.num_steps) for row in rows] == [
         ("max_steps-4", "done", 4, 4), ("max_steps-80", "done", 80, 80),
     ]  # fmt: skip
+    assert notes == []
     assert len(list(csv.reader(io.StringIO(to_csv(rows))))) == 3
     assert "resume" not in (folder / f"slurm/train-{short}.out").read_text()
     own = folder / "max_steps-80/slurm"

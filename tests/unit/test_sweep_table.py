@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sft_dist.cli import main
 from sft_dist.cluster.sweep import plan_sweep
 from sft_dist.cluster.sweep_files import read_sweeps, write_sweep
 from sft_dist.cluster.sweep_table import SweepRow, sweep_rows, sweep_table, to_csv, to_json, why_not_comparable
@@ -66,9 +67,9 @@ def train(
         (run / "final").mkdir()
 
 
-def shown(rows: list[SweepRow], note: str | None = None) -> list[str]:
+def shown(rows: list[SweepRow], *notes: str) -> list[str]:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(sweep_table(rows, title="runs/x", note=note))
+    console.print(sweep_table(rows, title="runs/x", notes=notes))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -142,7 +143,7 @@ def test_losses_of_other_data_are_not_compared(folder: Path, texts: list[str], k
     three_of_four(folder)
     rows = sweep_rows(folder, job_states=STATES)
     assert not any(row.is_best for row in rows)
-    assert any("none is called the best" in line for line in shown(rows, note=why_not_comparable([second])))
+    assert any("none is called the best" in line for line in shown(rows, why_not_comparable([second]) or ""))
 
 
 def test_a_mixture_is_compared_on_its_own_evaluation(folder: Path) -> None:
@@ -169,3 +170,31 @@ def test_csv_and_json_say_the_same(folder: Path) -> None:
         "point": "lr-0.0001", "state": "pending", "step": "", "num_steps": "", "train_loss": "", "best_eval_loss": "",
         "last_eval_loss": "", "hours": "", "usd": "", "jpy": "", "is_best": "False",
     }  # fmt: skip
+
+
+def test_the_command_says_what_it_does_not_know(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_of_four(folder)
+    (folder / "slurm/submission-001/submission.json").write_text(json.dumps({"jobs": {"train": "12"}}))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep-table", str(folder), "--csv"])
+    assert not caught.value.code
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "what SLURM says of the jobs is not known: SLURM is not installed here: there is no program scontrol\n"
+    )
+    assert [row["state"] for row in csv.DictReader(io.StringIO(printed.out))] == [
+        "done",
+        "done",
+        "stopped",
+        "not begun",
+    ]
+
+
+def test_a_folder_without_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep-table", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "holds no sweep" in capsys.readouterr().err
