@@ -10,6 +10,7 @@ from rich.console import Console
 from sft_dist.cli.options import ConfigPath, Overrides, checked_config
 from sft_dist.cli.prepare import Sweep
 from sft_dist.errors import ConfigError, PlanError
+from sft_dist.runtime.quiet import quiet_libraries
 
 
 def submit(
@@ -65,6 +66,7 @@ def submit(
 
     assumed = None
     if examples is not None or tokens_per_example is not None:
+        quiet_libraries()
         from sft_dist.plan.command import stated_data
 
         assumed = stated_data(examples, tokens_per_example)
