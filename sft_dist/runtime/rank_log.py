@@ -54,6 +54,10 @@ class _Kept:
 
 _kept: _Kept | None = None
 
+# Of rank 0: where its streams led before, and what copies them.
+_screens: dict[int, int] = {}
+_copies: list[subprocess.Popen[bytes]] = []
+
 
 def other_screen() -> TextIO | None:
     """Where errors are to be shown beside ``sys.stderr``; None where that is shown itself."""
@@ -171,17 +175,22 @@ def _copy(file: Path) -> None:
         copy.stdin.close()
         copies.append(copy)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    atexit.register(_give_back, screens, copies)
+    _screens.update(screens)
+    _copies.extend(copies)
+    atexit.register(finish)
 
 
-def _give_back(screens: Mapping[int, int], copies: list[subprocess.Popen[bytes]]) -> None:
-    """Before this process ends, all is copied: SLURM kills what a task leaves behind."""
+def finish() -> None:
+    """At exit: what rank 0 printed is copied before it ends, because SLURM kills what a task leaves behind."""
     _flush()
-    for stream, screen in screens.items():
+    for stream, screen in _screens.items():
         os.dup2(screen, stream)
-    for copy in copies:
+        os.close(screen)
+    for copy in _copies:
         with suppress(subprocess.TimeoutExpired):  # a child that lives on holds the stream open
             copy.wait(COPIED_WITHIN_S)
+    _screens.clear()
+    _copies.clear()
 
 
 def _flush() -> None:

@@ -93,6 +93,10 @@ def _run(rank: int, size: int, port: int, arguments: list[str], log: str, enviro
     import torch
 
     from sft_dist.cli import main
+    from sft_dist.runtime import rank_log
 
     torch.set_num_threads(1)
-    main(arguments)
+    try:
+        main(arguments)
+    finally:
+        rank_log.finish()  # a forked process does not do at its end what is registered for it
