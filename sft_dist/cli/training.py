@@ -125,7 +125,8 @@ def resume(
     from sft_dist.train.resume import AUTO, config_of
 
     checked = checked_config(config_of(run), [f"output_dir={json.dumps(str(run))}", *(overrides or ())])
-    _keep_what_is_printed(checked)
+    if verify is None:  # which writes nothing
+        _keep_what_is_printed(checked)
     preflight(checked, resume=AUTO)
     put_own_tools_on_path()
     quiet_libraries()
