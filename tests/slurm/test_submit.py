@@ -34,7 +34,9 @@ def steps_of(output: Path) -> list[int]:
 
 def test_a_job_is_submitted_trains_and_is_kept(cluster: Cluster, small_run: SmallRun) -> None:
     """The environment is found where it is not active, and paths count from where the job was submitted."""
-    file, output = small_run.write("submitted", cluster=CPUS, hardware={"nodes": 2, "gpus_per_node": 2})
+    file, output = small_run.write(
+        "submitted", cluster=CPUS | {"doctor": False}, hardware={"nodes": 2, "gpus_per_node": 1}
+    )
     tested = sft_dist(cluster, small_run, "submit", str(file), "--test-only")
     assert tested.returncode == 0, tested.stderr
     assert "to start at" in tested.stdout

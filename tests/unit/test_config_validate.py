@@ -30,6 +30,71 @@ UNPACKED = {"data": {"train": [{"path": "a.jsonl"}], "packing": "none"}}
 
 WRONG = [
     (
+        {"cluster": {"request_gpus": "none", "gpu_type": "h100"}},
+        "cluster.gpu_type is h100, which has no effect with cluster.request_gpus none",
+        "remove cluster.gpu_type, or set cluster.request_gpus to gpus-per-node or gres",
+    ),
+    (
+        {"cluster": {"request_gpus": "none", "then": {"command": "export {run}", "gpus": 1}}},
+        "cluster.then.gpus is 1, which has no effect with cluster.request_gpus none",
+        "remove cluster.then.gpus, or set cluster.request_gpus to gpus-per-node or gres",
+    ),
+    (
+        {"cluster": {"time_limit": "60", "time_margin": 2.0}},
+        "cluster.time_margin is 2, which has no effect with cluster.time_limit",
+        "remove one of them",
+    ),
+    (
+        {"cluster": {"options": ["--nodes=4"]}},
+        "cluster.options has --nodes=4, which the script says itself",
+        "remove it, and set hardware.nodes",
+    ),
+    (
+        {"cluster": {"options": ["-t60"]}},
+        "cluster.options has -t60, which the script says itself",
+        "remove it, and set cluster.time_limit",
+    ),
+    (
+        {"cluster": {"options": ["--signal B:USR1@60"]}},
+        "cluster.options has --signal B:USR1@60, which the script says itself",
+        "remove it, and set cluster.signal_before_s",
+    ),
+    (
+        {"cluster": {"options": ["--array=1-3"]}},
+        "cluster.options has --array=1-3, with which the job would not work",
+        "remove it",
+    ),
+    (
+        {"cluster": {"options": ["nice=100"]}},
+        "cluster.options has 'nice=100', which is no option of sbatch",
+        "write the option and its value as one entry, e.g. --nice=100",
+    ),
+    (
+        {"cluster": {"environment": {"NCCL-DEBUG": "INFO"}}},
+        "cluster.environment has 'NCCL-DEBUG', which is no name of a variable",
+        "correct it",
+    ),
+    (
+        {"cluster": {"environment": {"PYTHONPATH": "/x"}}},
+        "cluster.environment has PYTHONPATH, which the job sets itself",
+        "remove PYTHONPATH",
+    ),
+    (
+        {"cluster": {"container": {"runtime": "pyxis", "image": "a", "mounts": ["/data"]}}},
+        "cluster.container.mounts.0 is '/data'",
+        "write SOURCE:TARGET, e.g. /scratch/data:/data; TARGET begins with /",
+    ),
+    (
+        {"cluster": {"exclude": ["n1", " "]}},
+        "cluster.exclude.1 is empty",
+        "set cluster.exclude.1, or remove it",
+    ),
+    (
+        {"cluster": {"account": "lab\n#SBATCH --nodes=9"}},
+        "cluster.account is more than one line",
+        "write cluster.account in one line",
+    ),
+    (
         train(),
         "the length of the run is missing",
         "set train.num_epochs or train.max_steps",
@@ -248,6 +313,8 @@ WRONG = [
 ]
 
 RIGHT = [
+    {"cluster": {"time_limit": "1-00:00:00", "time_margin": 1.5, "options": ["--nice=100 --mail-type=END", "-v"]}},
+    {"cluster": {"container": {"runtime": "pyxis", "image": "a#b:1", "mounts": ["/my data:/data", "/x:/x:ro"]}}},
     {},
     train(num_epochs=1, micro_batch_size=4),
     train(num_epochs=1, micro_batch_size="auto"),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,10 @@ from sft_dist.cluster.snapshot import (
     record,
     write_submission,
 )
-from sft_dist.cluster.submit import jobs_of
+from sft_dist.cluster.submit import check_fit, jobs_of, wanted
 from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config
-from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from tests.helpers.job_script import sbatch_options
 
 ROOT = Path(sft_dist.__file__).parents[1]
@@ -79,20 +80,25 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(here: Path, exit_code: Ru
     assert sorted(here.rglob("*")) == before
 
 
-def test_what_does_not_fit_ends_with_3(here: Path, exit_code: Run) -> None:
-    name = "gemma3_1b_full_1xa100_40"
-    wish = [str(ROOT / f"configs/recipes/{name}.yaml"), "hardware.gpu=l4", "train.micro_batch_size=8"]
-    code, out, _ = exit_code("submit", *wish, "--dry-run")
-    assert code == 3
-    assert out.startswith("Does not fit on 1 x L4")
-    assert "#SBATCH --gpus-per-node=1\n" in out
-    assert exit_code("submit", *wish, "--dry-run", "--anyway")[0] == 0
-    code, out, err = exit_code("submit", *wish, "data.train.0.path=org/rows", "data.eval.0.path=org/rows")
+def test_what_does_not_fit_is_not_submitted(here: Path) -> None:
+    what = wanted(load_config("run.yaml", ["hardware={gpu: l4, gpus_per_node: 1}", "cluster={time_limit: '60'}"]))
+    assert what.plan is not None
+    check_fit(what)
+    memory = replace(what.plan.memory, verdict="does not fit")
+    with pytest.raises(PlanError, match="Does not fit on 1 x L4: peak allocated") as caught:
+        check_fit(replace(what, plan=replace(what.plan, memory=memory)))
+    assert caught.value.fix == "see `sft-dist plan CONFIG` for what makes it fit; --anyway submits it as it is"
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.ci
+def test_a_dry_run_of_what_does_not_fit_ends_with_3(here: Path, exit_code: Run) -> None:
+    recipe = str(ROOT / "configs/recipes/gemma3_1b_full_1xa100_40.yaml")
+    wish = ["submit", recipe, "hardware.gpu=l4", "train.micro_batch_size=8", "--dry-run"]
+    code, out, _ = exit_code(*wish)
     assert (code, out.splitlines()[0]) == (3, "Does not fit on 1 x L4")
-    assert (
-        err.splitlines()[-1] == "  fix: see `sft-dist plan CONFIG` for what makes it fit; --anyway submits it as it is"
-    )
-    assert not (here / f"runs/{name}/slurm").exists()
+    assert "#SBATCH --gpus-per-node=1\n" in out
+    assert exit_code(*wish, "--anyway")[0] == 0
 
 
 def test_without_slurm_nothing_is_left(here: Path, exit_code: Run) -> None:
