@@ -68,7 +68,7 @@ def exit_code(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def test_a_dry_run_shows_the_script_and_writes_nothing(here: Path, exit_code: Run) -> None:
     before = sorted(here.rglob("*"))
-    code, out, err = exit_code("submit", "run.yaml", "--dry-run", "cluster.partition=cpu")
+    code, out, err = exit_code("submit", "run.yaml", "--dry-run", "--no-prepare", "cluster.partition=cpu")
     assert (code, err) == (0, "")
     shown, _, script = out.partition("#!/bin/bash")
     assert shown.startswith("Not planned: no GPU is known (hardware.gpu).\n")

@@ -17,7 +17,10 @@ from sft_dist.cluster.sweep import plan_sweep
 from sft_dist.cluster.wanted import Wanted, most, wanted, wanted_sweep
 from sft_dist.config.cluster_schema import ClusterConfig, ContainerConfig, PrepareJobConfig, ThenJobConfig
 from sft_dist.config.load import load_config
+from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
+from sft_dist.plan.assumed import AssumedData
+from sft_dist.plan.dry_run import DryRun
 
 CONFIG = """\
 model: {path: m}
@@ -139,7 +142,12 @@ def test_points_that_a_plan_cannot_tell_apart_are_planned_once(monkeypatch: pyte
 
     planned: list[str] = []
     original = module.planned_run
-    monkeypatch.setattr(module, "planned_run", lambda config: planned.append(config.output_dir) or original(config))
+
+    def counted(config: Config, *, assumed: AssumedData | None) -> DryRun | None:
+        planned.append(config.output_dir)
+        return original(config, assumed=assumed)
+
+    monkeypatch.setattr(module, "planned_run", counted)
     swept("optim.lr=1e-5,2e-5", "train.max_steps=3,5")
     assert [Path(each).name for each in planned] == ["lr-1e-05_max_steps-3", "lr-1e-05_max_steps-5"]
 
