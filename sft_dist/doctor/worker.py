@@ -142,9 +142,11 @@ def _speeds(orders: Orders) -> None:
         say("gpu", device=orders.device, flops_per_s=_gpu_product(torch.device("cuda", orders.device)))
     slowest = float("inf")
     if orders.rank in orders.leaders and len(orders.leaders) > 1:
-        met = list(_tournament(orders))
+        met = []
+        for pair in _tournament(orders):
+            met.append(pair)
+            say("pairs", pairs=met)  # each time: over a slow link there may be no time for all of them
         slowest = min(pair["bytes_per_s"] for pair in met)
-        say("pairs", pairs=met)
     if orders.size > 1:
         _all_reduce(orders, slowest)
 
@@ -210,10 +212,10 @@ def _pair(peer: int, *, leads: bool) -> tuple[float, float]:
     latency = min(_there_and_back(small, peer, leads=leads) for _ in range(PINGS)) / 2
     first = _there_and_back(large, peer, leads=leads)
     # The same number on both sides: the leader's.
-    small[0] = max(1, min(MOST_TRANSFERS, int(TRANSFER_S / first)))
+    small[0] = min(MOST_TRANSFERS, int(TRANSFER_S / first))
     _one_way(small, peer, sends=leads)
-    took = min(_there_and_back(large, peer, leads=leads) for _ in range(int(small[0])))
-    return latency, 2 * TRANSFER_BYTES / took
+    took = [first, *(_there_and_back(large, peer, leads=leads) for _ in range(int(small[0])))]
+    return latency, 2 * TRANSFER_BYTES / min(took)
 
 
 def _there_and_back(tensor: torch.Tensor, peer: int, *, leads: bool) -> float:

@@ -337,7 +337,7 @@ def test_without_the_first_node(site: Callable[[int], Site]) -> None:
     assert other.seconds < 5 + here.patience_s
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.ci)])
 def test_interrupted_it_leaves_nothing_behind(site: Callable[[int], Site], number: signal.Signals) -> None:
     here = site(2)
     for name in ("n1", "n2"):  # a file system that does not answer
@@ -423,3 +423,56 @@ def test_healthy_nodes_get_no_alarm(site: Callable[[int], Site], load: int) -> N
             process.kill()
             process.wait()
     assert left_behind(here) == []
+
+
+@pytest.mark.ci
+def test_a_node_whose_torch_cannot_be_imported(site: Callable[[int], Site]) -> None:
+    here = site(2)
+    here.patience_s *= 5
+    package = here.folder / "broken" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    here.env["n2"] = {"PYTHONPATH": str(package.parent)}
+    verdict, _ = here.doctor()
+    assert wrong(verdict) == {("n2", "torch", "failed")}
+    assert "libcudart.so.13" in finding(verdict, "torch")["what"]
+    assert verdict["failed_nodes"] == ["n2"]
+    assert finding(verdict, "straggler")["level"] == "ok", "the others measure without it"
+
+
+@pytest.mark.ci
+def test_a_memory_limit_of_the_nodes_control_group(site: Callable[[int], Site]) -> None:
+    here = site(2)
+    group = Path("/sys/fs/cgroup/memory") / f"doctor-test-{os.getpid()}"
+    if not group.parent.is_dir():
+        pytest.skip("needs the memory controller of cgroup v1 at /sys/fs/cgroup/memory")
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(400 * 2**20))
+        here.node("n2").prefix = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
+        verdict, _ = here.doctor("--no-speed")
+    finally:
+        group.rmdir()
+    assert wrong(verdict) == {("n2", "memory", "failed")}
+    assert f"limit of the control group {group}" in finding(verdict, "memory")["what"]
+
+
+@pytest.mark.ci
+def test_several_processes_a_node_and_a_slow_cable(site: Callable[[int], Site]) -> None:
+    """As with two GPUs a node; the third node's cable carries 40 Mbit/s."""
+    here = site(3)
+    here.patience_s *= 6
+    here.node("n3").run("tc qdisc add dev eth0 root tbf rate 40mbit burst 64kb latency 200ms")
+    for name in ("n1", "n2", "n3"):
+        here.before[name] = (
+            "import sft_dist.doctor.examine as examine\nWorkers = examine.Workers\n"
+            "examine.Workers = lambda count: Workers(2)"
+        )
+    verdict, _ = here.doctor()
+    speeds = {name: facts["speeds"] for name, facts in verdict["facts"].items()}
+    assert [len(each) for each in speeds.values()] == [2, 2, 2]
+    assert all("all_reduce" in worker for each in speeds.values() for worker in each)
+    slow = finding(verdict, "slow link")
+    assert (slow["node"], slow["level"]) == ("n3", "failed"), verdict["findings"]
+    assert 1 < slow["value"] < 10
+    assert verdict["failed_nodes"] == ["n3"]
