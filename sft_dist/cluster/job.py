@@ -160,7 +160,7 @@ def _exclude(job: str, bad: Sequence[str]) -> None:
 
 def _blamed(attempt: Attempt, notes: Path, by_node: Mapping[str, int], code: int, *, state: str) -> dict[str, str]:
     """Of an attempt that told of its end: the nodes that it failed on, with what each did."""
-    if code == 0 or code == Preempted.exit_code:
+    if code == 0:
         return {}
     if code == MachineError.exit_code:
         return nodes.failed_in_doctor(notes)

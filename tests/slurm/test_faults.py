@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from sft_dist.checkpoint.naming import complete_checkpoints, newest_step
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import SmallRun
-from tests.slurm.training import LAUNCHER, RANK, Job, submit_training
+from tests.slurm.training import LAUNCHER, RANK, Job, submit_script, submit_training
 
 pytestmark = pytest.mark.slurm
 
@@ -77,3 +78,66 @@ def test_processes_and_nodes_that_are_lost_cost_no_checkpoint(cluster: Cluster, 
     assert [line["step"] for line in job.lines()] == list(range(1, job.last_step() + 1))
     cluster.wait_for(lambda: not cluster.left_running(), 15, what="nothing is left", job=job.id)
     assert "Traceback" not in job.said().split("start 4 of the job")[1]
+
+
+CRASHES_ON_N2 = """bash -c '
+cd $SFT_DIST_JOB_NOTES
+hostname > began-$SLURM_NODEID
+case $(hostname) in n2) code=137 ;; n3) code=0 ;; *) code=$([ -e ../all-is-well ] && echo 0 || echo 1) ;; esac
+echo $code > exit-$SLURM_NODEID
+exit $code'"""
+WAITS = """bash -c 'trap "exit 75" TERM; sleep 100 & wait'"""
+
+
+def test_what_cannot_go_on_ends_and_says_why(cluster: Cluster, tmp_path: Path) -> None:
+    """Steps that fail in place of trainings: what is decided about them is the same."""
+    hopeless = submit_script(cluster, tmp_path / "hopeless", "false", max_restarts=1)
+    cancelled = submit_script(cluster, tmp_path / "cancelled", WAITS)
+    crashing = submit_script(cluster, tmp_path / "crashing", CRASHES_ON_N2)
+    cluster.wait_for(lambda: "Exited with exit code 1\n" in crashing.said(), 20, what="a crash", job=crashing.id)
+
+    # Cancelled: it stays so.
+    cancelled.wait_for_start(1)
+    time.sleep(1)
+    cluster.command("scancel", cancelled.id)
+    assert cluster.wait(cancelled.id, "CANCELLED", 30)["Restarts"] == "0"
+    cluster.wait_for(lambda: cancelled.attempts()[0].decision, 10, what="its end", job=cancelled.id)
+    [only] = cancelled.attempts()
+    assert (only.code, only.decision) == (75, "leave")
+    assert f"job {cancelled.id}: leave, at step 0: the job is completing: cancelled" in cancelled.said()
+
+    # Started again once, to no avail.
+    ended = cluster.wait(hopeless.id, "FAILED", 60)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("1:0", "1")
+    assert [(one.code, one.decision) for one in hopeless.attempts()] == [(1, "requeue"), (1, "give up")]
+    line = f"job {hopeless.id}: give up, at step 0: 2 starts in a row got no further than the last checkpoint\n"
+    assert hopeless.said().endswith(line)
+
+    # Twice on the same node: a third time without it.
+    crashing.wait_for_start(3, 90)
+    (crashing.output / "slurm/notes/all-is-well").touch()
+    first, second, third = crashing.attempts()
+    assert [one.nodes for one in (first, second, third)] == [("n1", "n2"), ("n1", "n2"), ("n1", "n3")]
+    assert [(one.code, one.blamed) for one in (first, second)] == [(137, ("n2",)), (137, ("n2",))]
+    assert f"job {crashing.id}: without n2 from now on: failed 2 times\n" in crashing.said()
+    assert cluster.show(crashing.id)["ExcNodeList"] == "n2"
+    assert cancelled.id not in cluster.command("squeue", "--noheader", "--format=%A")
+
+
+def test_a_node_whose_daemon_is_killed(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit_script(cluster, tmp_path / "run", WAITS, "--nodes=1", "--nodelist=n3")
+    cluster.wait_for(lambda: any("sleep 100" in line for line in cluster.pids("n3").values()), 30, what="its step")
+    cluster.kill_slurmd("n3")
+    killed = time.monotonic()
+    cluster.wait(job.id, "PENDING", NO_HANG_S)
+    print(f"daemon killed: requeued after {time.monotonic() - killed:.0f} s")
+    cluster.start_slurmd("n3")
+    job.wait_for_start(2)
+    first, second = job.attempts()
+    # SLURM ends the job's script, too, which may still come to tell of its end.
+    assert first.decision in ("lost", "requeue", "leave")
+    assert first.blamed == ("n3",), job.said()
+    assert second.nodes == ("n3",)
+    cluster.command("scancel", job.id)
+    cluster.wait(job.id, "CANCELLED", 30)
+    cluster.wait_for(lambda: not cluster.left_running(), 15, what="nothing is left", job=job.id)

@@ -20,7 +20,7 @@ from tests.slurm.training import submit_training, was_sent
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 300
+STEPS = 150
 
 
 def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
@@ -58,7 +58,7 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
     cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     wandb_id = (output / "wandb/run_id").read_text()
     try:
-        _, problems = uninterrupted.communicate(timeout=100)
+        _, problems = uninterrupted.communicate(timeout=200)
     finally:
         uninterrupted.kill()
     assert uninterrupted.returncode == 0, problems

@@ -17,7 +17,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import REPOSITORY
 
 # Of the command lines of a job.
-RANK, LAUNCHER = re.compile(r"-m sft_dist train "), re.compile(r"-m sft_dist\.launch\.torchrun ")
+RANK, LAUNCHER = re.compile(r"-m sft_dist train "), re.compile(r"-m sft_dist\.launch\b")
 
 SCRIPT = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --output={output}/slurm/train-%j.out
@@ -52,7 +52,8 @@ class Job:
         return max((int(line["step"]) for line in self.lines()), default=0)
 
     def said(self) -> str:
-        return (self.output / f"slurm/train-{self.id}.out").read_text(errors="replace")
+        file = self.output / f"slurm/train-{self.id}.out"
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def attempts(self) -> list[Attempt]:
         return read_attempts(self.output)
@@ -89,11 +90,7 @@ def submit_training(
     cluster: Cluster, config: Path, output: Path, *options: str, processes: int = 2, max_restarts: int = 3
 ) -> Job:
     """Two nodes with so many processes each."""
-    command = (
-        f"bash -c 'exec launch/torchrun.sh --nnodes 2 --nproc-per-node {processes} --rdzv-backend c10d "
-        f'--rdzv-endpoint "$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1):29400" '
-        f"train {config} --resume auto'"
-    )
+    command = f"launch/torchrun.sh --nproc-per-node {processes} train {config} --resume auto"
     return submit_script(cluster, output, command, *options, max_restarts=max_restarts)
 
 
