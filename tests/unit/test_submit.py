@@ -23,7 +23,8 @@ from sft_dist.cluster.snapshot import (
     record,
     write_submission,
 )
-from sft_dist.cluster.submit import check_fit, jobs_of, wanted
+from sft_dist.cluster.submit import check_fit, jobs_of
+from sft_dist.cluster.wanted import wanted
 from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
@@ -94,7 +95,7 @@ def test_what_does_not_fit_is_not_submitted(here: Path) -> None:
 @pytest.mark.ci
 def test_a_dry_run_of_what_does_not_fit_ends_with_3(here: Path, exit_code: Run) -> None:
     recipe = str(ROOT / "configs/recipes/gemma3_1b_full_1xa100_40.yaml")
-    wish = ["submit", recipe, "hardware.gpu=l4", "train.micro_batch_size=8", "--dry-run"]
+    wish = ["submit", recipe, "hardware.gpu=l4", "train.micro_batch_size=8", "--dry-run", "--no-prepare"]
     code, out, _ = exit_code(*wish)
     assert (code, out.splitlines()[0]) == (3, "Does not fit on 1 x L4")
     assert "#SBATCH --gpus-per-node=1\n" in out
