@@ -47,7 +47,7 @@ def check_memory(node: str, wanted: Wanted, *, num_processes: int, on_gpus: bool
         total, free = min(total, limit[0]), min(free, limit[0] - limit[1])
     each = GPU_PROCESS_BYTES if on_gpus else CPU_PROCESS_BYTES
     needed = wanted.host_bytes or num_processes * each
-    why = "by the plan" if wanted.host_bytes else f"{num_processes} processes that have imported torch"
+    why = "by the plan" if wanted.host_bytes else f"{_processes(num_processes)} with torch"
     whose = "" if limit is None or limit[0] > total else f" (limit of {limit[2]})"
     found = f"{free / GIB:.1f} GiB of {total / GIB:.1f} GiB free{whose}"
     if free < needed:
@@ -60,6 +60,10 @@ def check_memory(node: str, wanted: Wanted, *, num_processes: int, on_gpus: bool
         what = f"{total / GIB:.1f} GiB of memory{whose}, and hardware.host_memory_gib is {stated:g}"
         return [Finding("memory", node, "warning", what, "state what the nodes have, and plan again", total / GIB)]
     return [Finding("memory", node, "ok", f"{found}; {needed / GIB:.1f} GiB needed: {why}", value=free / GIB)]
+
+
+def _processes(number: int) -> str:
+    return "one process" if number == 1 else f"{number} processes"
 
 
 def memory_limit_bytes(env: Mapping[str, str] = os.environ) -> tuple[int, int, str] | None:
@@ -203,7 +207,7 @@ def _quota_v2(group: Path) -> float | None:
 def check_cores(node: str, *, num_processes: int) -> list[Finding]:
     """Cores that can be used against the processes of the training."""
     cores, machine = usable_cores(), os.cpu_count()
-    what = f"{cores:g} of {machine} can be used, by {num_processes} processes of the training"
+    what = f"{cores:g} of {machine} can be used, by {_processes(num_processes)} of the training"
     if cores < num_processes:
         fix = "ask for more: cluster.cpus_per_gpu, --cpus-per-task or --cpus-per-gpu; srun takes them over only if told"
         return [Finding("cores", node, "warning", what, fix, cores)]
