@@ -93,13 +93,13 @@ def accelerate(*options: str) -> list[str]:
     ("commands", "strategy", "expected"),
     [
         ([[str(BIN / "torchrun"), "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", SCRIPT]], "zero1", "zero1 on 2 ranks"),
-        pytest.param([accelerate("--multi_gpu", "--num_processes", "2")], "ddp", "ddp on 2 ranks", marks=pytest.mark.ci),
+        pytest.param([accelerate("--multi_gpu", "--num_processes", "2")], "ddp", "ddp on 2 ranks", marks=pytest.mark.full),
         ([accelerate("--config_file", "configs/accelerate/fsdp2.yaml")], "auto", "fsdp2 on 2 ranks"),
         pytest.param([accelerate("--config_file", "configs/accelerate/zero3.yaml")], "auto", "zero3 on 2 ranks", marks=pytest.mark.ci),
-        pytest.param([["launch/accelerate.sh", "--config_file", "configs/accelerate/ddp.yaml", "train"]], "ddp", "ddp on 2 ranks", marks=pytest.mark.ci),
-        ([[str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT", SCRIPT]], "zero2", "zero2 on 2 ranks"),
-        pytest.param([["launch/deepspeed.sh", "--num_gpus", "2", "train"]], "zero3", "zero3 on 2 ranks", marks=pytest.mark.ci),
-        ([node(0, 0), node(1, 0)], "fsdp2", "fsdp2 on 2 ranks"),
+        pytest.param([["launch/accelerate.sh", "--config_file", "configs/accelerate/ddp.yaml", "train"]], "ddp", "ddp on 2 ranks", marks=pytest.mark.full),
+        pytest.param([[str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT", SCRIPT]], "zero2", "zero2 on 2 ranks", marks=pytest.mark.ci),
+        pytest.param([["launch/deepspeed.sh", "--num_gpus", "2", "train"]], "zero3", "zero3 on 2 ranks", marks=pytest.mark.full),
+        pytest.param([node(0, 0), node(1, 0)], "fsdp2", "fsdp2 on 2 ranks", marks=pytest.mark.ci),
     ],
     ids=["torchrun", "accelerate-multi_gpu", "accelerate-fsdp2", "accelerate-zero3", "accelerate.sh", "deepspeed", "deepspeed.sh", "torchrun-2-nodes"],
 )  # fmt: skip

@@ -78,12 +78,12 @@ def stop(environment: dict[str, str], tmp_path: Path) -> Stop:
     [
         ("torchrun", signal.SIGTERM),
         pytest.param("torchrun", signal.SIGUSR1, marks=pytest.mark.ci),
-        pytest.param("torchrun", signal.SIGINT, marks=pytest.mark.ci),
+        pytest.param("torchrun", signal.SIGINT, marks=pytest.mark.full),
         pytest.param("accelerate", signal.SIGUSR1, marks=pytest.mark.full),
-        pytest.param("accelerate", signal.SIGTERM, marks=pytest.mark.ci),
+        pytest.param("accelerate", signal.SIGTERM, marks=pytest.mark.full),
         pytest.param("accelerate", signal.SIGINT, marks=pytest.mark.full),
-        ("deepspeed", signal.SIGUSR1),
-        pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.ci),
+        pytest.param("deepspeed", signal.SIGUSR1, marks=pytest.mark.ci),
+        pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.full),
         pytest.param("deepspeed", signal.SIGINT, marks=pytest.mark.full),
     ],
     ids=str,
@@ -100,7 +100,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_with_75(
     assert "Error" not in errors
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.full)])
 def test_ctrl_c_reaches_the_whole_group(stop: Stop, tmp_path: Path, launcher: str) -> None:
     """As from a terminal: the launcher and what is in its process group get it at once, copies follow."""
     code, _, errors = stop(

@@ -96,6 +96,7 @@ def test_interrupt_ends_every_process(code_after_a_signal: InterruptedCode) -> N
     assert code_after_a_signal("torchrun.sh", "--nproc-per-node", "2", "train", "run.yaml", number=signal.SIGINT) == 130
 
 
+@pytest.mark.ci
 def test_two_nodes(environment: dict[str, str], tmp_path: Path) -> None:
     """Two launchers on this machine meet as two nodes do."""
     with socket.socket() as probe:
