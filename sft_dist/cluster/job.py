@@ -38,6 +38,8 @@ from sft_dist.runtime.slurm_step import own_job_id
 # A job that was done, and that somebody put back into the queue.
 NOTHING_TO_DO = 99
 
+UNEXPECTED = 1
+
 MAX_RESTARTS = 3  # the default of cluster.max_restarts
 
 # A controller that is being restarted answers again within this time.
@@ -118,6 +120,8 @@ def end(run: Path, job: str, restart: int, *, code: int, max_restarts: int) -> i
     by_node = nodes.codes_by_node(notes, attempt.nodes)
     code = nodes.code_of_all(by_node, code)
     blamed = _blamed(attempt, notes, by_node, code, state=now.state)
+    if code == 0 and blamed and not (run / "final").exists():
+        code = UNEXPECTED  # srun may end with 0 where it has lost a node, and with it all word of the tasks there
     fruitless = fruitless_in_a_row(attempts, now=newest_step(run))
     state = JobNow(now.state, now.restarts, now.may_requeue, now.is_preempted)
     decision = decide(code, state, restart=restart, fruitless=fruitless, max_restarts=max_restarts)
@@ -160,14 +164,11 @@ def _exclude(job: str, bad: Sequence[str]) -> None:
 
 def _blamed(attempt: Attempt, notes: Path, by_node: Mapping[str, int], code: int, *, state: str) -> dict[str, str]:
     """Of an attempt that told of its end: the nodes that it failed on, with what each did."""
-    if code == 0:
-        return {}
-    if code == MachineError.exit_code:
-        return nodes.failed_in_doctor(notes)
+    found = nodes.failed_in_doctor(notes) if code == MachineError.exit_code else {}
     states = _patiently(lambda: slurm.node_states(attempt.nodes))
     lost = nodes.lost_nodes(states, since=attempt.began)
     # A job that is being cancelled has processes ended by signals everywhere.
-    return lost or (nodes.crashed_node(by_node) if state == "RUNNING" else {})
+    return found or lost or (nodes.crashed_node(by_node) if state == "RUNNING" else {})
 
 
 def _lost(run: Path, attempt: Attempt, step: int) -> Attempt:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sft_dist.cluster.attempts import Attempt
 from sft_dist.cluster.slurm import NodeState
+from sft_dist.errors import MachineError
 from sft_dist.runtime import exit_notes
 from sft_dist.runtime.exit_codes import PREEMPTED_EXIT_CODE, SIGTERM_EXIT_CODE, exit_code
 
@@ -20,7 +21,7 @@ DOCTOR = "doctor.json"
 KILLED = -9
 
 # How a launcher ends when its peers are gone: what happened elsewhere ended it.
-CONSEQUENCES = frozenset({0, 1, PREEMPTED_EXIT_CODE, SIGTERM_EXIT_CODE, 143})
+CONSEQUENCES = frozenset({0, 1, MachineError.exit_code, PREEMPTED_EXIT_CODE, SIGTERM_EXIT_CODE, 143})
 
 
 def codes_by_node(notes: Path, nodes: Sequence[str]) -> dict[str, int]:
@@ -49,9 +50,10 @@ def code_of_all(by_node: Mapping[str, int], told: int) -> int:
         by_node: as of ``codes_by_node``.
         told: by srun, which gives the highest of its tasks'; it stands for launchers that noted nothing.
     """
-    if told == 0:
-        return 0
     failed = [code for code in by_node.values() if code]
+    if told == 0:
+        # Where a node is lost, srun may end with 0: it has heard of no task that failed.
+        return exit_code(dict(enumerate(failed))) if failed else 0
     codes = dict(enumerate([*failed, _signed(told)] if told not in map(_unsigned, failed) else failed))
     return exit_code(codes)
 

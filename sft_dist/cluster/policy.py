@@ -53,10 +53,10 @@ def decide(code: int, job: JobNow, *, restart: int, fruitless: int, max_restarts
         fruitless: attempts in a row, this one included, that got no further than the last checkpoint before them.
         max_restarts: so many times it is started again for that.
     """
-    if code == 0:
-        return Decision(DONE, "the run is done")
     if job.state != RUNNING and job.restarts > restart:
         return Decision(LEAVE, "SLURM has put the job back into the queue itself")
+    if code == 0:
+        return Decision(DONE, "the run is done")
     if job.state != RUNNING:
         return Decision(LEAVE, f"the job is {job.state.lower()}: cancelled, or at its time limit")
     if code in FINAL:

@@ -50,7 +50,7 @@ def test_processes_and_nodes_that_are_lost_cost_no_checkpoint(cluster: Cluster, 
     cluster.wait_for(lambda: job.attempts()[1].decision, NO_HANG_S, what="the end of start 2", job=job.id)
     print(f"launcher killed: over after {time.monotonic() - struck:.0f} s")
     second = job.attempts()[1]
-    assert (second.code, second.decision) == (137, "requeue")
+    assert (second.code, second.decision, second.blamed) == (7, "requeue", ("n1",))  # the other's word: it lost a peer
     assert (second.step_after or 0) >= saved
     cluster.wait(job.id, "PENDING", 30)
     assert cluster.left_running() == []

@@ -24,6 +24,7 @@ def job(state: str = "RUNNING", restarts: int = 1, *, requeue: bool = True, pree
     [
         (0, job(), 0, "done", "the run is done"),
         (0, job("COMPLETING"), 9, "done", "the run is done"),
+        (0, job("COMPLETING", restarts=2), 0, "leave", "SLURM has put the job back into the queue itself"),
         (2, job(), 1, "give up", "exit code 2 (usage or configuration): another start would end the same way"),
         (3, job(), 0, "give up", "exit code 3 (does not fit the devices)"),
         (4, job(), 0, "give up", "exit code 4 (data)"),
@@ -108,6 +109,8 @@ def noted(folder: Path, *codes: int | None) -> Path:
         ((137, 137), 137, 137, []),  # both: none of them alone
         ((143, 137), 143, 137, ["host1"]),
         ((0, 0), 0, 0, []),
+        ((0, None), 0, 137, ["host1"]),  # srun has lost a node, and heard of no task that failed
+        ((7, None), 137, 7, ["host1"]),  # the second launcher was killed, and the first says that it lost its peer
         ((), 137, 137, []),
         ((75, 75), 138, 75, []),  # before it had begun to listen
         ((1, 139), 139, 139, ["host1"]),
