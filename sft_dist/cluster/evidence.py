@@ -23,11 +23,9 @@ from sft_dist.errors import SftError
 from sft_dist.export.provenance import RECEIPT, read_receipt
 from sft_dist.metrics.heartbeat import HEARTBEAT, Beat
 from sft_dist.metrics.logger import METRICS
-from sft_dist.plan.to_json import load_plan
+from sft_dist.plan.to_json import PLAN, load_plan
 from sft_dist.train.resume import holds_a_run
 from sft_dist.train.sessions import Session, earlier_sessions, total_usd
-
-PLAN = "plan.json"
 
 # Points of the curve of losses: what a terminal has room for.
 CURVE_POINTS = 40

@@ -33,8 +33,10 @@ from sft_dist.cluster.wanted import Wanted
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from sft_dist.plan import words
+from sft_dist.plan.to_json import PLAN, plan_text
 from sft_dist.train.preflight import preflight
 from sft_dist.train.resume import AUTO, NEVER
+from sft_dist.train.run_files import keep_file
 
 PREPARE, TRAIN, THEN = "prepare.sbatch", "train.sbatch", "then.sbatch"
 
@@ -200,6 +202,8 @@ def submit(what: Wanted, *, source: Path, overrides: Sequence[str], say: Say) ->
         shutil.rmtree(folder)
         raise
     record(folder, code=code, source=source, overrides=overrides, jobs=jobs)
+    if what.plan is not None and what.sweep is None:
+        keep_file(what.run / PLAN, plan_text(what.plan) + "\n")  # doctor and status count with it
     if what.sweep is not None:
         for index, point in enumerate(what.sweep.points):
             own = new_submission(what.run / point.name)

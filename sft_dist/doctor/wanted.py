@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config.schema import Config
+from sft_dist.plan.to_json import PLAN
 
 # Resident in a process that has imported torch, transformers and DeepSpeed, on a CPU; with CUDA's libraries and context
 # `plan/host.py` has the figure. Both measured.
@@ -15,7 +16,6 @@ CPU_PROCESS_BYTES = int(0.7 * 2**30)
 GPU_PROCESS_BYTES = int(4.5 * 2**30)
 
 # In the run directory, and the fields of it that are read here: see docs/plan_schema.json.
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True)

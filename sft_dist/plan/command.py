@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from sft_dist.plan.result import Plan, Search
 from sft_dist.plan.search import search
 from sft_dist.plan.terminal import render_plan
 from sft_dist.plan.terminal_search import render_search
-from sft_dist.plan.to_json import plan_json
+from sft_dist.plan.to_json import PLAN, plan_text
 
 # In the run directory.
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _searched(config: Config, plan: Plan, wished: Wishes) -> Search:
 
 def show(plan: Plan, folder: Path, views: Views) -> None:
     """Prints a plan and writes its files."""
-    text = json.dumps(plan_json(plan), indent=1, ensure_ascii=False)
+    text = plan_text(plan)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PLAN).write_text(text + "\n", encoding="utf-8")

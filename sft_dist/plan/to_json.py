@@ -19,6 +19,9 @@ from sft_dist.plan.result import Plan
 # Higher when a field changes its meaning or goes; new fields leave it as it is.
 SCHEMA_VERSION = 1
 
+# In the run directory.
+PLAN = "plan.json"
+
 _PLAN = TypeAdapter(Plan)
 
 # What is in the document, but follows from other fields: the definition it belongs to, its name and its schema.
@@ -31,6 +34,11 @@ _DERIVED: dict[str, dict[str, dict[str, Any]]] = {
         "peak_phase": {"$ref": "#/$defs/PhaseName", "description": "The phase of the most total_bytes."},
     },
 }
+
+
+def plan_text(plan: Plan) -> str:
+    """What ``plan.json`` holds."""
+    return json.dumps(plan_json(plan), indent=1, ensure_ascii=False)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

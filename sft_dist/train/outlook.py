@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,10 @@ from sft_dist.config.schema import Config
 from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import UnknownHardware
 from sft_dist.plan.bill import HourlyPrice, hourly_price
-from sft_dist.plan.command import PLAN
 from sft_dist.plan.data import counted_plan
 from sft_dist.plan.expected import Expected, expect
 from sft_dist.plan.machines import Machines, machines_here
-from sft_dist.plan.to_json import plan_json
+from sft_dist.plan.to_json import PLAN, plan_text
 from sft_dist.run import Run
 from sft_dist.train.run_files import keep_file
 
@@ -58,8 +56,7 @@ def look_ahead(
         data = counted_plan(run, train_data, eval_data, source="counted by the run")
         expected, plan = expect(config, run, machines, data)
         if plan is not None and not (Path(run.output_dir) / PLAN).exists():
-            text = json.dumps(plan_json(plan), indent=1, ensure_ascii=False)
-            _write_plan(Path(run.output_dir), text + "\n", missing)
+            _write_plan(Path(run.output_dir), plan_text(plan) + "\n", missing)
     except Exception as error:
         missing.append(f"no plan to compare with: {_told(error)}")
     try:
