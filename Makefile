@@ -30,7 +30,7 @@ test-ci: setup  ## what `make test` leaves out for its time: more combinations o
 	$(PYTEST) -m "ci and not full and not slurm"
 
 test-slurm: setup  ## jobs on a SLURM cluster that the tests bring up (root and SLURM's packages; else skipped)
-	.venv/bin/python -m pytest -q -m slurm --durations=15 tests/slurm
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "slurm and not full" --durations=15 tests/slurm
 
 test-full: lint  ## all tests, those that take minutes too
 	$(PYTEST)

@@ -95,6 +95,7 @@ def test_two_nodes_of_two_processes(
     assert cluster.left_running() == []
 
 
+@pytest.mark.full
 def test_signals_reach_the_tasks_of_plain_srun(cluster: Cluster, small_run: SmallRun, tmp_path: Path) -> None:
     """As SLURM sends them before the time limit and at a preemption: to every process of the step."""
     file, output = small_run.write("launched-and-stopped", train={"max_steps": 4000})

@@ -1,4 +1,4 @@
-"""Preparation -> training -> what follows, and sweeps, as ``sft-dist submit`` hands them to SLURM."""
+"""Jobs that wait for each other, and sweeps, as ``sft-dist submit`` hands them to SLURM."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
 from sft_dist.cluster.chain import Link, submit_chain
 from sft_dist.cluster.sweep_files import job_states, read_sweeps
 from sft_dist.cluster.sweep_table import sweep_rows, to_csv
 from sft_dist.errors import ConfigError
-from tests.helpers.fake_hub import FakeHub
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import SmallRun
 
@@ -30,18 +27,11 @@ ON_CPUS = {
 }  # fmt: skip
 
 
-def submit(
-    cluster: Cluster, folder: Path, file: Path, *options: str, without: str | None = None
-) -> tuple[dict[str, str], Path]:
-    """SLURM's ids by what the jobs do, and the folder of the submission.
-
-    Args:
-        without: a variable that the jobs do not inherit.
-    """
-    environment = {name: value for name, value in cluster.environment.items() if name != without}
+def submit(cluster: Cluster, folder: Path, file: Path, *options: str) -> tuple[dict[str, str], Path]:
+    """SLURM's ids by what the jobs do, and the folder of the submission."""
     done = subprocess.run(
         [sys.executable, "-m", "sft_dist", "submit", str(file), *options],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=60,
+        cwd=folder, env=cluster.environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     output = Path(json.loads(file.read_text())["output_dir"])
@@ -50,43 +40,6 @@ def submit(
     for name, job in record["jobs"].items():
         assert f"{job} ({name})" in done.stdout
     return record["jobs"], submission
-
-
-def test_the_training_finds_all_of_it_and_what_follows_has_its_result(
-    cluster: Cluster, small_run: SmallRun, tiny_base: Path, tmp_path: Path
-) -> None:
-    cache, hf_home = tmp_path / "data_cache", tmp_path / "hf"
-    with FakeHub(tiny_base, host=cluster.outside) as hub:
-        online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hf_home), "NO_PROXY": cluster.outside}
-        then = {"command": "export {run} --merge --no-check", "cpus": 1, "memory_gib": 2, "time_limit": "0:10:00"}
-        file, run = small_run.write(
-            "pipeline",
-            model={"path": "org/tiny"},
-            data={"cache_dir": str(cache)},
-            cluster=ON_CPUS | {"environment": online, "then": then},
-        )
-        jobs, submission = submit(cluster, small_run.folder, file, without="HF_HUB_OFFLINE")
-        assert list(jobs) == ["prepare", "train", "then"]
-        assert sorted(path.stem for path in submission.glob("*.sbatch")) == ["prepare", "then", "train"]
-        cluster.wait(jobs["prepare"], "COMPLETED", 90)
-        requests = hub.requests
-        assert requests > 0, "the model came from the hub"
-        cluster.wait(jobs["then"], "COMPLETED", 120)
-        assert hub.requests == requests, "nobody asked the hub any more"
-    prepared = (run / f"slurm/prepare-{jobs['prepare']}.out").read_text()
-    assert "GB of weights fetched" in prepared
-    started = time.mktime(time.strptime(cluster.show(jobs["train"])["StartTime"], "%Y-%m-%dT%H:%M:%S"))
-    files = [path for path in cache.rglob("*") if path.is_file()]
-    assert {path.relative_to(cache).parts[0] for path in files} >= {"tokens", "sets", "audits"}
-    newer = [path for path in files if max(path.stat().st_mtime, path.stat().st_ctime) > started + 1]
-    assert newer == [], "the training prepared nothing"
-    identity = json.loads((run / "receipt.json").read_text())["identity"]["data.train"]
-    (meta,) = (cache / "sets").glob("*/meta.json")
-    assert json.loads(meta.read_text())["digest"] in identity
-    with safe_open(run / "merged" / "model.safetensors", "pt") as merged:  # type: ignore[no-untyped-call]
-        names = list(merged.keys())
-    assert names
-    assert not [name for name in names if "lora" in name]
 
 
 SLEEPY = "#!/bin/bash\n#SBATCH --output={folder}/%x-%j.out --open-mode=append --job-name={name}\n{body}\n"

@@ -32,50 +32,6 @@ def steps_of(output: Path) -> list[int]:
     return [line["step"] for line in lines if "loss" in line or "train_loss" in line or "train/loss" in line]
 
 
-def test_a_job_is_submitted_trains_and_is_kept(cluster: Cluster, small_run: SmallRun) -> None:
-    """The environment is found where it is not active, and paths count from where the job was submitted."""
-    file, output = small_run.write(
-        "submitted", cluster=CPUS | {"doctor": False}, hardware={"nodes": 2, "gpus_per_node": 1}
-    )
-    tested = sft_dist(cluster, small_run, "submit", str(file), "--no-prepare", "--test-only")
-    assert tested.returncode == 0, tested.stderr
-    assert "to start at" in tested.stdout
-    assert not list(output.glob("slurm/*"))
-    for name in ("VIRTUAL_ENV", "PYTHONPATH"):
-        cluster.job_environment.pop(name)
-    environment = cluster.environment | {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
-    changes = ["train.seed=3", "output_dir=submitted"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sft_dist", "submit", str(file), "--no-prepare", *changes], env=environment, cwd=small_run.folder,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    record = json.loads((output / "slurm/submission-001/submission.json").read_text())
-    job = record["jobs"]["train"]
-    assert f"{job}" in done.stdout.partition("submitted ")[2].partition(";")[0], done.stdout
-    assert f"tail -F submitted/slurm/train-{job}.out" in done.stdout
-
-    again = sft_dist(cluster, small_run, "submit", str(file))
-    assert again.returncode == 2
-    assert f"job {job} (train) of" in again.stderr, again.stderr
-
-    cluster.wait(job, "COMPLETED", 90)
-    shown = cluster.show(job)
-    assert (shown["JobName"], shown["NumNodes"], shown["NumTasks"], shown["MinMemoryNode"]) == (
-        "submitted", "2", "2", "4G",
-    )  # fmt: skip
-    assert (shown["TimeLimit"], shown["Requeue"], shown["StdOut"]) == (
-        "00:30:00", "1", str(output / f"slurm/train-{job}.out"),
-    )  # fmt: skip
-    assert (output / "final").is_dir()
-    assert steps_of(output) == list(range(1, STEPS + 1))
-    assert "seed: 3" in (output / "slurm/submission-001/config.yaml").read_text()
-    assert record["overrides"] == changes
-    assert cluster.left_running() == []
-    ended = sft_dist(cluster, small_run, "submit", str(file))
-    assert "already holds a run" in ended.stderr, "the job has ended"
-
-
 def test_what_slurm_refuses_is_told_in_its_words(cluster: Cluster, small_run: SmallRun) -> None:
     file, output = small_run.write("refused", cluster=CPUS | {"partition": "nowhere"})
     done = sft_dist(cluster, small_run, "submit", str(file))
