@@ -19,8 +19,6 @@ run_module() {
     fi
     # The checkout's own code, installed or not.
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-    # Its warnings, such as of a node without a name in the DNS, are for those who work on torch. Read at its import.
-    TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-    export PYTHONPATH TORCH_CPP_LOG_LEVEL
+    export PYTHONPATH
     exec "$python" -m "$@"
 }

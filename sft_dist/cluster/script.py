@@ -20,8 +20,6 @@ from sft_dist.config.validate_cluster import OWN_VARIABLES
 # The editable copies stand in slurm/ of the checkout.
 TEMPLATES = Path(__file__).parent / "templates"
 
-MODULES = {name: f"sft_dist.launch.{name}" for name in ("torchrun", "accelerate", "deepspeed", "srun")}
-
 
 @dataclass(frozen=True)
 class Place:
@@ -73,7 +71,6 @@ def render_train(
         why=resource_lines(resources),
         launch_options=_launch_options(config, resources),
         python_of_steps='"$python"' if cluster.container is None else "python3",
-        launch_module=MODULES[cluster.launcher],
         step_options=step_options(cluster, place),
         step_command=step_command(cluster, place, gpus=cluster.request_gpus != "none"),
     )

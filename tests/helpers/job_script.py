@@ -20,7 +20,7 @@ case "$name:$*" in
     *"config get"*) printf '%s\\n' "$RUN" ;;
     *"job begin"*) exit "${BEGIN:-0}" ;;
     *"sft_dist doctor"*) exit "${DOCTOR:-0}" ;;
-    *"sft_dist.launch."*) exit "${TRAIN:-0}" ;;
+    *"sft_dist.launch "*) exit "${TRAIN:-0}" ;;
     *"job end"*) exit "${END:-0}" ;;
 esac
 """

@@ -139,6 +139,9 @@ class Cluster:
     def submit(self, script: str | Path, *options: str, arguments: Sequence[str] = ()) -> str:
         """Gives SLURM a script, as a file or as text that begins with #!, and returns the job's id."""
         text, file = (script, []) if isinstance(script, str) else (None, [str(script)])
+        # Of sbatch's options the last one counts, and those of the command line before those of the script.
+        if "--output" not in (text or Path(file[0]).read_text()):
+            options = (f"--output={self._folder}/slurm-%j.out", *options)
         return self.command("sbatch", "--parsable", *options, *file, *arguments, stdin=text).strip().partition(";")[0]
 
     def show(self, job: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from sft_dist.checkpoint.naming import newest_step
 from sft_dist.cluster.logs import Choice, show_logs
 from sft_dist.cluster.status import Status, read_status
+from sft_dist.runtime import exit_notes
 from tests.helpers import figures
 from tests.helpers.fake_hub import FakeHub
 from tests.helpers.offline_wandb import offline_runs
@@ -78,8 +79,8 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
         assert again.returncode == 2
         assert f"job {jobs['prepare']} (prepare) of" in again.stderr, "it is in the queue"
         shown = cluster.show(jobs["train"])
-        assert {name: shown[name] for name in ("JobName", "NumNodes", "NumTasks", "MinMemoryNode", "StdOut")} == {
-            "JobName": "story", "NumNodes": "2", "NumTasks": "2", "MinMemoryNode": "2G",
+        assert {name: shown[name] for name in ("JobName", "NumTasks", "MinMemoryNode", "StdOut")} == {
+            "JobName": "story", "NumTasks": "2", "MinMemoryNode": "2G",
             "StdOut": str(output / f"slurm/train-{jobs['train']}.out"),
         }  # fmt: skip
         job = Job(cluster, jobs["train"], output)
@@ -118,6 +119,7 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
         [first] = job.attempts()
         assert (first.code, first.decision, first.nodes, first.blamed) == (75, "requeue", ("n1", "n2"), ())
         assert first.step_before == 0
+        assert exit_notes.read(output / f"slurm/notes/{job.id}-0") == {0: [75], 1: [75]}
         assert 3 <= (first.step_after or 0) < STEPS
         assert newest_step(output) == first.step_after == job.last_step() == waits.step
         cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
@@ -163,7 +165,8 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
     shown_log = tmp_path / "log"
     with shown_log.open("wb") as file_of_log:
         show_logs(output, Choice(of_job=True), out=file_of_log)
-    assert shown_log.read_text() == job.said()
+    assert job.said().endswith(shown_log.read_text())
+    assert f"job {job.id}: start 3 of the job" in shown_log.read_text()
     with safe_open(output / "merged" / "model.safetensors", "pt") as merged:  # type: ignore[no-untyped-call]
         names = list(merged.keys())
     assert names
@@ -197,6 +200,7 @@ def check_the_result(job: Job, alone: Path, wandb_id: str) -> None:
     assert said.count(": requeue, at step") == 2
     assert said.count("preempted by SIGUSR1") == said.count("preempted by SIGTERM") == 1
     assert "Traceback" not in said
+    assert "[c10d]" not in said
     assert "W&B stopped" not in said
 
 

@@ -165,7 +165,7 @@ def test_every_step(tmp_path: Path, launcher: str, container: str) -> None:
         processes = [word.format(all=8 * nodes) for word in PROCESSES[launcher]]
         assert training == [
             f"--ntasks-per-node={tasks}", f"--cpus-per-task={cpus}", "--kill-on-bad-exit=0", "--wait=40", *options,
-            *inside, python, "-m", f"sft_dist.launch.{launcher}", *processes,
+            *inside, python, "-m", "sft_dist.launch", launcher, *processes,
             "train", f"{submission}/config.yaml", "--resume", "auto",
         ]  # fmt: skip
         outside = [call for call in done.of("python") if "sft_dist.cluster.job" in call]
