@@ -15,8 +15,8 @@ CONFIG_ERROR = 2  # the exit code of ``ConfigError``, which may be what cannot b
 def main() -> int:
     """Runs a launcher's module with the arguments behind its name, and returns the exit code."""
     name, *arguments = sys.argv[1:]
-    # Warnings of its C++ parts, such as of a node without a name in the DNS, are for those who work on torch. It is read
-    # when torch is imported.
+    # Warnings of torch's C++ parts, such as of a node without a name in the DNS, are for those who work on torch. It is
+    # read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         meeting = importlib.import_module("sft_dist.launch.meeting")
