@@ -51,6 +51,9 @@ def code_of_all(by_node: Mapping[str, int], told: int) -> int:
         told: by srun, which gives the highest of its tasks'; it stands for launchers that noted nothing.
     """
     failed = [code for code in by_node.values() if code]
+    if any(code < 0 for code in failed):
+        # Whose first node is gone has lost the network, as far as it can tell.
+        failed = [code for code in failed if code != MachineError.exit_code]
     if told == 0:
         # Where a node is lost, srun may end with 0: it has heard of no task that failed.
         return exit_code(dict(enumerate(failed))) if failed else 0

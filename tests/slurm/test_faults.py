@@ -126,7 +126,7 @@ def test_what_cannot_go_on_ends_and_says_why(cluster: Cluster, tmp_path: Path) -
 
 def test_a_node_whose_daemon_is_killed(cluster: Cluster, tmp_path: Path) -> None:
     job = submit_script(cluster, tmp_path / "run", WAITS, "--nodes=1", "--nodelist=n3")
-    cluster.wait_for(lambda: any("sleep 100" in line for line in cluster.pids("n3").values()), 30, what="its step")
+    cluster.wait_for(lambda: any(line.strip() == "sleep 100" for line in cluster.pids("n3").values()), 30, what="its step")
     cluster.kill_slurmd("n3")
     killed = time.monotonic()
     cluster.wait(job.id, "PENDING", NO_HANG_S)

@@ -110,7 +110,7 @@ def noted(folder: Path, *codes: int | None) -> Path:
         ((143, 137), 143, 137, ["host1"]),
         ((0, 0), 0, 0, []),
         ((0, None), 0, 137, ["host1"]),  # srun has lost a node, and heard of no task that failed
-        ((7, None), 137, 7, ["host1"]),  # the second launcher was killed, and the first says that it lost its peer
+        ((7, None), 137, 137, ["host1"]),  # the second launcher was killed, and the first says that it lost its peer
         ((), 137, 137, []),
         ((75, 75), 138, 75, []),  # before it had begun to listen
         ((1, 139), 139, 139, ["host1"]),
