@@ -29,8 +29,10 @@ test: lint  ## everything that must pass before a change is merged: the whole pr
 test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests
 	$(PYTEST) -m "ci and not full and not slurm"
 
+# Two clusters side by side; what takes longest begins first.
 test-slurm: setup  ## jobs on a SLURM cluster that the tests bring up (root and SLURM's packages; else skipped)
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "slurm and not full" --durations=15 tests/slurm
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slurm and not full" --durations=15 \
+	    tests/slurm/test_story.py tests/slurm/test_faults.py tests/slurm
 
 test-full: lint  ## all tests, those that take minutes too
 	$(PYTEST)

@@ -91,7 +91,7 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
             return read_status(output)
 
         assert "waiting" in read_status(output).verdict.line, "for the job that prepares"
-        cluster.wait(jobs["prepare"], "COMPLETED", 90)
+        cluster.wait(jobs["prepare"], "COMPLETED", 180)
         requests = hub.requests
         assert requests > 0, "the model came from the hub"
         assert "GB of weights fetched" in (output / f"slurm/prepare-{jobs['prepare']}.out").read_text()
@@ -147,9 +147,9 @@ def test_interrupted_again_and_again_a_run_ends_as_if_nothing_had_happened(
         assert newest_step(output) == second.step_after
 
         # Done, and exported.
-        ended = cluster.wait(job.id, "COMPLETED", 120)
+        ended = cluster.wait(job.id, "COMPLETED", 240)
         print(f"done after {time.monotonic() - began:.0f} s\n{job.said()}")
-        cluster.wait(jobs["then"], "COMPLETED", 90)
+        cluster.wait(jobs["then"], "COMPLETED", 180)
         assert hub.requests == requests, "nobody asked the hub any more"
     assert (ended["ExitCode"], ended["Restarts"]) == ("0:0", "2")
     assert [one.decision for one in job.attempts()] == ["requeue", "requeue", "done"]

@@ -58,10 +58,10 @@ class Job:
     def attempts(self) -> list[Attempt]:
         return read_attempts(self.output)
 
-    def wait_for_step(self, step: int, timeout_s: float = 90) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
         self.cluster.wait_for(lambda: self.last_step() >= step, timeout_s, what=f"step {step} is trained", job=self.id)
 
-    def wait_for_start(self, number: int, timeout_s: float = 60) -> None:
+    def wait_for_start(self, number: int, timeout_s: float = 120) -> None:
         self.cluster.wait_for(
             lambda: len(self.attempts()) >= number, timeout_s, what=f"start {number} of the job", job=self.id
         )
