@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sft_dist.cli.options import ConfigPath, Overrides, checked_config
+from sft_dist.cli.options import ConfigPath, Examples, Overrides, TokensPerExample, checked_config
 from sft_dist.cli.prepare import Sweep
 from sft_dist.errors import ConfigError, PlanError
 from sft_dist.runtime.quiet import quiet_libraries
@@ -26,12 +26,8 @@ def submit(
     resume: Annotated[
         str, typer.Option(metavar="auto|never", help="auto: output_dir may hold a run, and the job goes on with it.")
     ] = "never",
-    examples: Annotated[
-        str | None, typer.Option("--examples", metavar="N", help="Plan for so many rows of data, e.g. 10k.")
-    ] = None,
-    tokens_per_example: Annotated[
-        str | None, typer.Option("--tokens-per-example", metavar="T", help="Their mean length, with the template.")
-    ] = None,
+    examples: Examples = None,
+    tokens_per_example: TokensPerExample = None,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Submit although the plan says that it does not fit.")
     ] = False,

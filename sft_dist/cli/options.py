@@ -23,6 +23,12 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+Examples = Annotated[
+    str | None, typer.Option("--examples", metavar="N", help="Plan for so many rows of data, e.g. 10k.")
+]
+TokensPerExample = Annotated[
+    str | None, typer.Option("--tokens-per-example", metavar="T", help="Their mean length, with the template.")
+]
 CheckpointOf = Annotated[
     str | None,
     typer.Option("--checkpoint", metavar="STEP|latest", help="Of a run: this checkpoint in place of final/."),

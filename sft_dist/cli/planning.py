@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sft_dist.cli.options import ConfigPath, Overrides, checked_config, put_own_tools_on_path
+from sft_dist.cli.options import (
+    ConfigPath,
+    Examples,
+    Overrides,
+    TokensPerExample,
+    checked_config,
+    put_own_tools_on_path,
+)
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PlanError
 from sft_dist.runtime.quiet import quiet_libraries
@@ -24,12 +31,8 @@ def plan(
     ] = None,
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="GPUs of a node.")] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, metavar="N", help="Nodes.")] = None,
-    examples: Annotated[
-        str | None, typer.Option("--examples", metavar="N", help="Plan for so many rows of data, e.g. 10k.")
-    ] = None,
-    tokens_per_example: Annotated[
-        str | None, typer.Option("--tokens-per-example", metavar="T", help="Their mean length, with the template.")
-    ] = None,
+    examples: Examples = None,
+    tokens_per_example: TokensPerExample = None,
     fx: Annotated[float | None, typer.Option("--fx", metavar="JPY", help="JPY per USD.")] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Look for other machines, strategies and micro-batches too.")
