@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+import sft_dist
 from sft_dist.cluster import attempts, nodes, slurm
 from sft_dist.cluster.attempts import Attempt, note_begin, note_end, read_attempts
 from sft_dist.cluster.policy import PREEMPTED, JobNow, decide, fruitless_in_a_row
@@ -153,3 +156,14 @@ def test_what_slurm_prints_is_read() -> None:
         "ReqB:S:C:T": "0:0:*:*", "Command": "/a b/c", "TRES": "cpu=2,node=1",
     }  # fmt: skip
     assert [slurm.seconds(text) for text in ("00:10:00", "1-02:00:03", "UNLIMITED")] == [600, 93603, None]
+
+
+def test_a_jobs_life_needs_no_package() -> None:
+    """Beside a container the job's script has a Python and nothing else."""
+    checkout = Path(sft_dist.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import sft_dist.cluster.job"],
+        env={"PYTHONPATH": str(checkout)},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
