@@ -53,7 +53,7 @@ def swept(*texts: str, max_parallel: int | None = None, prepares: bool = True) -
 def test_what_prepares_asks_for_no_gpu() -> None:
     cluster = ClusterConfig(
         partition="gpu", qos="long", constraint="h100", account="team", gpu_type="h100",
-        prepare=PrepareJobConfig(partition="cpu", cpus=3, memory_gib=5, time_limit="0:30:00"),
+        prepare=PrepareJobConfig(partition="cpu", cpus=3, memory_gib=4.5, time_limit="0:30:00"),
     )  # fmt: skip
     asked = options(render_prepare(cluster, PLACE, name="x-prepare"))
     assert asked == {
