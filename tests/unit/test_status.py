@@ -29,7 +29,7 @@ from tests.helpers.disks import read_only
 from tests.helpers.run_folders import CLOCK
 from tests.helpers.terminal import Terminal
 
-VIEWS = Path(__file__).parent.parent / "golden" / "status"
+VIEWS = Path(__file__).parent.parent / "golden_views" / "status"
 
 
 @pytest.fixture(autouse=True)
