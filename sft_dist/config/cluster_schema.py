@@ -78,7 +78,9 @@ class ClusterConfig(Section):
         description="Seconds before the time limit when to save and stop; null: from the plan.",
     )
     max_restarts: int = Field(
-        3, ge=0, description="Starts in a row that did not get past the last checkpoint, before the job gives up."
+        3,
+        ge=0,
+        description="Times in a row that the job is started again without getting past a checkpoint; then it gives up.",
     )
     doctor: bool = Field(True, description="Check all nodes first, every time.")
     modules: list[str] = Field(default=[], description="To load, e.g. cuda/13.0.")
