@@ -48,8 +48,9 @@ def test_a_rehearsal_is_not_in_the_way_of_the_run(tiny_base: Path, tmp_path: Pat
     log.write_text("")
     with Ranks(2, ["train", str(config), "--rehearse-only", "checkpoint.prove_final=true"], log) as ranks:
         assert ranks.exit_codes(PATIENCE_S) == [0, 0], log.read_text()
-    # The heartbeat is that of the run that was killed.
-    assert {path.name for path in out.iterdir()} <= {"audit.json", "cache", ".lock", "heartbeat.json"}
+    # The heartbeat and the logs are those of the run that was killed.
+    assert {path.name for path in out.iterdir()} <= {"audit.json", "cache", ".lock", "heartbeat.json", "logs"}
+    assert len(list((out / "logs").iterdir())) == 1
     said = log.read_text()
     passed = [line[4:24].strip() for line in said.splitlines() if line.startswith("  ✓ ")]
     assert passed == list(ITEMS)
