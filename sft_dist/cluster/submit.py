@@ -210,12 +210,12 @@ def submit(what: Wanted, *, source: Path, overrides: Sequence[str], say: Say) ->
             write_submission(own, point.config, {}, code)
             record(
                 own, code=code, source=source, overrides=[*overrides, *point.overrides],
-                jobs=_of_point(jobs, index), sweep=str(folder),
+                jobs=jobs_of_point(jobs, index), sweep=str(folder),
             )  # fmt: skip
     return jobs
 
 
-def _of_point(jobs: dict[str, str], index: int) -> dict[str, str]:
+def jobs_of_point(jobs: dict[str, str], index: int) -> dict[str, str]:
     """SLURM's ids of the jobs of one point: elements of the arrays, and the preparation for all."""
     return {name: job_id if name == "prepare" else f"{job_id}_{index}" for name, job_id in jobs.items()}
 

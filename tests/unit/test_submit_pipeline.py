@@ -12,7 +12,7 @@ import pytest
 from sft_dist.cli import main
 from sft_dist.cluster.script import Place
 from sft_dist.cluster.side_jobs import render_prepare, render_then, words_of
-from sft_dist.cluster.submit import scripts_of
+from sft_dist.cluster.submit import jobs_of_point, scripts_of
 from sft_dist.cluster.sweep import plan_sweep
 from sft_dist.cluster.wanted import Wanted, most, wanted, wanted_sweep
 from sft_dist.config.cluster_schema import ClusterConfig, ContainerConfig, PrepareJobConfig, ThenJobConfig
@@ -202,3 +202,11 @@ def main_ends(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert not caught.value.code
+
+
+def test_each_point_knows_its_own_elements_of_the_arrays() -> None:
+    jobs = {"prepare": "7", "train": "8", "then": "9"}
+    assert [jobs_of_point(jobs, index) for index in (0, 2)] == [
+        {"prepare": "7", "train": "8_0", "then": "9_0"},
+        {"prepare": "7", "train": "8_2", "then": "9_2"},
+    ]
