@@ -4,6 +4,8 @@
 
 # ninja, which DeepSpeed calls to compile its operators, is a program of the environment.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Containers often forbid Python to write bytecode; then each of the tests' many processes would compile the project.
+export PYTHONDONTWRITEBYTECODE :=
 # Files are dealt to several processes; the tests of one share what is costly to make. Each has its own warm worlds, so
 # more processes than this cost more than they save.
 PYTEST := .venv/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --durations=15
