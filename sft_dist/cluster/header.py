@@ -22,7 +22,6 @@ class Job:
         gpus_per_node: 0 for none.
         memory_gib: of a node.
         signal_before_s: None: no signal before the limit.
-        requeue: whether SLURM may start it again after a node failed or it was preempted.
         output: file of its output, with sbatch's patterns such as ``%j``.
         further: options as the user writes them, e.g. ``--nice=100``.
         array: indices of an array of such jobs, e.g. ``0-7%2`` for at most two at once.
@@ -37,7 +36,6 @@ class Job:
     memory_gib: float
     time_limit_s: int
     signal_before_s: int | None
-    requeue: bool
     partition: str | None
     further: tuple[str, ...] = ()
     array: str | None = None
@@ -57,7 +55,6 @@ def training_job(
         memory_gib=resources.memory_gib,
         time_limit_s=resources.time_limit_s,
         signal_before_s=resources.signal_before_s,
-        requeue=True,
         partition=cluster.partition,
         further=tuple(cluster.options),
         array=array,
@@ -85,7 +82,7 @@ def _options(job: Job, cluster: ClusterConfig) -> Iterator[tuple[str, str | None
     if job.signal_before_s is not None:
         # To the steps: with B: it would reach the script alone.
         yield "signal", f"USR1@{job.signal_before_s}"
-    yield ("requeue" if job.requeue else "no-requeue"), None
+    yield "requeue", None
     yield "open-mode", "append"
     yield "output", job.output
     named = {

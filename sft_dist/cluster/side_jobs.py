@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sft_dist.cluster.header import Job, output_pattern
 from sft_dist.cluster.script import Place, quoted, render, step_command, step_options
 from sft_dist.cluster.time_limit import seconds_of_limit
-from sft_dist.config.cluster_schema import ClusterConfig
+from sft_dist.config.cluster_schema import ClusterConfig, PrepareJobConfig, ThenJobConfig
 from sft_dist.errors import ConfigError
 
 RUN = "{run}"
@@ -22,19 +22,7 @@ def render_prepare(cluster: ClusterConfig, place: Place, *, name: str, points: S
         points: names of a sweep's points, for all of which one job prepares.
     """
     asked = cluster.prepare
-    job = Job(
-        name=name,
-        output=f"{output_pattern(place.run)}/slurm/prepare-%j.out",
-        nodes=1,
-        tasks_per_node=1,
-        cpus_per_task=asked.cpus,
-        gpus_per_node=0,
-        memory_gib=asked.memory_gib,
-        time_limit_s=seconds_of_limit(asked.time_limit),
-        signal_before_s=None,
-        requeue=True,
-        partition=asked.partition or cluster.partition,
-    )
+    job = _job(cluster, place, asked, name=name, output="prepare-%j.out")
     there = _in_partition(cluster, asked.partition)
     return render("prepare.sbatch.j2", job, there, place, points=points, step=_step(cluster, place, gpus=0, job=job))
 
@@ -53,20 +41,8 @@ def render_then(
     """
     asked = cluster.then
     assert asked is not None
-    job = Job(
-        name=name,
-        output=f"{output_pattern(place.run)}/slurm/then-{'%A_%a' if points else '%j'}.out",
-        nodes=1,
-        tasks_per_node=1,
-        cpus_per_task=asked.cpus,
-        gpus_per_node=asked.gpus,
-        memory_gib=asked.memory_gib,
-        time_limit_s=seconds_of_limit(asked.time_limit),
-        signal_before_s=None,
-        requeue=True,
-        partition=asked.partition or cluster.partition,
-        array=array,
-    )
+    output = f"then-{'%A_%a' if points else '%j'}.out"
+    job = _job(cluster, place, asked, name=name, output=output, gpus=asked.gpus, array=array)
     return render(
         "then.sbatch.j2",
         job,
@@ -100,6 +76,32 @@ def _shell_word(word: str) -> str:
     """With the variable of the script in place of ``{run}``."""
     parts = [quoted(part) if part else "" for part in word.split(RUN)]
     return '"$run"'.join(parts) if RUN in word else quoted(word)
+
+
+def _job(
+    cluster: ClusterConfig,
+    place: Place,
+    asked: PrepareJobConfig | ThenJobConfig,
+    *,
+    name: str,
+    output: str,
+    gpus: int = 0,
+    array: str | None = None,
+) -> Job:
+    """One task on one node, which may simply begin again."""
+    return Job(
+        name=name,
+        output=f"{output_pattern(place.run)}/slurm/{output}",
+        nodes=1,
+        tasks_per_node=1,
+        cpus_per_task=asked.cpus,
+        gpus_per_node=gpus,
+        memory_gib=asked.memory_gib,
+        time_limit_s=seconds_of_limit(asked.time_limit),
+        signal_before_s=None,
+        partition=asked.partition or cluster.partition,
+        array=array,
+    )
 
 
 def _in_partition(cluster: ClusterConfig, partition: str | None) -> ClusterConfig:
