@@ -15,8 +15,6 @@ from sft_dist.plan.to_json import PLAN
 CPU_PROCESS_BYTES = int(0.7 * 2**30)
 GPU_PROCESS_BYTES = int(4.5 * 2**30)
 
-# In the run directory, and the fields of it that are read here: see docs/plan_schema.json.
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -68,7 +66,10 @@ def wanted_of(config: Config | None) -> Wanted:
 
 
 def _planned_memory(file: Path, config: Config) -> dict[str, Any] | None:
-    """Of the plan in the run directory, if it is of this model and method; a plan of something else says nothing."""
+    """Of the plan in the run directory, if it is of this model and method; a plan of something else says nothing.
+
+    Its fields are those of docs/plan_schema.json.
+    """
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
         subject = plan["subject"]
