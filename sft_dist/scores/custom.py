@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import sys
 import traceback
 from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 
 from sft_dist.errors import ConfigError
 from sft_dist.scores.answered import Answered
@@ -33,7 +33,7 @@ class CustomScore:
         except OSError as error:
             raise ConfigError(f"{KEY}: {file} cannot be read: {error.strerror}", fix="correct the path") from error
         digest = hashlib.sha256(content).hexdigest()[:16]
-        self._function = self._load(f"sft_dist_custom_score_{digest}")
+        self._function = self._load(f"sft_dist_custom_score_{digest}", content)
         self.signature = f"{self._path.name}:{self._name}|sha256:{digest}"
 
     def of(self, example: Answered, *, number: int) -> float:
@@ -61,14 +61,13 @@ class CustomScore:
             )
         return float(found)
 
-    def _load(self, module_name: str) -> Callable[[str, str, str], object]:
-        spec = importlib.util.spec_from_file_location(module_name, self._path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+    def _load(self, module_name: str, content: bytes) -> Callable[[str, str, str], object]:
+        # Not by Python's importer: it would take the bytecode of a file of the same size and second for this one's.
+        module = ModuleType(module_name)
+        module.__file__ = str(self._path)
         sys.modules[module_name] = module  # where dataclasses and pickle look for it
         try:
-            spec.loader.exec_module(module)
+            exec(compile(content, str(self._path), "exec"), vars(module))
         except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise ConfigError(
