@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,7 +100,12 @@ def script_of(texts: Sequence[str]) -> str:
 
 def has_mecab() -> bool:
     """Whether sacrebleu can cut Japanese into words."""
-    return all(importlib.util.find_spec(name) is not None for name in ("MeCab", "ipadic"))
+    try:
+        importlib.import_module("MeCab")
+        importlib.import_module("ipadic")
+    except ImportError:
+        return False
+    return True
 
 
 def bleu_of_sums(sums: Array) -> Array:

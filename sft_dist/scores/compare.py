@@ -78,7 +78,7 @@ def compare_judged(base: Judged, tuned: Judged, *, samples: int = 1000, seed: in
     for counts in _resamples(len(base.examples), samples=samples, seed=seed):
         for name, found in blocks.items():
             found.append(np.stack([base.tallies[name].value(counts), tuned.tallies[name].value(counts)]))
-    of_base, of_tuned = base.scores().values, tuned.scores().values
+    of_base, of_tuned = base.values(), tuned.values()
     return {
         name: _compared(of_base[name], of_tuned[name], *np.concatenate(found, axis=1)) for name, found in blocks.items()
     }

@@ -22,6 +22,7 @@ from sft_dist.scores.rouge import SIGNATURE as ROUGE_SIGNATURE
 from sft_dist.scores.rouge import rouge_l, rouge_n, tokens
 from sft_dist.scores.tally import Mean, Tally, mean_of
 
+# The section itself: nothing has to be derived from it.
 ScoreSettings = ScoresConfig
 
 
@@ -56,6 +57,10 @@ class Judged:
     signature: dict[str, str]
     notes: list[str]
 
+    def values(self) -> dict[str, float]:
+        """Each score of all examples."""
+        return {name: _whole(tally, len(self.examples)) for name, tally in self.tallies.items()}
+
     def scores(self) -> Scores:
         """The scores of all examples and of each source."""
         rows: dict[str, list[int]] = {}
@@ -74,7 +79,7 @@ class Judged:
                     f"{bleu.tokeniser}"
                 )
         return Scores(
-            values={name: _whole(tally, len(self.examples)) for name, tally in self.tallies.items()},
+            values=self.values(),
             by_source=by_source,
             per_example={
                 name: tally.values.tolist() for name, tally in self.tallies.items() if isinstance(tally, Mean)

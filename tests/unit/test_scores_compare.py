@@ -139,9 +139,7 @@ def test_the_interval_of_corpus_scores_covers_the_truth() -> None:
     population = [
         judge(system(texts, number=3000, chance=chance, seed=seed), settings) for chance, seed in ((0.3, 1), (0.25, 2))
     ]
-    truth = {
-        name: population[1].scores().values[name] - population[0].scores().values[name] for name in settings.metrics
-    }
+    truth = {name: population[1].values()[name] - population[0].values()[name] for name in settings.metrics}
     generator = np.random.default_rng(0)
     covered = dict.fromkeys(truth, 0)
     trials = 200
