@@ -186,15 +186,18 @@ def test_identical_systems_have_no_difference() -> None:
         assert found.base == found.tuned
 
 
-def test_equal_means_of_different_answers_are_no_difference(tmp_path: Path) -> None:
+def test_a_tie_of_different_answers_is_not_better(tmp_path: Path) -> None:
     settings = own_scores(tmp_path)
-    values = [0.1, 0.2, 0.3, 0.7]
-    base = [answered(str(value), "", prompt="same") for value in values]
-    tuned = [answered(str(value), "", prompt="same") for value in reversed(values)]
+    tenths = np.random.default_rng(0).integers(10, size=12)
+    base, tuned = (
+        [answered(str(value / 10), "", prompt="same") for value in values] for values in (tenths, tenths[::-1])
+    )
+    generator = np.random.default_rng(0)
+    gains = [(tenths[::-1] - tenths)[generator.integers(12, size=12)].sum() for _ in range(400)]
+    assert gains.count(0) > 5
     found = compare(base, tuned, settings, samples=400)["custom"]
     assert found.difference == 0.0
-    low, high = found.difference_interval
-    assert low < 0 < high
+    assert found.tuned_better == sum(gain > 0 for gain in gains) / 400
 
 
 def test_one_example_and_no_overlap_of_right_answers() -> None:

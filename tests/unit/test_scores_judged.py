@@ -202,6 +202,15 @@ def test_a_schema_that_cannot_be_used_is_told(tmp_path: Path, content: str | Non
         score([answered("{}", "")], ScoresConfig(metrics=["json_schema"], json_schema=str(path)))
 
 
+def test_a_schema_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, *_, **__: asked.append(request))
+    (tmp_path / "schema.json").write_text('{"$ref": "http://127.0.0.1:1/other.json"}')
+    with pytest.raises(ConfigError, match="which it does not hold"):
+        score([answered("{}", "")], ScoresConfig(metrics=["json_schema"], json_schema=f"{tmp_path}/schema.json"))
+    assert asked == []
+
+
 def own_score(folder: Path, code: str, *, name: str = "own") -> dict[str, list[float]]:
     (folder / "own.py").write_text(code, encoding="utf-8")
     settings = ScoresConfig(metrics=["custom"], custom=f"{folder}/own.py:{name}")

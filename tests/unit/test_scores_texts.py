@@ -203,6 +203,7 @@ def test_a_source_in_another_script_has_its_own_tokeniser() -> None:
         ("Yes.", "yes", True),
         ("STRASSE", "Straße", True),
         ("がぎ", "か\u3099き\u3099", True),
+        ("℡", "tel", True),
         ("yes!", "yes", False),
         ("yes..", "yes", False),
         ("ハイ", "はい", False),
