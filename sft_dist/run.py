@@ -10,11 +10,11 @@ from typing import Literal
 
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.deepspeed import DeepSpeedKnobs
+from sft_dist.config.eval_schema import EvalConfig
 from sft_dist.config.schema import (
     ActivationCheckpointingConfig,
     CheckpointConfig,
     ConcreteSharding,
-    EvalConfig,
     LoggingConfig,
     OptimConfig,
 )

@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag
 
 from sft_dist.config.cluster_schema import ClusterConfig
 from sft_dist.config.data_schema import DataConfig
+from sft_dist.config.eval_schema import EvalConfig
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.section import Section
 
@@ -330,11 +331,6 @@ class TrainConfig(Section):
     num_epochs: int | None = Field(None, ge=1, description="Passes over the training data. This or max_steps.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps. This or num_epochs.")
     seed: int = Field(0, ge=0, description="Of adapters, dropout and the order of the data.")
-
-
-class EvalConfig(Section):
-    every_steps: int | None = Field(None, ge=1, description="Evaluate after this many steps; always at the end.")
-    before_training: bool = Field(True, description="Evaluate the untrained model too.")
 
 
 class CheckpointConfig(Section):

@@ -22,6 +22,7 @@ from sft_dist.config.schema import (
     VirtualTokensMethod,
 )
 from sft_dist.config.validate_cluster import cluster_findings
+from sft_dist.config.validate_eval import eval_findings, has_eval_data
 from sft_dist.errors import ConfigError
 
 REGULAR_EXPRESSION = "re:"  # in front of a name that is one
@@ -284,14 +285,6 @@ def _packing(config: Config) -> Iterator[Finding]:
         )
 
 
-def _evaluation(config: Config) -> Iterator[Finding]:
-    if config.eval.every_steps is not None and not config.data.eval and config.data.eval_split is None:
-        yield (
-            f"eval.every_steps is {config.eval.every_steps}, but data.eval is empty",
-            "add held-out sources to data.eval, set data.eval_split, or remove eval.every_steps",
-        )
-
-
 def _mirror(config: Config) -> Iterator[Finding]:
     mirror = config.checkpoint.mirror
     if mirror is not None and "://" not in mirror:
@@ -344,10 +337,10 @@ def _paths(config: Config) -> Iterator[Finding]:
 
 
 def _best(config: Config) -> Iterator[Finding]:
-    if config.checkpoint.keep_best and not config.data.eval:
+    if config.checkpoint.keep_best and not has_eval_data(config):
         yield (
             "checkpoint.keep_best is true, but there is nothing to evaluate: data.eval is empty",
-            "add data.eval, or set checkpoint.keep_best to false",
+            "add data.eval or data.eval_split, or set checkpoint.keep_best to false",
         )
 
 
@@ -368,8 +361,8 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _mixing,
     _supervision,
     _packing,
-    _evaluation,
     _mirror,
     _hardware,
     cluster_findings,
+    eval_findings,
 )

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft_dist.errors import ConfigError
+from sft_dist.evaluation.file_questions import Question, read_questions
 from sft_dist.generate.engine import Answer, PromptTooLong, Sampling
 from sft_dist.generate.load import Loaded
-from sft_dist.generate.questions import Question, read_questions
 
 # In every row of the output: who answered, and how. Rows of another one are not mixed with these.
 MADE_BY = "made_by"

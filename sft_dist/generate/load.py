@@ -20,9 +20,9 @@ from sft_dist.checkpoint import fresh_process
 from sft_dist.checkpoint.source import ADAPTER, Source
 from sft_dist.config.schema import Config, QloraMethod
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
+from sft_dist.evaluation.prompt import Prompter, prompter_of
 from sft_dist.export.checkpoint_artefact import artefact_of_checkpoint
 from sft_dist.generate.engine import Engine, Voice
-from sft_dist.generate.prompt import Prompter, prompter_of
 from sft_dist.model.build import TORCH_DTYPES
 from sft_dist.model.hub import ModelNotHere, model_folder
 

@@ -36,6 +36,9 @@ Metrics = dict[str, int | float]
 
 METRICS = "metrics.jsonl"
 
+# In the line of every evaluation.
+ALWAYS = ("step", "eval_loss", "eval_perplexity")
+
 # Without a terminal a bar cannot be redrawn: this many lines are printed over a run instead.
 LINES_WITHOUT_TERMINAL = 20
 
@@ -147,6 +150,9 @@ class RunLogger:
             f"perplexity {metrics['eval_perplexity']:,.2f}"
             + "".join(f"\n  {name.removeprefix('eval_loss/')}: {v:.4f}" for name, v in metrics.items() if "/" in name)
         )
+        others = {n.removeprefix("eval_"): v for n, v in metrics.items() if n not in ALWAYS and "/" not in n}
+        if others:
+            self.say("  " + ", ".join(f"{name} {value:,.4g}" for name, value in others.items()))
 
     def _write(self, metrics: Metrics) -> None:
         # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.

@@ -16,7 +16,6 @@ from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.manifest import Position
 from sft_dist.checkpoint.store import name_of
 from sft_dist.data.loader import Step, TrainingOrder
-from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import Preempted, TrainingDiverged
 from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.metrics.logger import Metrics, RunLogger
@@ -30,8 +29,9 @@ from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from sft_dist.train.account import Account, TrainedStep
 from sft_dist.train.agreement import Agreement
+from sft_dist.train.evaluations import EvaluationFiles, Evaluations
 from sft_dist.train.position import position_after
-from sft_dist.train.step import StepOutcome, evaluate, train_step
+from sft_dist.train.step import StepOutcome, train_step
 
 # Of the peak learning rate.
 LARGE_SHARE = 0.01
@@ -54,8 +54,8 @@ class Training:
 
     Args:
         spec: what this rank holds between steps.
-        eval_data: held-out rows, or None.
-        logger, account: on rank 0; None elsewhere.
+        evaluations: None: nothing is held out.
+        logger, account, files: on rank 0; None elsewhere.
         signals: that this process notes.
         heartbeat: gets what it is doing.
         completed: steps that are behind ``strategy``'s state; more than 0 when the run is resumed.
@@ -69,8 +69,9 @@ class Training:
         strategy: Strategy,
         spec: ShardingSpec,
         order: TrainingOrder,
-        eval_data: PreparedData | None,
+        evaluations: Evaluations | None,
         logger: RunLogger | None,
+        files: EvaluationFiles | None,
         account: Account | None,
         checkpointer: Checkpointer,
         signals: Signals,
@@ -80,7 +81,7 @@ class Training:
         completed: int,
     ) -> None:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
-        self.order, self.eval_data, self.checkpointer = order, eval_data, checkpointer
+        self.order, self.evaluations, self.files, self.checkpointer = order, evaluations, files, checkpointer
         self.logger, self.account, self.signals, self.heartbeat = logger, account, signals, heartbeat
         self.agreement = Agreement()
         self.num_steps, self.completed = num_steps, completed
@@ -289,21 +290,17 @@ class Training:
         }
 
     def _evaluate(self) -> None:
-        if self.eval_data is None:
+        if self.evaluations is None:
             return
         self._read()
-        started = time.perf_counter()
+        started, step = time.perf_counter(), self.completed
         with self.heartbeat.phase("evaluating"):
-            result = evaluate(self.strategy, self.eval_data, self.run.batch, rank=self.world.rank, device=self.device)
+            result = self.evaluations.evaluate(self.strategy, step, is_end=step in (0, self.num_steps))
         if self.account is not None:
             self.account.evaluated(time.perf_counter() - started)
         self._eval_loss = result.loss
-        if self.logger is not None:
-            by_source = {f"eval_loss/{name}": loss for name, loss in result.by_source.items()}
-            self.logger.evaluation(
-                {"step": self.completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
-                | (by_source if len(by_source) > 1 else {})
-            )
+        if self.files is not None:
+            self.files.write(result)
 
 
 def peak_memory_gib(device: torch.device) -> float:

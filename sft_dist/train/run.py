@@ -17,6 +17,8 @@ from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import Preempted
+from sft_dist.evaluation.examiner import Examiner
+from sft_dist.evaluation.prompt import prompter_of
 from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.run import Run
@@ -28,6 +30,7 @@ from sft_dist.sharding import registry
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.artefact import proven, write_artefact
 from sft_dist.train.books import Books
+from sft_dist.train.evaluations import EvaluationFiles, Evaluations
 from sft_dist.train.from_mirror import replace_damaged
 from sft_dist.train.loading import loading
 from sft_dist.train.loop import Training
@@ -166,8 +169,10 @@ def train(
                 if final.exists():
                     logger.say(f"{final} is of the shorter run, until this one ends")
             books.begin(logger)
+        evaluations = _evaluations(run, config, process, inputs, logger)
+        files = None if logger is None else EvaluationFiles(Path(run.output_dir), logger, completed=completed)
         training = Training(
-            run, world, process.device, strategy, spec, order, inputs.eval_data, logger,
+            run, world, process.device, strategy, spec, order, evaluations, logger, files,
             None if books is None else books.account, checkpointer, signals, heartbeat,
             num_steps=num_steps, completed=completed,
         )  # fmt: skip
@@ -187,6 +192,21 @@ def train(
                 books.close(logger, peak_allocated_bytes=peak_bytes)
             _require_metrics(process, logger)
     strategy.close()
+
+
+def _evaluations(
+    run: Run, config: Config, process: Process, inputs: Inputs, logger: RunLogger | None
+) -> Evaluations | None:
+    if inputs.eval_data is None:
+        return None
+    asked, tokenizer, examiner = run.eval, inputs.renderer.tokenizer, None
+    if asked.scores is not None or asked.samples is not None or asked.long_texts is not None:
+        examiner = Examiner(
+            asked, inputs.eval_data, tokenizer, prompter_of(tokenizer, config), max_seq_len=run.data.max_seq_len,
+            seed=run.seed, rank=process.world.rank, world_size=process.world.size, device=process.device,
+            say=warn if logger is None else logger.say,
+        )  # fmt: skip
+    return Evaluations(run, inputs.eval_data, examiner, rank=process.world.rank, device=process.device)
 
 
 def _tell_of_the_start(

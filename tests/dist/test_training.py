@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 from torch.distributed.fsdp import FSDPModule
 
 from sft_dist.checkpoint import checkpointer
-from sft_dist.config.schema import Config, EvalConfig
+from sft_dist.config.eval_schema import EvalConfig
+from sft_dist.config.schema import Config
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.errors import CheckpointError, ShardingMismatch, TrainingDiverged
 from sft_dist.resolve import resolve

@@ -29,7 +29,7 @@ from sft_dist.generate.chat import Chat
 from sft_dist.generate.conversation import Command
 from sft_dist.generate.engine import Sampling, Voice
 from sft_dist.generate.load import Loaded, load
-from sft_dist.generate.prompt import prompter_of, trained_on
+from sft_dist.evaluation.prompt import prompter_of, trained_on
 from tests.helpers.taught import PAIRS, conversation, teach, write_rows
 from tests.helpers.terminal import Terminal
 from tests.helpers.tiny_model import build_base

@@ -11,7 +11,7 @@ from sft_dist.data import formats
 from sft_dist.data.messages import Conversation, Message, Origin, Segments, TokenIds
 from sft_dist.data.sources import read_rows
 from sft_dist.errors import DataError, RowError
-from sft_dist.generate.prompt import Prompter
+from sft_dist.evaluation.prompt import Prompter
 
 # Stands where a row without an answer would have one, so that the readers of training data read it.
 _NO_ANSWER = "\N{HORIZONTAL ELLIPSIS}"

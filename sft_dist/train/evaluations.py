@@ -1,0 +1,118 @@
+"""The evaluations of a run: their figures, and what they leave in the run directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from sft_dist.data.prepared import PreparedData
+from sft_dist.evaluation.examiner import Examiner, Findings, Reply
+from sft_dist.metrics.line_file import LineFile
+from sft_dist.metrics.logger import Metrics, RunLogger, keep_lines
+from sft_dist.run import Run
+from sft_dist.sharding.strategy import Strategy
+from sft_dist.train.step import evaluate
+
+# In the run directory: a line for each reply to a fixed prompt, {"step", "sample", "prompt", "answer", "reference",
+# "source", "finish_reason"}; and the replies that scores are of, a file for each evaluation.
+SAMPLES, ANSWERS = "samples.jsonl", "answers"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """
+    Args:
+        loss: mean over the supervised tokens of the held-out rows; the same on all ranks.
+        metrics: the line of ``metrics.jsonl``; scores are in it on rank 0 alone.
+    """
+
+    loss: float
+    metrics: Metrics
+    findings: Findings | None
+
+
+class Evaluations:
+    """Of one run, on one rank.
+
+    Args:
+        data: held-out rows.
+        examiner: what else is asked; None: the loss is all.
+    """
+
+    def __init__(
+        self, run: Run, data: PreparedData, examiner: Examiner | None, *, rank: int, device: torch.device
+    ) -> None:
+        self._run, self._data, self._examiner = run, data, examiner
+        self._rank, self._device = rank, device
+
+    def evaluate(self, strategy: Strategy, step: int, *, is_end: bool) -> Evaluated:
+        """Every rank must call it.
+
+        Args:
+            step: completed steps.
+            is_end: before training, or after its last step.
+        """
+        result = evaluate(strategy, self._data, self._run.batch, rank=self._rank, device=self._device)
+        metrics: Metrics = {"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        if len(result.by_source) > 1:
+            metrics |= {f"eval_loss/{name}": loss for name, loss in result.by_source.items()}
+        findings = None
+        if self._examiner is not None:
+            findings = self._examiner.examine(strategy, is_end=is_end)
+            metrics |= findings.metrics
+        return Evaluated(result.loss, metrics, findings)
+
+
+class EvaluationFiles:
+    """Rank 0's: where evaluations are told and written. A file that cannot be written ends no run.
+
+    Args:
+        folder: the run directory.
+        completed: steps behind a resumed run; what an earlier process wrote about later ones is removed.
+    """
+
+    def __init__(self, folder: Path, logger: RunLogger, *, completed: int) -> None:
+        self._folder, self._logger = folder, logger
+        self._table: list[list[str | int | None]] = []
+        if (folder / SAMPLES).exists():
+            keep_lines(folder / SAMPLES, completed=completed)
+
+    def write(self, evaluated: Evaluated) -> None:
+        """Tells an evaluation, and keeps its replies."""
+        self._logger.evaluation(evaluated.metrics)
+        findings, step = evaluated.findings, int(evaluated.metrics["step"])
+        if findings is None:
+            return
+        for note in findings.notes:
+            self._logger.say(f"  {note}")
+        try:
+            self._write_samples(findings.samples, step)
+            self._write_answers(findings, step)
+        except OSError as error:
+            self._logger.say(f"[yellow]answers at step {step} could not be written: {error.strerror or error}")
+
+    def _write_samples(self, samples: tuple[Reply, ...], step: int) -> None:
+        if not samples:
+            return
+        lines = LineFile(self._folder / SAMPLES)
+        try:
+            for number, reply in enumerate(samples):
+                lines.write(json.dumps({"step": step, "sample": number, **asdict(reply)}, ensure_ascii=False))
+        finally:
+            lines.close()
+        self._table += [[step, reply.prompt, reply.answer, reply.reference] for reply in samples]
+        self._logger.table("samples", ["step", "prompt", "answer", "reference"], self._table, step=step)
+
+    def _write_answers(self, findings: Findings, step: int) -> None:
+        if findings.scores is None:
+            return
+        folder = self._folder / ANSWERS
+        folder.mkdir(exist_ok=True)
+        per_example = findings.scores.per_example
+        with (folder / f"step-{step:08d}.jsonl").open("w", encoding="utf-8") as file:
+            for number, reply in enumerate(findings.judged):
+                scores = {name: values[number] for name, values in per_example.items()}
+                file.write(json.dumps(asdict(reply) | {"scores": scores}, ensure_ascii=False) + "\n")
