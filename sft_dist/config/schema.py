@@ -13,6 +13,7 @@ from annotated_types import Ge
 from pydantic import Discriminator, Field, Tag
 
 from sft_dist.config.cluster_schema import ClusterConfig
+from sft_dist.config.control_schema import EVAL_LOSS, MODE, EarlyStoppingConfig, Goal, Mode, goal_of
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.section import Section
@@ -329,12 +330,34 @@ class TrainConfig(Section):
     )
     num_epochs: int | None = Field(None, ge=1, description="Passes over the training data. This or max_steps.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps. This or num_epochs.")
-    seed: int = Field(0, ge=0, description="Of adapters, dropout and the order of the data.")
+    seed: int = Field(0, ge=0, description="Of adapters, dropout, noise and the order of the data.")
+    neftune_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Add uniform noise to the embeddings of each row of L tokens of width d while training, within "
+        "+- neftune_alpha / sqrt(L d) (NEFTune, arXiv 2310.05914: 5 to 15); null: none.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the target that is spread over the whole vocabulary while training (Szegedy et al. "
+        "2016, arXiv 1512.00567); evaluation goes without.",
+    )
 
 
 class EvalConfig(Section):
     every_steps: int | None = Field(None, ge=1, description="Evaluate after this many steps; always at the end.")
     before_training: bool = Field(True, description="Evaluate the untrained model too.")
+    warn_after_rises: int | None = Field(
+        3,
+        ge=1,
+        description="Warn of overfitting when eval_loss has risen this many times in a row while the training loss "
+        "fell; null: never.",
+    )
+
+
+FinalState = Literal["last", "best"]
 
 
 class CheckpointConfig(Section):
@@ -349,7 +372,18 @@ class CheckpointConfig(Section):
         None, gt=0, description="For each of these many hours of training the first checkpoint stays, too."
     )
     keep_best: bool = Field(
-        False, description="Save after an evaluation with the lowest loss so far, and keep that checkpoint, too."
+        False, description="Save after an evaluation with the best value so far, and keep that checkpoint, too."
+    )
+    best_metric: str = Field(
+        EVAL_LOSS,
+        min_length=1,
+        description="What is best: a key of an evaluation's line in metrics.jsonl, as for early_stopping.metric.",
+    )
+    best_mode: Mode | None = Field(None, description=MODE)
+    final: FinalState | None = Field(
+        None,
+        description="The state that final/ is exported from: the last one, or that of the best evaluation, whose "
+        "checkpoint is then kept as with keep_best; null: best with early_stopping, else last.",
     )
     asynchronous: bool = Field(
         True,
@@ -371,6 +405,10 @@ class CheckpointConfig(Section):
         description="Load final/ in a fresh process on the CPU with plain transformers and peft, and compare it with "
         "the trained model; needs host memory for the model once more.",
     )
+
+    @property
+    def goal(self) -> Goal:
+        return goal_of(self.best_metric, self.best_mode)
 
 
 class WandbConfig(Section):
@@ -395,8 +433,16 @@ class Config(Section):
     optim: OptimConfig = AdamWConfig()
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="End the run when its evaluations no longer improve; null: train all steps."
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     hardware: HardwareConfig = HardwareConfig()
     cluster: ClusterConfig = ClusterConfig()
     output_dir: str = Field(description="Run directory; must not hold another run, unless that run is resumed.")
+
+    @property
+    def final_state(self) -> FinalState:
+        """What ``checkpoint.final`` is, where it is null too."""
+        return self.checkpoint.final or ("last" if self.early_stopping is None else "best")

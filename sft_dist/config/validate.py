@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from sft_dist.config.control_schema import EVAL_LOSS, known_mode
 from sft_dist.config.schema import (
     AdamWConfig,
     Config,
@@ -344,16 +345,52 @@ def _paths(config: Config) -> Iterator[Finding]:
 
 
 def _best(config: Config) -> Iterator[Finding]:
-    if config.checkpoint.keep_best and not config.data.eval:
+    checkpoint, stopping = config.checkpoint, config.early_stopping
+    wanted = {
+        "checkpoint.keep_best is true": (checkpoint.keep_best, "set checkpoint.keep_best to false"),
+        "checkpoint.final is best": (checkpoint.final == "best", "set checkpoint.final to last"),
+        "early_stopping is set": (stopping is not None, "remove early_stopping"),
+    }
+    for what, (is_wanted, fix) in wanted.items():
+        if is_wanted and not config.data.eval and config.data.eval_split is None:
+            yield f"{what}, but there is nothing to evaluate: data.eval is empty", f"add data.eval, or {fix}"
+    keeps_best = checkpoint.keep_best or config.final_state == "best"
+    for key, default in {"best_metric": EVAL_LOSS, "best_mode": None}.items():
+        if getattr(checkpoint, key) != default and not keeps_best:
+            yield (
+                f"checkpoint.{key} is {getattr(checkpoint, key)}, which has no effect: no best checkpoint is kept",
+                f"set checkpoint.keep_best to true, or checkpoint.final to best, or remove checkpoint.{key}",
+            )
+    yield from _mode("checkpoint.best_", checkpoint.best_metric, checkpoint.best_mode)
+
+
+def _mode(prefix: str, metric: str, mode: str | None) -> Iterator[Finding]:
+    known = known_mode(metric)
+    if known is None and mode is None:
         yield (
-            "checkpoint.keep_best is true, but there is nothing to evaluate: data.eval is empty",
-            "add data.eval, or set checkpoint.keep_best to false",
+            f"{prefix}metric is {metric}, whose name does not say whether lower or higher is better",
+            f"set {prefix}mode to min or max",
         )
+    elif known is not None and mode is not None and known != mode:
+        yield f"{prefix}mode is {mode}, but {metric} is better the other way", f"remove {prefix}mode"
+
+
+def _stopping(config: Config) -> Iterator[Finding]:
+    stopping = config.early_stopping
+    if stopping is None:
+        return
+    if config.eval.every_steps is None:
+        yield (
+            "early_stopping is set, but eval.every_steps is not: the only evaluation of training is at its end",
+            "set eval.every_steps, or remove early_stopping",
+        )
+    yield from _mode("early_stopping.", stopping.metric, stopping.mode)
 
 
 CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _paths,
     _best,
+    _stopping,
     _length,
     _batch,
     _warmup,

@@ -144,6 +144,11 @@ class RunLogger:
             + "".join(f"\n  {name.removeprefix('eval_loss/')}: {v:.4f}" for name, v in metrics.items() if "/" in name)
         )
 
+    def event(self, metrics: Metrics, text: str) -> None:
+        """Something that happened to the run: a line of metrics, and one for people, which is no markup."""
+        self._write(metrics)
+        self.say(f"[yellow]{escape(text)}")
+
     def _write(self, metrics: Metrics) -> None:
         # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -64,9 +64,23 @@ class EvalOutcome:
     by_source: dict[str, float]
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """By their names in ``metrics.jsonl``."""
+        by_source = {f"eval_loss/{name}": loss for name, loss in self.by_source.items()}
+        of_all = {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
+        return of_all | (by_source if len(by_source) > 1 else {})
+
+    @property
     def perplexity(self) -> float:
         """exp(loss); infinite when that is beyond a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluated_metrics(data: PreparedData) -> list[str]:
+    """The names of what an evaluation on these rows measures."""
+    counts = np.bincount(data.sequence_sources, weights=data.num_supervised, minlength=len(data.sources))
+    by_source = {name: 0.0 for name, count in zip(data.sources, counts, strict=True) if count}
+    return list(EvalOutcome(0.0, by_source).metrics)
 
 
 def train_step(

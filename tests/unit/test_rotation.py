@@ -56,7 +56,7 @@ def test_the_best() -> None:
     assert kept(there, keep_last=1, keep_best=True) == [2, 5], "the first of equals"
     assert kept(there, keep_last=1) == [5]
     assert kept(positions(1, 2), keep_last=1, keep_best=True) == [2], "nothing was evaluated"
-    best = best_of(there)
+    best = best_of(there, CheckpointConfig().goal)
     assert best is not None
     assert best.completed_steps == 2
 
