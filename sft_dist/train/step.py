@@ -95,7 +95,7 @@ def train_step(
 ) -> StepOutcome:
     """Forward and backward over this rank's share of the step, then the update. No value is read from the device."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    batches = Timed(micro_batches(data, plan, step.sequences, rank))
+    batches = Timed(micro_batches(data, plan, step.sequences, rank, step.seed))
     for batch, is_last in batches:
         loss_sum += strategy.forward_backward(
             batch.to(device), supervised_in_step=step.supervised_tokens, is_last_micro_batch=is_last
