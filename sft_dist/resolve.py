@@ -30,6 +30,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
     """
     from sft_dist.model.describe import describe_model
     from sft_dist.sharding import registry
+    from sft_dist.sharding.optim import check_no_decay
 
     sharding = config.sharding
     micro_batch_size = config.train.micro_batch_size
@@ -84,6 +85,8 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         label_smoothing=config.train.label_smoothing,
         output_dir=config.output_dir,
     )
+    if run.optim.no_decay:
+        check_no_decay(run)
     refusal = registry.unsupported(run)
     if refusal is not None:
         raise ConfigError(refusal.why, fix=refusal.fix)

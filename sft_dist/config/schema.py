@@ -263,7 +263,12 @@ RECOMPUTATION: tuple[Recomputation, ...] = ("none", "selective", "full")
 
 class _Optim(Section):
     lr: float = Field(2.0e-4, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(0.0, ge=0, description="Applied to parameters with two or more dimensions.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Applied to parameters with two or more dimensions: not to norms and biases."
+    )
+    no_decay: list[str] = Field(
+        default_factory=list, description=f"Further parts without weight decay, e.g. [embed_tokens, lm_head]. {NAMES}"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up, to 0.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of all steps over which lr rises linearly.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip gradients to this L2 norm; null: measure only.")

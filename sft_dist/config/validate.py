@@ -112,6 +112,16 @@ def _optimizer(config: Config) -> Iterator[Finding]:
         )
 
 
+def _no_decay(config: Config) -> Iterator[Finding]:
+    names = config.optim.no_decay
+    if names and config.optim.weight_decay == 0:
+        yield (
+            f"optim.no_decay is {names}, which has no effect with optim.weight_decay 0",
+            "remove optim.no_decay, or set optim.weight_decay",
+        )
+    yield from _patterns("optim.no_decay", names)
+
+
 def _lora_plus(config: Config) -> Iterator[Finding]:
     if config.optim.lora_plus_ratio != 1 and not isinstance(config.method, LoraMethod):
         yield (
@@ -163,14 +173,18 @@ def _names(config: Config) -> Iterator[Finding]:
                 "remove method.quantization.skip_budget, or set method.quantization.skip to auto",
             )
     for key, names in lists.items():
-        if not all(name.strip() for name in names):
-            yield f"method.{key} is {names}: one name is empty", f"remove the empty name from method.{key}"
-        for name in names:
-            if name.startswith(REGULAR_EXPRESSION):
-                try:
-                    re.compile(name.removeprefix(REGULAR_EXPRESSION))
-                except re.error as e:
-                    yield f"method.{key}: {name} is no regular expression ({e})", f"correct it in method.{key}"
+        yield from _patterns(f"method.{key}", names)
+
+
+def _patterns(key: str, names: list[str]) -> Iterator[Finding]:
+    if not all(name.strip() for name in names):
+        yield f"{key} is {names}: one name is empty", f"remove the empty name from {key}"
+    for name in names:
+        if name.startswith(REGULAR_EXPRESSION):
+            try:
+                re.compile(name.removeprefix(REGULAR_EXPRESSION))
+            except re.error as e:
+                yield f"{key}: {name} is no regular expression ({e})", f"correct it in {key}"
 
 
 def _tokens(config: Config) -> Iterator[Finding]:
@@ -345,11 +359,10 @@ def _paths(config: Config) -> Iterator[Finding]:
 
 
 def _best(config: Config) -> Iterator[Finding]:
-    checkpoint, stopping = config.checkpoint, config.early_stopping
+    checkpoint = config.checkpoint
     wanted = {
         "checkpoint.keep_best is true": (checkpoint.keep_best, "set checkpoint.keep_best to false"),
         "checkpoint.final is best": (checkpoint.final == "best", "set checkpoint.final to last"),
-        "early_stopping is set": (stopping is not None, "remove early_stopping"),
     }
     for what, (is_wanted, fix) in wanted.items():
         if is_wanted and not config.data.eval and config.data.eval_split is None:
@@ -396,6 +409,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _warmup,
     _precision,
     _optimizer,
+    _no_decay,
     _lora_plus,
     _activation_checkpointing,
     _names,
