@@ -15,8 +15,8 @@ from sft_dist.runtime.quiet import quiet_libraries
 def lr_find(
     config: ConfigPath,
     overrides: Overrides = None,
-    least: Annotated[float, typer.Option("--min", metavar="LR", help="Rate of the first step.")] = 1e-7,
-    most: Annotated[float, typer.Option("--max", metavar="LR", help="Rate of the last step.")] = 1.0,
+    least: Annotated[float, typer.Option("--min-lr", metavar="LR", help="Rate of the first step.")] = 1e-7,
+    most: Annotated[float, typer.Option("--max-lr", metavar="LR", help="Rate of the last step.")] = 1.0,
     steps: Annotated[int, typer.Option("--steps", min=10, metavar="N", help="Steps, of a global batch each.")] = 100,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write here; else into OUTPUT_DIR.lr-find.")
@@ -27,7 +27,7 @@ def lr_find(
     Under a launcher or in this process, as train does. Writes lr_find.json and lr_find.svg, nothing into output_dir.
     """
     if not 0 < least < most:
-        raise ConfigError(f"--min is {least:g} and --max is {most:g}", fix="give a --min above 0 and a larger --max")
+        raise ConfigError(f"--min-lr is {least:g} and --max-lr is {most:g}", fix="give a --min-lr above 0 and a larger --max-lr")
     checked = checked_config(config, overrides)
     from sft_dist.train.preflight import preflight
 

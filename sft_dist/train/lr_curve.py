@@ -115,7 +115,7 @@ class LrCurve:
         if self.turning is not None:
             lines.append(f"the loss rises from {self.turning:.2e} on: a tenth of that is {self.tenth:.2e}")
         elif self.steepest is not None:
-            lines.append(f"the loss did not rise up to {self.rates[-1]:.2e}: raise --max to see where it does")
+            lines.append(f"the loss did not rise up to {self.rates[-1]:.2e}: raise --max-lr to see where it does")
         if self.suggested is None:
-            return [*lines, f"the loss never fell: lower --min, which is {self.rates[0]:.2e}, or look at the data"]
+            return [*lines, f"the loss never fell: lower --min-lr, which is {self.rates[0]:.2e}, or look at the data"]
         return [*lines, f"suggested: optim.lr={self.suggested:.1e}"]

@@ -15,7 +15,7 @@ __all__ = ["cli_of"]
 
 Cli = Callable[..., tuple[int, str, str]]
 
-TEST = ("--steps", "25", "--min", "1e-5", "--max", "10", "activation_checkpointing.mode=none", "sharding.strategy=ddp")
+TEST = ("--steps", "25", "--min-lr", "1e-5", "--max-lr", "10", "activation_checkpointing.mode=none", "sharding.strategy=ddp")
 
 
 def test_a_test_suggests_a_rate_and_leaves_the_run_alone(cli_of: Cli, tmp_path: Path) -> None:
@@ -39,15 +39,15 @@ def test_a_test_suggests_a_rate_and_leaves_the_run_alone(cli_of: Cli, tmp_path: 
 
 
 def test_rates_that_do_not_rise_are_refused(cli_of: Cli) -> None:
-    code, _, err = cli_of("lr-find", "--min", "1e-2", "--max", "1e-3")
+    code, _, err = cli_of("lr-find", "--min-lr", "1e-2", "--max-lr", "1e-3")
     assert code == 2
-    assert "--min is 0.01 and --max is 0.001" in err
+    assert "--min-lr is 0.01 and --max-lr is 0.001" in err
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_two_processes_find_the_losses_of_one(cli_of: Cli, tmp_path: Path, strategy: str) -> None:
-    steps = ("--steps", "12", "--min", "1e-5", "--max", "1e-2", "activation_checkpointing.mode=none")
+    steps = ("--steps", "12", "--min-lr", "1e-5", "--max-lr", "1e-2", "activation_checkpointing.mode=none")
     assert cli_of("lr-find", *steps, "sharding.strategy=ddp", "--out", str(tmp_path / "one"))[0] == 0
     command = ["lr-find", str(tmp_path / "config.yaml"), *steps, f"sharding.strategy={strategy}", "--out", str(tmp_path / "two")]
     with Ranks(2, command, tmp_path / "ranks.log") as ranks:

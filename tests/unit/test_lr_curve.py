@@ -48,13 +48,13 @@ def test_a_loss_that_never_rises_has_no_turning() -> None:
     found = curve(rises_at=10.0)
     assert (found.turning, found.tenth) == (None, None)
     assert found.suggested == found.steepest
-    assert "raise --max" in found.told()[1]
+    assert "raise --max-lr" in found.told()[1]
 
 
 def test_a_loss_that_never_falls_suggests_nothing() -> None:
     found = LrCurve(tuple(RATES[:20]), tuple(1.0 + 0.01 * n for n in range(20)))
     assert found.suggested is None
-    assert found.told() == ["the loss never fell: lower --min, which is 1.00e-07, or look at the data"]
+    assert found.told() == ["the loss never fell: lower --min-lr, which is 1.00e-07, or look at the data"]
 
 
 def test_a_loss_that_is_no_number_ends_the_test_and_is_null(tmp_path: Path) -> None:
