@@ -27,7 +27,9 @@ def lr_find(
     Under a launcher or in this process, as train does. Writes lr_find.json and lr_find.svg, nothing into output_dir.
     """
     if not 0 < least < most:
-        raise ConfigError(f"--min-lr is {least:g} and --max-lr is {most:g}", fix="give a --min-lr above 0 and a larger --max-lr")
+        raise ConfigError(
+            f"--min-lr is {least:g} and --max-lr is {most:g}", fix="give a --min-lr above 0 and a larger --max-lr"
+        )
     checked = checked_config(config, overrides)
     from sft_dist.train.preflight import preflight
 

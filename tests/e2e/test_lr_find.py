@@ -15,7 +15,8 @@ __all__ = ["cli_of"]
 
 Cli = Callable[..., tuple[int, str, str]]
 
-TEST = ("--steps", "25", "--min-lr", "1e-5", "--max-lr", "10", "activation_checkpointing.mode=none", "sharding.strategy=ddp")
+QUICK = ("activation_checkpointing.mode=none", "sharding.strategy=ddp")
+TEST = ("--steps", "25", "--min-lr", "1e-5", "--max-lr", "10", *QUICK)
 
 
 def test_a_test_suggests_a_rate_and_leaves_the_run_alone(cli_of: Cli, tmp_path: Path) -> None:
@@ -47,9 +48,10 @@ def test_rates_that_do_not_rise_are_refused(cli_of: Cli) -> None:
 @pytest.mark.ci
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_two_processes_find_the_losses_of_one(cli_of: Cli, tmp_path: Path, strategy: str) -> None:
-    steps = ("--steps", "12", "--min-lr", "1e-5", "--max-lr", "1e-2", "activation_checkpointing.mode=none")
-    assert cli_of("lr-find", *steps, "sharding.strategy=ddp", "--out", str(tmp_path / "one"))[0] == 0
-    command = ["lr-find", str(tmp_path / "config.yaml"), *steps, f"sharding.strategy={strategy}", "--out", str(tmp_path / "two")]
+    steps = ("--steps", "12", "--min-lr", "1e-5", "--max-lr", "1e-2")
+    assert cli_of("lr-find", *steps, *QUICK, "--out", str(tmp_path / "one"))[0] == 0
+    others = [*QUICK[:1], f"sharding.strategy={strategy}", "--out", str(tmp_path / "two")]
+    command = ["lr-find", str(tmp_path / "config.yaml"), *steps, *others]
     with Ranks(2, command, tmp_path / "ranks.log") as ranks:
         assert ranks.exit_codes(120) == [0, 0], (tmp_path / "ranks.log").read_text()
     one, two = (json.loads((tmp_path / name / "lr_find.json").read_text()) for name in ("one", "two"))

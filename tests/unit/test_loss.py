@@ -96,7 +96,9 @@ def test_labels_are_smoothed_in_training_alone() -> None:
     smooth = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.2)
     assert float(head(hidden, labels)) == pytest.approx(float(smooth), rel=1e-6)
     head.eval()
-    assert float(head(hidden, labels)) == pytest.approx(float(F.cross_entropy(logits, labels, reduction="sum")), rel=1e-6)
+    assert float(head(hidden, labels)) == pytest.approx(
+        float(F.cross_entropy(logits, labels, reduction="sum")), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("factor", [2 / 1000, 3 / 7, 1.0])
