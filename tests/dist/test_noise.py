@@ -28,7 +28,7 @@ def alone(world: Worlds) -> Callable[..., Trained]:
     return lambda base, method, **sections: train(cells.dump(cells.config(str(base), method, **sections)))
 
 
-CELLS = [("ddp", "lora"), ("fsdp2", "full"), ("zero3", "qlora")]
+CELLS = [("fsdp2", "full"), ("zero3", "qlora")]
 MORE = [
     (strategy, method)
     for strategy in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
