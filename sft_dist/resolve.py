@@ -30,6 +30,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
     """
     from sft_dist.model.describe import describe_model
     from sft_dist.sharding import registry
+    from sft_dist.sharding.optim import check_no_decay
 
     sharding = config.sharding
     micro_batch_size = config.train.micro_batch_size
@@ -43,6 +44,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
     deepspeed = None
     if isinstance(sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding):
         deepspeed = load_knobs(sharding.deepspeed_config, ZERO_STAGES[sharding.strategy])
+    final = config.final_state
     run = Run(
         model=(describe or describe_model)(
             config.model.path,
@@ -71,13 +73,20 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         activation_checkpointing=config.activation_checkpointing,
         data=config.data,
         eval=config.eval,
-        checkpoint=config.checkpoint,
+        early_stopping=config.early_stopping,
+        checkpoint=config.checkpoint.model_copy(
+            update={"final": final, "keep_best": config.checkpoint.keep_best or final == "best"}
+        ),
         logging=config.logging,
         num_epochs=config.train.num_epochs,
         max_steps=config.train.max_steps,
         seed=config.train.seed,
+        neftune_alpha=config.train.neftune_alpha,
+        label_smoothing=config.train.label_smoothing,
         output_dir=config.output_dir,
     )
+    if run.optim.no_decay:
+        check_no_decay(run)
     refusal = registry.unsupported(run)
     if refusal is not None:
         raise ConfigError(refusal.why, fix=refusal.fix)

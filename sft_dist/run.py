@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sft_dist.config.control_schema import EarlyStoppingConfig
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.deepspeed import DeepSpeedKnobs
 from sft_dist.config.eval_schema import EvalConfig
@@ -53,9 +54,10 @@ class Precision:
 class Run:
     """One run on one world.
 
-    ``data``, ``eval``, ``checkpoint``, ``logging``, ``optim`` and ``activation_checkpointing`` are the user's own
-    sections: nothing in them is left to derive. ``sharding`` likewise names one strategy and its options; ``deepspeed``
-    holds the knobs of a ZeRO strategy, whichever file they come from.
+    ``data``, ``eval``, ``early_stopping``, ``logging``, ``optim`` and ``activation_checkpointing`` are the user's own
+    sections: nothing in them is left to derive. In ``checkpoint``, ``final`` and ``keep_best`` are what they come to.
+    ``sharding`` likewise names one strategy and its options; ``deepspeed`` holds the knobs of a ZeRO strategy,
+    whichever file they come from.
     """
 
     model: ModelSpec
@@ -68,11 +70,14 @@ class Run:
     activation_checkpointing: ActivationCheckpointingConfig
     data: DataConfig
     eval: EvalConfig
+    early_stopping: EarlyStoppingConfig | None
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     num_epochs: int | None
     max_steps: int | None
     seed: int
+    neftune_alpha: float | None
+    label_smoothing: float
     output_dir: str
 
     @property

@@ -155,13 +155,12 @@ class Checkpointer:
         self._copy = HostCopy()
         dist.destroy_process_group(self._group)
 
-    def best_loss(self) -> float:
-        """The lowest evaluation loss of the checkpoints that are there; infinite where there is none."""
-        loss = math.inf
+    def best(self) -> Position | None:
+        """That of the checkpoint with the best ``rules.goal``, of those that are there; every rank must call it."""
+        best = None
         if dist.get_rank() == 0:
-            best = best_of([manifest.position for _, manifest in store.readable_checkpoints(self.folder)])
-            loss = math.inf if best is None or best.eval_loss is None else best.eval_loss
-        return from_main(loss, self._group)
+            best = best_of([found.position for _, found in store.readable_checkpoints(self.folder)], self.rules.goal)
+        return from_main(best, self._group)
 
     def _write(self, pieces: dict[str, Piece], expected: dict[str, TensorRecord], position: Position) -> Outcome:
         complete = self.folder / store.name_of(position.completed_steps)

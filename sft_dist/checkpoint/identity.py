@@ -25,6 +25,8 @@ def identity_of(run: Run, data: PreparedData) -> Identity:
     """
     weights = weights_fingerprint(Path(run.model.path))
     method = run.model.method.model_dump(mode="json")
+    # Absent where they are off, as in checkpoints from before they were there.
+    noise = {"train.neftune_alpha": run.neftune_alpha, "train.label_smoothing": run.label_smoothing}
     return Identity(
         values={
             "model.path": run.model.path if weights is None else "a folder",
@@ -33,6 +35,7 @@ def identity_of(run: Run, data: PreparedData) -> Identity:
             BASE_WEIGHTS: weights,
             **{f"method.{key}": value for key, value in method.items()},
             "optim.type": run.optim.type,
+            **{key: value for key, value in noise.items() if value},
             "train.seed": run.seed,
             "train.global_batch_size": run.batch.global_batch_size,
             TRAINING_DATA: f"{data.num_rows} rows in {data.num_sequences} sequences, {data.digest}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sft_dist.config.control_schema import EVAL_LOSS
 from sft_dist.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
@@ -89,6 +91,19 @@ class Identity(_Record):
             )
 
 
+class Waiting(_Record):
+    """How far early stopping is from ending a run.
+
+    Args:
+        best, best_step: of its metric, the last value that was an improvement; None before the first one.
+        evaluations: without an improvement, since then.
+    """
+
+    best: float | None = None
+    best_step: int | None = None
+    evaluations: int = 0
+
+
 class Position(_Record):
     """Where a run is.
 
@@ -99,6 +114,8 @@ class Position(_Record):
         next_rng: digest of what rank 0's generators draw in the next step.
         trained_s: seconds that the run has taken so far, all starts of it together, by a clock that never goes back.
         eval_loss: of this very state, where it was evaluated.
+        evaluation: what else that evaluation measured, by its key in ``metrics.jsonl``; finite values.
+        waiting: None in a run without early stopping.
     """
 
     completed_steps: int
@@ -107,6 +124,13 @@ class Position(_Record):
     next_rng: str | None = None
     trained_s: float = 0.0
     eval_loss: float | None = None
+    evaluation: dict[str, float] = {}
+    waiting: Waiting | None = None
+
+    def value_of(self, metric: str) -> float | None:
+        """Of this very state; None where it was not evaluated, or the value is not finite."""
+        value = self.eval_loss if metric == EVAL_LOSS else self.evaluation.get(metric)
+        return value if value is not None and math.isfinite(value) else None
 
 
 class Manifest(_Record):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import Position
+from sft_dist.config.control_schema import Goal
 from sft_dist.config.schema import CheckpointConfig
 
 SECONDS_PER_HOUR = 3600.0
@@ -40,13 +41,14 @@ def superfluous(there: Sequence[Position], rules: CheckpointConfig) -> list[int]
             if period:
                 periods.setdefault(period, position.completed_steps)
         kept |= set(periods.values())
-    best = best_of(there)
+    best = best_of(there, rules.goal)
     if rules.keep_best and best is not None:
         kept.add(best.completed_steps)
     return [p.completed_steps for p in in_order if p.completed_steps not in kept]
 
 
-def best_of(there: Sequence[Position]) -> Position | None:
-    """The one with the lowest evaluation loss, the earliest of equals; None where none was evaluated."""
-    evaluated = [position for position in there if position.eval_loss is not None]
-    return min(evaluated, key=lambda p: (p.eval_loss, p.completed_steps), default=None)
+def best_of(there: Sequence[Position], goal: Goal) -> Position | None:
+    """The one with the best value of a metric, the earliest of equals; None where none has any."""
+    values = {p.completed_steps: value for p in there if (value := p.value_of(goal.metric)) is not None}
+    evaluated = [position for position in there if position.completed_steps in values]
+    return min(evaluated, key=lambda p: (goal.sortable(values[p.completed_steps]), p.completed_steps), default=None)

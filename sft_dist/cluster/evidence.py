@@ -129,6 +129,7 @@ class Evidence:
             None: there is none.
         num_steps: of the whole run.
         notes: what is not known and why, a line each.
+        stopped_at: the step after which early stopping ended the run.
     """
 
     pulse: Pulse | None
@@ -140,6 +141,7 @@ class Evidence:
     final: str | None
     num_steps: int | None
     notes: tuple[str, ...]
+    stopped_at: int | None = None
 
 
 def read_evidence(folder: Path, clock: Clock) -> Evidence:
@@ -162,6 +164,7 @@ def read_evidence(folder: Path, clock: Clock) -> Evidence:
         final=final,
         num_steps=_num_steps(pulse, receipt),
         notes=tuple(notes),
+        stopped_at=_stopped_at(receipt),
     )
 
 
@@ -317,6 +320,14 @@ def _final(folder: Path, receipt: dict[str, Any]) -> tuple[str | None, bool]:
     except (OSError, ValueError, KeyError, TypeError):
         return "there", receipt.get("finished") is True
     return ("proven" if is_proven else "not proven"), receipt.get("finished") is True
+
+
+def _stopped_at(receipt: dict[str, Any]) -> int | None:
+    state = receipt.get("final")
+    if not isinstance(state, dict) or not state.get("stopped_early"):
+        return None
+    step = state.get("trained_steps")
+    return step if isinstance(step, int) else None
 
 
 def _num_steps(pulse: Pulse | None, receipt: dict[str, Any]) -> int | None:

@@ -239,6 +239,9 @@ def at(found: Evidence, beat: Beat | None = None) -> str:
 
 def _finished(found: Evidence) -> str:
     said = "finished" + (f" after {found.num_steps:,} steps" if found.num_steps else "")
+    if found.stopped_at is not None:
+        planned = f" of {found.num_steps:,}" if found.num_steps else ""
+        said = f"finished: stopped early at step {found.stopped_at:,}{planned}"
     said += {"proven": ", final/ is proven", "not proven": ", final/ is there, not proven"}.get(found.final or "", "")
     if found.bill is not None and found.bill.spent_usd is not None:
         said += f", {format_usd(found.bill.spent_usd)}"

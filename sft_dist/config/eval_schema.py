@@ -49,6 +49,12 @@ class LongTextsConfig(Section):
 class EvalConfig(Section):
     every_steps: int | None = Field(None, ge=1, description="Evaluate after this many steps; always at the end.")
     before_training: bool = Field(True, description="Evaluate the untrained model too.")
+    warn_after_rises: int | None = Field(
+        3,
+        ge=1,
+        description="Warn of overfitting when eval_loss has risen this many times in a row while the training loss "
+        "fell; null: never.",
+    )
     scores: ScoresConfig | None = Field(
         None, description="Answer rows of data.eval at evaluations, and judge the answers; {} for the usual scores."
     )

@@ -13,6 +13,7 @@ from annotated_types import Ge
 from pydantic import Discriminator, Field, Tag
 
 from sft_dist.config.cluster_schema import ClusterConfig
+from sft_dist.config.control_schema import EVAL_LOSS, MODE, EarlyStoppingConfig, Goal, Mode, goal_of
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.eval_schema import EvalConfig
 from sft_dist.config.hardware_schema import HardwareConfig
@@ -263,7 +264,12 @@ RECOMPUTATION: tuple[Recomputation, ...] = ("none", "selective", "full")
 
 class _Optim(Section):
     lr: float = Field(2.0e-4, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(0.0, ge=0, description="Applied to parameters with two or more dimensions.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Applied to parameters with two or more dimensions: not to norms and biases."
+    )
+    no_decay: list[str] = Field(
+        default_factory=list, description=f"Further parts without weight decay, e.g. [embed_tokens, lm_head]. {NAMES}"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after the warm-up, to 0.")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of all steps over which lr rises linearly.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip gradients to this L2 norm; null: measure only.")
@@ -330,7 +336,23 @@ class TrainConfig(Section):
     )
     num_epochs: int | None = Field(None, ge=1, description="Passes over the training data. This or max_steps.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps. This or num_epochs.")
-    seed: int = Field(0, ge=0, description="Of adapters, dropout and the order of the data.")
+    seed: int = Field(0, ge=0, description="Of adapters, dropout, noise and the order of the data.")
+    neftune_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Add uniform noise to the embeddings of each row of L tokens of width d while training, within "
+        "+- neftune_alpha / sqrt(L d) (NEFTune, arXiv 2310.05914: 5 to 15); null: none.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the target that is spread over the whole vocabulary while training (Szegedy et al. "
+        "2016, arXiv 1512.00567); evaluation goes without.",
+    )
+
+
+FinalState = Literal["last", "best"]
 
 
 class CheckpointConfig(Section):
@@ -345,7 +367,18 @@ class CheckpointConfig(Section):
         None, gt=0, description="For each of these many hours of training the first checkpoint stays, too."
     )
     keep_best: bool = Field(
-        False, description="Save after an evaluation with the lowest loss so far, and keep that checkpoint, too."
+        False, description="Save after an evaluation with the best value so far, and keep that checkpoint, too."
+    )
+    best_metric: str = Field(
+        EVAL_LOSS,
+        min_length=1,
+        description="What is best: a key of an evaluation's line in metrics.jsonl, as for early_stopping.metric.",
+    )
+    best_mode: Mode | None = Field(None, description=MODE)
+    final: FinalState | None = Field(
+        None,
+        description="The state that final/ is exported from: the last one, or that of the best evaluation, whose "
+        "checkpoint is then kept as with keep_best; null: best with early_stopping, else last.",
     )
     asynchronous: bool = Field(
         True,
@@ -367,6 +400,10 @@ class CheckpointConfig(Section):
         description="Load final/ in a fresh process on the CPU with plain transformers and peft, and compare it with "
         "the trained model; needs host memory for the model once more.",
     )
+
+    @property
+    def goal(self) -> Goal:
+        return goal_of(self.best_metric, self.best_mode)
 
 
 class WandbConfig(Section):
@@ -392,8 +429,16 @@ class Config(Section):
     optim: OptimConfig = AdamWConfig()
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="End the run when its evaluations no longer improve; null: train all steps."
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     hardware: HardwareConfig = HardwareConfig()
     cluster: ClusterConfig = ClusterConfig()
     output_dir: str = Field(description="Run directory; must not hold another run, unless that run is resumed.")
+
+    @property
+    def final_state(self) -> FinalState:
+        """What ``checkpoint.final`` is, where it is null too."""
+        return self.checkpoint.final or ("last" if self.early_stopping is None else "best")

@@ -117,6 +117,12 @@ OTHER_NAMES = {
     "gradient_checkpointing": "activation_checkpointing.mode",
     "gradient_accumulation_steps": "train.global_batch_size",
     "model_name_or_path": "model.path",
+    "neftune_noise_alpha": "train.neftune_alpha",
+    "label_smoothing_factor": "train.label_smoothing",
+    "metric_for_best_model": "checkpoint.best_metric",
+    "load_best_model_at_end": "checkpoint.final",
+    "early_stopping_patience": "early_stopping.patience",
+    "early_stopping_threshold": "early_stopping.threshold",
 }
 
 

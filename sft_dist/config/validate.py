@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from sft_dist.config.control_schema import EVAL_LOSS, known_mode
 from sft_dist.config.schema import (
     AdamWConfig,
     Config,
@@ -112,6 +113,16 @@ def _optimizer(config: Config) -> Iterator[Finding]:
         )
 
 
+def _no_decay(config: Config) -> Iterator[Finding]:
+    names = config.optim.no_decay
+    if names and config.optim.weight_decay == 0:
+        yield (
+            f"optim.no_decay is {names}, which has no effect with optim.weight_decay 0",
+            "remove optim.no_decay, or set optim.weight_decay",
+        )
+    yield from _patterns("optim.no_decay", names)
+
+
 def _lora_plus(config: Config) -> Iterator[Finding]:
     if config.optim.lora_plus_ratio != 1 and not isinstance(config.method, LoraMethod):
         yield (
@@ -163,14 +174,18 @@ def _names(config: Config) -> Iterator[Finding]:
                 "remove method.quantization.skip_budget, or set method.quantization.skip to auto",
             )
     for key, names in lists.items():
-        if not all(name.strip() for name in names):
-            yield f"method.{key} is {names}: one name is empty", f"remove the empty name from method.{key}"
-        for name in names:
-            if name.startswith(REGULAR_EXPRESSION):
-                try:
-                    re.compile(name.removeprefix(REGULAR_EXPRESSION))
-                except re.error as e:
-                    yield f"method.{key}: {name} is no regular expression ({e})", f"correct it in method.{key}"
+        yield from _patterns(f"method.{key}", names)
+
+
+def _patterns(key: str, names: list[str]) -> Iterator[Finding]:
+    if not all(name.strip() for name in names):
+        yield f"{key} is {names}: one name is empty", f"remove the empty name from {key}"
+    for name in names:
+        if name.startswith(REGULAR_EXPRESSION):
+            try:
+                re.compile(name.removeprefix(REGULAR_EXPRESSION))
+            except re.error as e:
+                yield f"{key}: {name} is no regular expression ({e})", f"correct it in {key}"
 
 
 def _tokens(config: Config) -> Iterator[Finding]:
@@ -337,21 +352,57 @@ def _paths(config: Config) -> Iterator[Finding]:
 
 
 def _best(config: Config) -> Iterator[Finding]:
-    if config.checkpoint.keep_best and not has_eval_data(config):
+    checkpoint = config.checkpoint
+    wanted = {
+        "checkpoint.keep_best is true": (checkpoint.keep_best, "set checkpoint.keep_best to false"),
+        "checkpoint.final is best": (checkpoint.final == "best", "set checkpoint.final to last"),
+    }
+    for what, (is_wanted, fix) in wanted.items():
+        if is_wanted and not has_eval_data(config):
+            yield f"{what}, but there is nothing to evaluate: data.eval is empty", f"add data.eval, or {fix}"
+    keeps_best = checkpoint.keep_best or config.final_state == "best"
+    for key, default in {"best_metric": EVAL_LOSS, "best_mode": None}.items():
+        if getattr(checkpoint, key) != default and not keeps_best:
+            yield (
+                f"checkpoint.{key} is {getattr(checkpoint, key)}, which has no effect: no best checkpoint is kept",
+                f"set checkpoint.keep_best to true, or checkpoint.final to best, or remove checkpoint.{key}",
+            )
+    yield from _mode("checkpoint.best_", checkpoint.best_metric, checkpoint.best_mode)
+
+
+def _mode(prefix: str, metric: str, mode: str | None) -> Iterator[Finding]:
+    known = known_mode(metric)
+    if known is None and mode is None:
         yield (
-            "checkpoint.keep_best is true, but there is nothing to evaluate: data.eval is empty",
-            "add data.eval or data.eval_split, or set checkpoint.keep_best to false",
+            f"{prefix}metric is {metric}, whose name does not say whether lower or higher is better",
+            f"set {prefix}mode to min or max",
         )
+    elif known is not None and mode is not None and known != mode:
+        yield f"{prefix}mode is {mode}, but {metric} is better the other way", f"remove {prefix}mode"
+
+
+def _stopping(config: Config) -> Iterator[Finding]:
+    stopping = config.early_stopping
+    if stopping is None:
+        return
+    if config.eval.every_steps is None:
+        yield (
+            "early_stopping is set, but eval.every_steps is not: the only evaluation of training is at its end",
+            "set eval.every_steps, or remove early_stopping",
+        )
+    yield from _mode("early_stopping.", stopping.metric, stopping.mode)
 
 
 CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _paths,
     _best,
+    _stopping,
     _length,
     _batch,
     _warmup,
     _precision,
     _optimizer,
+    _no_decay,
     _lora_plus,
     _activation_checkpointing,
     _names,

@@ -62,6 +62,7 @@ class MicroBatch:
         labels: [N] int64, those next tokens.
         seq_lens: lengths of the S segments, summing to T.
         split: tokens of each rank that shares the sequences; None: all are here.
+        row_seeds: of what is drawn for each row in training, none of what only fills a batch; else empty.
     """
 
     input_ids: torch.Tensor
@@ -71,6 +72,7 @@ class MicroBatch:
     labels: torch.Tensor
     seq_lens: tuple[int, ...]
     split: tuple[int, ...] | None = None
+    row_seeds: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +95,6 @@ class MicroBatch:
         moved = {
             f.name: getattr(self, f.name).pin_memory().to(device, non_blocking=True)
             for f in fields(self)
-            if f.name not in ("seq_lens", "split")
+            if f.name not in ("seq_lens", "split", "row_seeds")
         }
         return replace(self, **moved)

@@ -7,11 +7,12 @@ step number, and no world size changes what a step learns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from sft_dist.data.batch import BatchPlan, MicroBatch
@@ -25,12 +26,14 @@ class Step:
     Args:
         sequences: the step's sequence numbers over all ranks.
         supervised_tokens: of all of them, the N that the loss is divided by.
+        seed: of what is drawn for its rows, whichever rank has them.
     """
 
     epoch: int
     sequences: NDArray[np.int64]
     num_tokens: int
     supervised_tokens: int
+    seed: int = 0
 
 
 class TrainingOrder:
@@ -54,6 +57,7 @@ class TrainingOrder:
             sequences=sequences,
             num_tokens=int(self.data.num_tokens[sequences].sum()),
             supervised_tokens=int(self.data.num_supervised[sequences].sum()),
+            seed=_seed(self.seed, number),
         )
 
 
@@ -67,12 +71,15 @@ def dealt(values: NDArray[np.int64], batch: BatchPlan) -> NDArray[np.int64]:
 
 
 def micro_batches(
-    data: PreparedData, batch: BatchPlan, sequences: NDArray[np.int64], rank: int
+    data: PreparedData, batch: BatchPlan, sequences: NDArray[np.int64], rank: int, seed: int | None = None
 ) -> Iterator[tuple[MicroBatch, bool]]:
     """This rank's forward passes over ``sequences``, each with whether it is the last.
 
     Sequences are dealt round-robin, to groups of ranks where ranks share them. Every rank runs equally many passes; one
     that has nothing left runs an empty one, since a rank that stays away from a collective would hang the others.
+
+    Args:
+        seed: of the step, in training; None: nothing is drawn.
     """
     group, number_in_group = divmod(rank, batch.sequence_parallel)
     part = Part(number_in_group, batch.sequence_parallel)
@@ -81,7 +88,15 @@ def micro_batches(
     for number in range(passes):
         chosen = own[number * batch.micro_batch_size : (number + 1) * batch.micro_batch_size]
         rows = [row for sequence in chosen for row in data.packs[sequence]]
-        yield (collate(data, rows, part) if rows else empty_micro_batch(part)), number == passes - 1
+        full = collate(data, rows, part) if rows else empty_micro_batch(part)
+        if seed is not None:
+            full = replace(full, row_seeds=tuple(_seed(seed, row) for row in rows))
+        yield full, number == passes - 1
+
+
+def _seed(*numbers: int) -> int:
+    """A seed of 63 bits; neighbours share nothing."""
+    return xxhash.xxh3_64_intdigest(" ".join(map(str, numbers)).encode()) >> 1
 
 
 @dataclass(frozen=True)

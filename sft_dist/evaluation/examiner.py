@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -60,10 +61,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Findings:
-    """Of one evaluation. On ranks other than 0 there are figures of long texts alone.
+    """Of one evaluation.
 
     Args:
-        metrics: by the names of ``metrics.jsonl``.
+        metrics: by the names of ``metrics.jsonl``, on every rank; all else is on rank 0.
         samples: replies to the fixed prompts, in their order.
         judged: replies that ``scores`` are of.
         notes: what a reader of the figures must know, a line each.
@@ -143,19 +144,27 @@ class Examiner:
             return Findings(metrics)
         answers = self._answers(strategy, questions)
         if answers is None:
-            return Findings(metrics)
+            return Findings(self._of_main(None))
         replies = [self._reply(question, answer) for question, answer in zip(questions, answers, strict=True)]
         samples, judged = replies[: len(self._samples)], replies[len(self._samples) :]
         scores, notes = self._score(judged)
         if scores is not None:
-            metrics |= {f"eval_{name}": value for name, value in scores.values.items()}
+            metrics |= {score_key(name): value for name, value in scores.values.items()}
             if len(scores.by_source) > 1:
                 for source, values in scores.by_source.items():
-                    metrics |= {f"eval_{name}/{source}": value for name, value in values.items()}
+                    metrics |= {f"{score_key(name)}/{source}": value for name, value in values.items()}
         cut = sum(reply.finish_reason == "length" for reply in judged)
         if cut:
             notes.append(f"{cut:,} of {len(judged):,} answers were cut at eval.answers.max_new_tokens")
-        return Findings(metrics, tuple(samples), tuple(judged), scores, tuple(notes))
+        return Findings(self._of_main(metrics), tuple(samples), tuple(judged), scores, tuple(notes))
+
+    def _of_main(self, metrics: Metrics | None) -> Metrics:
+        """What rank 0 has found, on every rank: what follows from it must be the same everywhere."""
+        told = [metrics]
+        dist.broadcast_object_list(told, src=0)
+        found = told[0]
+        assert found is not None
+        return found
 
     def _long(self, strategy: Strategy) -> Metrics:
         settings = self._settings.long_texts
@@ -235,6 +244,17 @@ class Examiner:
             return None, [f"no scores: {error.what}; {error.fix}"]
         self._has_judged = True
         return scores, list(scores.notes)
+
+
+def score_key(name: str) -> str:
+    """In ``metrics.jsonl``."""
+    return f"eval_scores/{name}"
+
+
+def examined_metrics(settings: EvalConfig) -> list[str]:
+    """Names of what an evaluation measures of all sources together, beside the loss."""
+    scores = [] if settings.scores is None else [score_key(name) for name in settings.scores.metrics]
+    return scores + ([] if settings.long_texts is None else ["eval_long_loss", "eval_long_perplexity"])
 
 
 def stop_ids(strategy: Strategy, tokenizer: PreTrainedTokenizerBase, prompter: Prompter) -> frozenset[int]:

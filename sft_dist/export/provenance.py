@@ -19,19 +19,26 @@ RECEIPT = "receipt.json"
 
 
 def training_section(
-    config: Config, run_directory: Path | None, *, identity: Mapping[str, Any] | None = None, steps: int | None = None
+    config: Config,
+    run_directory: Path | None,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    state: str | None = None,
 ) -> str:
     """
     Args:
         run_directory: whose ``metrics.jsonl`` and ``receipt.json`` are read, where they are.
         identity: of the checkpoint; None: that of the receipt.
         steps: behind the checkpoint; None: all that ``metrics.jsonl`` has.
+        state: which one of the run it is, in words.
     """
     receipt = read_receipt(run_directory)
     facts = {
         "base model": _base(config),
         "data": (identity or receipt.get("identity") or {}).get(TRAINING_DATA),
         **_measured(_lines(run_directory, steps)),
+        "state": state,
         "global batch": f"{config.train.global_batch_size} sequences of up to {config.data.max_seq_len:,} tokens",
         "ran on": _topology(receipt.get("topology")),
         "versions": ", ".join(f"{name} {number}" for name, number in (receipt.get("versions") or {}).items()) or None,

@@ -145,14 +145,24 @@ class RunLogger:
     def evaluation(self, metrics: Metrics) -> None:
         """One line of evaluation metrics."""
         self._write(metrics)
+        by_source = {name.removeprefix("eval_loss/"): v for name, v in metrics.items() if name.startswith("eval_loss/")}
         self.say(
             f"eval at step {metrics['step']}: loss {metrics['eval_loss']:.4f}, "
             f"perplexity {metrics['eval_perplexity']:,.2f}"
-            + "".join(f"\n  {name.removeprefix('eval_loss/')}: {v:.4f}" for name, v in metrics.items() if "/" in name)
+            + "".join(f"\n  {name}: {loss:.4f}" for name, loss in by_source.items())
         )
-        others = {n.removeprefix("eval_"): v for n, v in metrics.items() if n not in ALWAYS and "/" not in n}
+        others = {
+            name.removeprefix("eval_").removeprefix("scores/"): value
+            for name, value in metrics.items()
+            if name not in ALWAYS and name.count("/") < 2 and not name.startswith("eval_loss/")
+        }
         if others:
             self.say("  " + ", ".join(f"{name} {value:,.4g}" for name, value in others.items()))
+
+    def event(self, metrics: Metrics, text: str) -> None:
+        """Something that happened to the run: a line of metrics, and one for people, which is no markup."""
+        self._write(metrics)
+        self.say(f"[yellow]{escape(text)}")
 
     def _write(self, metrics: Metrics) -> None:
         # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.

@@ -28,6 +28,7 @@ from sft_dist.model.hub import model_folder
 from sft_dist.model.int8 import Int8Linear
 from sft_dist.model.loss import LossHead
 from sft_dist.model.names import covered
+from sft_dist.model.neftune import add_noise
 from sft_dist.model.nf4 import NF4Linear
 from sft_dist.model.prequantized import DENSE_FIX, StoredQuantization, stored_quantization
 from sft_dist.model.quantized import QuantizedLinear
@@ -75,6 +76,7 @@ class SftModel(nn.Module):
         prompt: what stands in front of every row, with a method of virtual tokens.
 
     Attributes:
+        neftune_alpha: of the noise on the embeddings in training; None: there is none.
         sequence_group: the ranks that share the sequences of a micro-batch, set where some do; a micro-batch that is
             not split is computed by each rank alone in any case.
     """
@@ -85,6 +87,7 @@ class SftModel(nn.Module):
         self.base = base
         self.prompt = prompt
         self.sequence_group: dist.ProcessGroup | None = None
+        self.neftune_alpha: float | None = None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -119,21 +122,33 @@ class SftModel(nn.Module):
     def hidden_states(self, batch: MicroBatch, cache: RowCache | None = None) -> Tensor:
         """[t, h] what the output layer reads, of the batch's own tokens that are here."""
         if self.prompt is None:
-            return self._trunk(
-                batch, cache, input_ids=batch.input_ids, sequence_parallel=self._sequence_parallel(batch)
-            )
+            return self._trunk(batch, cache, **self._tokens(batch), sequence_parallel=self._sequence_parallel(batch))
         if cache is not None and cache.is_filled:
             after_virtual = replace(batch, position_ids=batch.position_ids + self.prompt.count)
-            return self._trunk(after_virtual, cache, input_ids=batch.input_ids)
+            return self._trunk(after_virtual, cache, **self._tokens(batch))
         # Called in here, because sharded strategies gather its weights while this module runs.
         if self.prompt.is_prefix:
             long_rows = LongRows.of(batch, self.prompt.count, with_virtual=False)
-            return self._trunk(long_rows, cache, input_ids=batch.input_ids, prefix=self.prompt.prefix())
-        embeddings = self.causal_lm.get_input_embeddings()(batch.input_ids)[0]
-        embeddings = put_before(self.prompt(), embeddings, batch.seq_lens)
+            return self._trunk(long_rows, cache, **self._tokens(batch), prefix=self.prompt.prefix())
+        embeddings = put_before(self.prompt(), self._embeddings(batch), batch.seq_lens)
         long_rows = LongRows.of(batch, self.prompt.count, with_virtual=True)
         hidden = self._trunk(long_rows, cache, inputs_embeds=embeddings[None])
         return cut_off(hidden, self.prompt.count, long_rows.seq_lens)
+
+    def _tokens(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """What the trunk reads: ids; embeddings where there is noise on them, in evaluation too, so that a rank that
+        has nothing to train gathers weights in the same order as the others."""
+        if self.neftune_alpha is None:
+            return {"input_ids": batch.input_ids}
+        return {"inputs_embeds": self._embeddings(batch)[None]}
+
+    def _embeddings(self, batch: MicroBatch) -> Tensor:
+        """[t, h], with noise in training."""
+        embeddings: Tensor = self.causal_lm.get_input_embeddings()(batch.input_ids)[0]
+        if self.neftune_alpha is None or not self.training:
+            return embeddings
+        rank = 0 if batch.split is None else dist.get_rank(self.sequence_group)
+        return add_noise(embeddings, batch, alpha=self.neftune_alpha, rank_in_group=rank)
 
     def _trunk(self, rows: MicroBatch | LongRows, cache: RowCache | None, **inputs: Any) -> Tensor:
         """[t, h] for as many tokens as ``inputs`` have."""

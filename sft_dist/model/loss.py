@@ -18,7 +18,8 @@ CHUNK_BYTES = 256 * 2**20
 class LinearCrossEntropy(torch.autograd.Function):
     """sum over n of -log softmax(hidden[n] @ weight.T)[labels[n]].
 
-    With ``rows`` [k, h] the weight is read as if its rows ``row_ids`` [k] were these.
+    With ``rows`` [k, h] the weight is read as if its rows ``row_ids`` [k] were these. With ``smoothing`` s the target
+    is 1 - s of the label and s / V of each of the V ids, as ``label_smoothing`` of torch's ``cross_entropy``.
     """
 
     @staticmethod
@@ -31,6 +32,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         chunk_rows: int,
         with_grad: bool,
+        smoothing: float,
     ) -> Tensor:
         # needs_input_grad says what requires grad, also under no_grad: the caller's grad mode decides.
         needs_hidden, needs_weight, needs_rows = (needs and with_grad for needs in ctx.needs_input_grad[:3])
@@ -48,11 +50,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = products.float()
             del products
             lse = torch.logsumexp(logits, dim=1, keepdim=True)
-            loss += (lse - logits.gather(1, target)).sum()
+            loss += (lse - (1 - smoothing) * logits.gather(1, target)).sum()
+            if smoothing:
+                loss -= smoothing * logits.mean(dim=1).sum()
             if not (needs_hidden or needs_weight or needs_rows):
                 continue
             grad_logits = logits.sub_(lse).exp_()
-            grad_logits.scatter_add_(1, target, torch.full_like(lse, -1.0))
+            grad_logits.scatter_add_(1, target, torch.full_like(lse, smoothing - 1.0))
+            if smoothing:
+                grad_logits.sub_(smoothing / weight.shape[0])
             grad_logits = grad_logits.to(hidden.dtype)
             grad_products = grad_logits[:, :0]
             if row_ids is not None:
@@ -76,7 +82,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = (None if g is None else _scaled(g, grad) for g in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -93,6 +99,7 @@ def linear_cross_entropy_sum(
     rows: Tensor | None = None,
     row_ids: Tensor | None = None,
     chunk_rows: int | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Summed cross-entropy in fp32, a scalar.
 
@@ -102,11 +109,12 @@ def linear_cross_entropy_sum(
         labels: [N] int64.
         rows, row_ids: [k, h] that stand in for the rows [k] of ``weight``; both or neither.
         chunk_rows: rows of logits alive at a time; default: as many as fit ``CHUNK_BYTES``.
+        smoothing: share of the target that all ids have in equal parts.
     """
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     result: Tensor = LinearCrossEntropy.apply(
-        hidden, weight, rows, row_ids, labels, chunk_rows, torch.is_grad_enabled()
+        hidden, weight, rows, row_ids, labels, chunk_rows, torch.is_grad_enabled(), smoothing
     )
     return result
 
@@ -116,7 +124,12 @@ class LossHead(nn.Linear):
 
     It stays a module with the layer's own name and weight, because FSDP2 and ZeRO-3 gather a weight when its module is
     called, and a tied embedding must stay tied.
+
+    Attributes:
+        label_smoothing: of the loss in training mode.
     """
+
+    label_smoothing: float = 0.0
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> LossHead:
@@ -127,4 +140,8 @@ class LossHead(nn.Linear):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return super().forward(hidden)
-        return linear_cross_entropy_sum(hidden, self.weight, labels)
+        return linear_cross_entropy_sum(hidden, self.weight, labels, smoothing=self.smoothing)
+
+    @property
+    def smoothing(self) -> float:
+        return self.label_smoothing if self.training else 0.0

@@ -68,7 +68,9 @@ class TokenLossHead(ReadsTokenRows, LossHead):
         if labels is None:
             logits = F.linear(hidden, self.weight)
             return logits.index_copy(-1, rows.ids, F.linear(hidden, rows.default))
-        return linear_cross_entropy_sum(hidden, self.weight, labels, rows=rows.default, row_ids=rows.ids)
+        return linear_cross_entropy_sum(
+            hidden, self.weight, labels, rows=rows.default, row_ids=rows.ids, smoothing=self.smoothing
+        )
 
 
 class ReplaceRows(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from sft_dist.config.schema import AdafactorConfig, AdamWConfig, OptimConfig, SgdConfig
 from sft_dist.model.build import TORCH_DTYPES
+from sft_dist.model.names import covered, covers
 from sft_dist.run import Precision, Run
 from sft_dist.sharding.adafactor import Adafactor
 from sft_dist.sharding.adamw import MOMENTS, BlockwiseAdamW, MixedAdamW
@@ -28,9 +29,26 @@ class Group:
 
 
 def group_of(name: str, dimensions: int, config: OptimConfig) -> Group:
-    """Weight decay is for matrices: norms and biases, which have one dimension, are left alone."""
-    decay = config.weight_decay if dimensions >= 2 else 0.0
+    """Weight decay is for matrices that no name of ``no_decay`` covers: norms and biases have one dimension."""
+    decays = dimensions >= 2 and not any(covers(pattern, name) for pattern in config.no_decay)
+    decay = config.weight_decay if decays else 0.0
     return Group(decay, config.lora_plus_ratio if ".lora_B." in name else 1.0)
+
+
+def check_no_decay(run: Run) -> None:
+    """
+    Raises:
+        ConfigError: a name of ``optim.no_decay`` changes nothing.
+    """
+    matrices = [p.name for p in run.model.trainable if len(p.shape) >= 2]
+    parts = ", ".join(sorted({part for name in matrices for part in name.split(".") if not part.isdigit()}))
+    fix = f"use parts of their names: {parts}; norms and biases have no weight decay in any case"
+    covered(run.optim.no_decay, matrices, key="optim.no_decay", kind="trained matrix", fix=fix)
+
+
+def decayed_numel(run: Run) -> int:
+    """Trained numbers that weight decay is applied to."""
+    return sum(p.numel for p in run.model.trainable if group_of(p.name, len(p.shape), run.optim).weight_decay)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

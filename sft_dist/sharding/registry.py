@@ -61,6 +61,7 @@ def apply(run: Run, device: torch.device, *, on_bytes: Callable[[int], None] = l
 def shard(run: Run, model: SftModel, device: torch.device, weights: Weights) -> Strategy:
     """The strategy over a model on the meta device, which it fills."""
     model.sequence_group = sequence_parallel.sequence_group(run)
+    model.neftune_alpha, model.head.label_smoothing = run.neftune_alpha, run.label_smoothing
     apply_activation_checkpointing(model, run.activation_checkpointing)
     match run.strategy:
         case "ddp":

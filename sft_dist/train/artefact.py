@@ -13,6 +13,7 @@ from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.run import Run
 from sft_dist.runtime.process_group import run_on_main_first
 from sft_dist.sharding.strategy import Strategy
+from sft_dist.train.final_state import FinalState
 from sft_dist.train.ready import Inputs, Process
 
 
@@ -20,8 +21,20 @@ def proven(run: Run) -> str:
     return ", proven in a fresh process" if run.checkpoint.prove_final else ", not proven (checkpoint.prove_final)"
 
 
-def write_artefact(final: Path, run: Run, config: Config, process: Process, inputs: Inputs, strategy: Strategy) -> None:
+def write_artefact(
+    final: Path,
+    run: Run,
+    config: Config,
+    process: Process,
+    inputs: Inputs,
+    strategy: Strategy,
+    *,
+    state: FinalState | None = None,
+) -> None:
     """Exports the trained model, which is called ``final`` when a fresh process has found it in the files.
+
+    Args:
+        state: what ``strategy`` holds, for the card.
 
     Raises:
         CheckpointError: it cannot be written, or is not the trained model; it then stays as ``final.unfinished``.
@@ -29,7 +42,10 @@ def write_artefact(final: Path, run: Run, config: Config, process: Process, inpu
     probes = take_probes(strategy, inputs.train_data, process.device) if run.checkpoint.prove_final else []
     parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
     tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
-    about = training_section(config, final.parent) if is_main else ""
+    about = ""
+    if is_main:
+        steps, told = (None, None) if state is None else (state.step, state.told())
+        about = training_section(config, final.parent, steps=steps, state=told)
     weights: dict[str, str] = {}
     failure = None
     try:

@@ -16,6 +16,7 @@ from sft_dist.plan.money import format_usd
 from sft_dist.plan.units import duration, gib, step_seconds
 from sft_dist.run import Run
 from sft_dist.train.account import Account
+from sft_dist.train.final_state import FinalState
 from sft_dist.train.outlook import NO_GPU, Outlook
 from sft_dist.train.receipt import Actual, feed_calibration, measured, measures, planned, ratios, write_receipt
 from sft_dist.train.sessions import RECEIPT, Session, earlier_sessions
@@ -71,12 +72,12 @@ class Books:
             logger.say(f"plan      {told}")
         self._write(logger, self.account.sessions())
 
-    def close(self, logger: RunLogger, *, peak_allocated_bytes: int | None) -> None:
-        """The run is finished, and ``final/`` is there."""
+    def close(self, logger: RunLogger, state: FinalState, *, peak_allocated_bytes: int | None) -> None:
+        """The run is finished, and ``final/`` is there, of ``state``."""
         account, outlook = self.account, self.account.outlook
         sessions, waste = account.sessions(ended=True), account.waste()
         actual = measured(self.folder, account, sessions, peak_allocated_bytes=peak_allocated_bytes)
-        came_to = measures(outlook.expected, actual, waste)
+        came_to = {**state.of_receipt(), **measures(outlook.expected, actual, waste)}
         self._write(logger, sessions, actual=came_to)
         logger.conclude({"made_with": self.made_with, **planned(outlook), **came_to}, self.folder / "final")
         logger.say(waste_lines(waste, outlook.price))

@@ -25,11 +25,11 @@ SAMPLES, ANSWERS = "samples.jsonl", "answers"
 class Evaluated:
     """
     Args:
-        loss: mean over the supervised tokens of the held-out rows; the same on all ranks.
-        metrics: the line of ``metrics.jsonl``; scores are in it on rank 0 alone.
+        step: completed ones.
+        metrics: by the names of ``metrics.jsonl``, the same on all ranks.
     """
 
-    loss: float
+    step: int
     metrics: Metrics
     findings: Findings | None
 
@@ -56,14 +56,12 @@ class Evaluations:
             is_end: before training, or after its last step.
         """
         result = evaluate(strategy, self._data, self._run.batch, rank=self._rank, device=self._device)
-        metrics: Metrics = {"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
-        if len(result.by_source) > 1:
-            metrics |= {f"eval_loss/{name}": loss for name, loss in result.by_source.items()}
+        metrics: Metrics = dict(result.metrics)
         findings = None
         if self._examiner is not None:
             findings = self._examiner.examine(strategy, is_end=is_end)
             metrics |= findings.metrics
-        return Evaluated(result.loss, metrics, findings)
+        return Evaluated(step, metrics, findings)
 
 
 class EvaluationFiles:
@@ -82,8 +80,8 @@ class EvaluationFiles:
 
     def write(self, evaluated: Evaluated) -> None:
         """Tells an evaluation, and keeps its replies."""
-        self._logger.evaluation(evaluated.metrics)
-        findings, step = evaluated.findings, int(evaluated.metrics["step"])
+        findings, step = evaluated.findings, evaluated.step
+        self._logger.evaluation({"step": step, **evaluated.metrics})
         if findings is None:
             return
         for note in findings.notes:

@@ -29,6 +29,7 @@ from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from sft_dist.train.account import Account, TrainedStep
 from sft_dist.train.agreement import Agreement
+from sft_dist.train.control import Control
 from sft_dist.train.evaluations import EvaluationFiles, Evaluations
 from sft_dist.train.position import position_after
 from sft_dist.train.step import StepOutcome, train_step
@@ -58,7 +59,7 @@ class Training:
         logger, account, files: on rank 0; None elsewhere.
         signals: that this process notes.
         heartbeat: gets what it is doing.
-        completed: steps that are behind ``strategy``'s state; more than 0 when the run is resumed.
+        position: of the checkpoint that the run goes on from; None where it begins.
     """
 
     def __init__(
@@ -78,15 +79,14 @@ class Training:
         heartbeat: Heartbeat,
         *,
         num_steps: int,
-        completed: int,
+        position: Position | None,
     ) -> None:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
         self.order, self.evaluations, self.files, self.checkpointer = order, evaluations, files, checkpointer
         self.logger, self.account, self.signals, self.heartbeat = logger, account, signals, heartbeat
         self.agreement = Agreement()
-        self.num_steps, self.completed = num_steps, completed
-        self._best_loss = checkpointer.best_loss()
-        self._eval_loss: float | None = None  # of the state as it is
+        self.num_steps, self.completed = num_steps, 0 if position is None else position.completed_steps
+        self.control = Control(run, logger, checkpointer.best(), position)
         self._saved_at = time.monotonic()
         self._unread: _Finished | None = None
 
@@ -115,11 +115,15 @@ class Training:
     def _all_steps(self) -> None:
         if self.run.eval.before_training and self.completed == 0:
             self._evaluate()
-        if self.completed < self.num_steps:
+        if not self._is_over:
             self._first_step()
-        while self.completed < self.num_steps:
+        while not self._is_over:
             self._step()
         self._read()
+
+    @property
+    def _is_over(self) -> bool:
+        return self.completed == self.num_steps or self.control.stops
 
     def _first_step(self) -> None:
         """A step with its checks: parameters must move, and what a step gathers must be gone when it ends."""
@@ -139,7 +143,7 @@ class Training:
 
     def _after_step(self) -> None:
         self.completed += 1
-        self._eval_loss = None
+        self.control.trained()
         if self._evaluation_is_due():
             self._evaluate()
         is_saved = self._checkpoint_is_due()
@@ -185,9 +189,8 @@ class Training:
 
     def _checkpoint_is_due(self) -> bool:
         """Every ``checkpoint.every_steps``, after every epoch, at the end, and as the best one so far."""
-        is_best = self.run.checkpoint.keep_best and self._eval_loss is not None and self._eval_loss < self._best_loss
         at_its_time = self._is_due(self.run.checkpoint.every_steps) or self.completed % self.order.steps_per_epoch == 0
-        return at_its_time or is_best
+        return at_its_time or self._is_over or self.control.is_best
 
     def _is_due(self, every: int | None) -> bool:
         return self.completed == self.num_steps or (every is not None and self.completed % every == 0)
@@ -199,15 +202,14 @@ class Training:
         started, self._saved_at = time.perf_counter(), time.monotonic()
         with self.heartbeat.phase("saving"):
             self.checkpointer.save(self.strategy, self._position())
-        if self._eval_loss is not None:
-            self._best_loss = min(self._best_loss, self._eval_loss)
+        self.control.saved()
         if self.account is not None:
             self.account.saved(time.perf_counter() - started)
 
     def _position(self) -> Position:
         position = position_after(self.run, self.order, self.completed, num_steps=self.num_steps)
         trained_s = 0.0 if self.account is None else self.account.trained_s
-        return position.model_copy(update={"trained_s": trained_s, "eval_loss": self._eval_loss})
+        return position.model_copy(update={"trained_s": trained_s, **self.control.of_position()})
 
     def _finish_saving(self) -> None:
         """Waits for what is being written, and says how it went, also when it went wrong."""
@@ -252,6 +254,7 @@ class Training:
         done, self._unread = self._unread, None
         loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
         self.heartbeat.completed(done.number + 1)
+        self.control.read(loss)
         if self.logger is not None and self.account is not None:
             metrics = self._metrics(done, loss, grad_norm)
             of_account, bill = self.account.trained(
@@ -298,9 +301,9 @@ class Training:
             result = self.evaluations.evaluate(self.strategy, step, is_end=step in (0, self.num_steps))
         if self.account is not None:
             self.account.evaluated(time.perf_counter() - started)
-        self._eval_loss = result.loss
         if self.files is not None:
             self.files.write(result)
+        self.control.evaluated(step, result.metrics)
 
 
 def peak_memory_gib(device: torch.device) -> float:

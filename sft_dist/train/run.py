@@ -30,7 +30,10 @@ from sft_dist.sharding import registry
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.artefact import proven, write_artefact
 from sft_dist.train.books import Books
+from sft_dist.train.control import require_metrics
+from sft_dist.train.early_stopping import has_fired
 from sft_dist.train.evaluations import EvaluationFiles, Evaluations
+from sft_dist.train.final_state import take_final_state
 from sft_dist.train.from_mirror import replace_damaged
 from sft_dist.train.loading import loading
 from sft_dist.train.loop import Training
@@ -130,9 +133,11 @@ def train(
     identity = identity_of(run, inputs.train_data)
     completed = 0 if start is None else check_position(start, identity, order, num_steps=num_steps, allowed=allowed)
     heartbeat.at(completed, num_steps)
-    if completed == num_steps and final.exists():
+    require_metrics(run, inputs.eval_data)
+    is_stopped = start is not None and has_fired(run.early_stopping, Manifest.read(start).position.waiting)
+    if (completed == num_steps or is_stopped) and final.exists():
         if world.is_main:
-            print(f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there")
+            print(_finished(run, completed, num_steps))
         return
     books = None if outlook is None else _books(run, process, inputs, outlook, identity, num_steps, completed)
     with loading(world) as on_bytes:
@@ -174,7 +179,7 @@ def train(
         training = Training(
             run, world, process.device, strategy, spec, order, evaluations, logger, files,
             None if books is None else books.account, checkpointer, signals, heartbeat,
-            num_steps=num_steps, completed=completed,
+            num_steps=num_steps, position=None if manifest is None else manifest.position,
         )  # fmt: skip
         try:
             with heartbeat.phase("training"), signals.while_training():
@@ -183,13 +188,17 @@ def train(
             if logger is not None and books is not None:
                 books.break_off(logger)
             raise
-        checkpointer.close()
         peak_bytes = most_allocated_bytes(process.device)
         with heartbeat.phase("exporting"):
-            write_artefact(final, run, config, process, inputs, strategy)
+            state = take_final_state(
+                run, checkpointer, strategy,
+                completed=training.completed, num_steps=num_steps, waiting=training.control.waiting,
+            )  # fmt: skip
+            checkpointer.close()
+            write_artefact(final, run, config, process, inputs, strategy, state=state)
             if logger is not None and books is not None:
-                logger.say(f"saved {final}{proven(run)}")
-                books.close(logger, peak_allocated_bytes=peak_bytes)
+                logger.say(f"saved {final}{proven(run)}: the state {escape(state.told())}")
+                books.close(logger, state, peak_allocated_bytes=peak_bytes)
             _require_metrics(process, logger)
     strategy.close()
 
@@ -207,6 +216,15 @@ def _evaluations(
             say=warn if logger is None else logger.say,
         )  # fmt: skip
     return Evaluations(run, inputs.eval_data, examiner, rank=process.world.rank, device=process.device)
+
+
+def _finished(run: Run, completed: int, num_steps: int) -> str:
+    if completed == num_steps:
+        return f"{run.output_dir} is finished: all {num_steps:,} steps are trained, final/ is there"
+    return (
+        f"{run.output_dir} is finished: it stopped early at step {completed:,} of {num_steps:,}, final/ is there; "
+        "to go on, raise early_stopping.patience or set early_stopping to null"
+    )
 
 
 def _tell_of_the_start(

@@ -64,9 +64,23 @@ class EvalOutcome:
     by_source: dict[str, float]
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """By their names in ``metrics.jsonl``."""
+        by_source = {f"eval_loss/{name}": loss for name, loss in self.by_source.items()}
+        of_all = {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
+        return of_all | (by_source if len(by_source) > 1 else {})
+
+    @property
     def perplexity(self) -> float:
         """exp(loss); infinite when that is beyond a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluated_metrics(data: PreparedData) -> list[str]:
+    """The names of what an evaluation on these rows measures."""
+    counts = np.bincount(data.sequence_sources, weights=data.num_supervised, minlength=len(data.sources))
+    by_source = {name: 0.0 for name, count in zip(data.sources, counts, strict=True) if count}
+    return list(EvalOutcome(0.0, by_source).metrics)
 
 
 def train_step(
@@ -81,7 +95,7 @@ def train_step(
 ) -> StepOutcome:
     """Forward and backward over this rank's share of the step, then the update. No value is read from the device."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    batches = Timed(micro_batches(data, plan, step.sequences, rank))
+    batches = Timed(micro_batches(data, plan, step.sequences, rank, step.seed))
     for batch, is_last in batches:
         loss_sum += strategy.forward_backward(
             batch.to(device), supervised_in_step=step.supervised_tokens, is_last_micro_batch=is_last

@@ -13,6 +13,7 @@ from sft_dist.data.batch import BatchPlan
 from sft_dist.data.prepared import PreparedData
 from sft_dist.model.spec import ModelSpec
 from sft_dist.run import Run
+from sft_dist.sharding.optim import decayed_numel
 from sft_dist.sharding.spec import ShardingSpec
 
 # Of those that stay unquantised; README.md in final/ names all.
@@ -22,13 +23,16 @@ MAX_LAYERS_SHOWN = 6
 def summary(
     run: Run, spec: ShardingSpec, train_data: PreparedData, eval_data: PreparedData | None, *, num_steps: int
 ) -> str:
-    """Model, sharding, precision, data and schedule, one line each."""
+    """Model, sharding, precision, data, schedule and what is special about it, one line each."""
     batch, precision = run.batch, run.precision
     kind = "pack" if run.data.packing == "best_fit" else "row"
     tokens, supervised = int(train_data.num_tokens.sum()), int(train_data.num_supervised.sum())
     held_out = f"; eval: {_count(eval_data.num_rows, 'row')}" if eval_data is not None else ""
     passes = batch.micro_batches(min(batch.global_batch_size, train_data.num_sequences))
     stored = precision.stored(trainable=True, strategy=run.strategy)
+    more = [_decay(run)] if run.optim.weight_decay else []
+    if run.neftune_alpha is not None or run.label_smoothing:
+        more.append(f"noise     {_noise(run)}")
     return "\n".join(
         [
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} of "
@@ -43,6 +47,7 @@ def summary(
             f"{tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
             f"schedule  {_count(num_steps, 'step')} of {_sequences(batch, train_data, kind)}: {_sharers(batch)} x "
             f"{_count(passes, 'micro-batch', 'es')} of up to {batch.micro_batch_size}",
+            *more,
         ]
     )
 
@@ -66,6 +71,24 @@ def _optimizer(run: Run) -> str:
     if not isinstance(run.optim, AdamWConfig):
         return run.optim.type
     return f"adamw with {'paged ' if run.optim.paged else ''}moments in {run.precision.optimizer_state}"
+
+
+def _decay(run: Run) -> str:
+    kept = f", nor on {', '.join(run.optim.no_decay)}" if run.optim.no_decay else ""
+    return (
+        f"decay     {run.optim.weight_decay:g} on {decayed_numel(run):,} of {run.model.num_trainable:,} trained "
+        f"parameters: not on norms and biases{kept}"
+    )
+
+
+def _noise(run: Run) -> str:
+    """What training has and evaluation has not."""
+    parts = []
+    if run.neftune_alpha is not None:
+        parts.append(f"noise on the embeddings (NEFTune, alpha {run.neftune_alpha:g})")
+    if run.label_smoothing:
+        parts.append(f"labels smoothed by {run.label_smoothing:g}")
+    return f"only in training: {' and '.join(parts)}; its loss is not comparable with that of evaluation"
 
 
 def _replicas(run: Run) -> str:

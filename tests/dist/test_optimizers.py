@@ -243,3 +243,18 @@ def test_paged_moments_are_planned_and_refused_on_a_cpu(tiny_base: Path) -> None
     assert (planned.optimizer, planned.paged) == (0, registry.describe(run, 0).optimizer_state_bytes)
     assert unsupported_on(run, "cuda") is None
     assert (unsupported_on(run, "cpu") or "").startswith("optim.paged is true, but CUDA's managed memory needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size"),
+    [("zero1", 2), *((name, 3) for name in ("ddp", "fsdp2", "zero2", "zero3"))],
+)
+def test_parts_without_decay(world: World, tiny_base: Path, strategy: str, size: int) -> None:
+    """The optimizer's groups are as described, and hold the same parameters under every strategy."""
+    sections: dict[str, Any] = {"optim": {"weight_decay": 30.0, "no_decay": ["embed_tokens", "q_proj"]}}
+    reference = world(1).run(cells.train, cells.dump(cells.config(str(tiny_base), **sections)))[0]
+    everything = world(1).run(cells.train, cells.dump(cells.config(str(tiny_base), optim={"weight_decay": 30.0})))[0]
+    trained = world(size).run(cells.train, cells.dump(cells.config(str(tiny_base), "full", strategy, **sections)))
+    for rank in trained:
+        np.testing.assert_allclose(rank.losses, reference.losses, rtol=1e-5)
+    assert abs(everything.losses[-1] / reference.losses[-1] - 1) > 1e-3

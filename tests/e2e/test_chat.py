@@ -23,13 +23,13 @@ from sft_dist.cli import main
 from sft_dist.config.schema import Config
 from sft_dist.data.messages import Message
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.evaluation.prompt import prompter_of, trained_on
 from sft_dist.export.checkpoint_artefact import artefact_of_checkpoint
 from sft_dist.generate.batch import answer_file
 from sft_dist.generate.chat import Chat
 from sft_dist.generate.conversation import Command
 from sft_dist.generate.engine import Sampling, Voice
 from sft_dist.generate.load import Loaded, load
-from sft_dist.evaluation.prompt import prompter_of, trained_on
 from tests.helpers.taught import PAIRS, conversation, teach, write_rows
 from tests.helpers.terminal import Terminal
 from tests.helpers.tiny_model import build_base

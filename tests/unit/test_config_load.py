@@ -189,8 +189,8 @@ def test_wrong_override(error: Callable[..., tuple[str, str]], override: str, wh
         ),
         (
             "optim: {seeds: 3, max_grad: 1}",
-            "run.yaml: optim.seeds is not a key; remove it; the keys here are lr, weight_decay, schedule, warmup_ratio, "
-            "max_grad_norm, lora_plus_ratio, type, beta1, beta2, eps, paged\n"
+            "run.yaml: optim.seeds is not a key; remove it; the keys here are lr, weight_decay, no_decay, schedule, "
+            "warmup_ratio, max_grad_norm, lora_plus_ratio, type, beta1, beta2, eps, paged\n"
             "run.yaml: optim.max_grad is not a key; did you mean optim.max_grad_norm?",
             "correct these 2 places; `sft-dist config schema` describes every key",
         ),
@@ -198,7 +198,7 @@ def test_wrong_override(error: Callable[..., tuple[str, str]], override: str, wh
             "3: 4",
             "run.yaml: 3 is not a key",
             "remove it; the keys here are model, method, data, sharding, precision, activation_checkpointing, optim, "
-            "train, eval, checkpoint, logging, hardware, cluster, output_dir",
+            "train, eval, early_stopping, checkpoint, logging, hardware, cluster, output_dir",
         ),
     ],
 )

@@ -28,7 +28,39 @@ def train(**keys: Any) -> dict[str, Any]:
 LORA = {"type": "lora"}
 UNPACKED = {"data": {"train": [{"path": "a.jsonl"}], "packing": "none"}}
 
+HELD_OUT = {"data": {"train": [{"path": "a.jsonl"}], "eval": [{"path": "b.jsonl"}]}}
+
 WRONG = [
+    (
+        HELD_OUT | {"early_stopping": {}},
+        "early_stopping is set, but eval.every_steps is not: the only evaluation of training is at its end",
+        "set eval.every_steps, or remove early_stopping",
+    ),
+    (
+        HELD_OUT | {"early_stopping": {"metric": "eval_length"}, "eval": {"every_steps": 5}},
+        "early_stopping.metric is eval_length, whose name does not say whether lower or higher is better",
+        "set early_stopping.mode to min or max",
+    ),
+    (
+        HELD_OUT | {"checkpoint": {"keep_best": True, "best_mode": "max"}},
+        "checkpoint.best_mode is max, but eval_loss is better the other way",
+        "remove checkpoint.best_mode",
+    ),
+    (
+        HELD_OUT | {"checkpoint": {"best_metric": "eval_perplexity"}},
+        "checkpoint.best_metric is eval_perplexity, which has no effect: no best checkpoint is kept",
+        "set checkpoint.keep_best to true, or checkpoint.final to best, or remove checkpoint.best_metric",
+    ),
+    (
+        {"checkpoint": {"final": "best"}},
+        "checkpoint.final is best, but there is nothing to evaluate: data.eval is empty",
+        "add data.eval, or set checkpoint.final to last",
+    ),
+    (
+        {"optim": {"no_decay": ["lm_head"]}},
+        "optim.no_decay is ['lm_head'], which has no effect with optim.weight_decay 0",
+        "remove optim.no_decay, or set optim.weight_decay",
+    ),
     (
         {"cluster": {"request_gpus": "none", "gpu_type": "h100"}},
         "cluster.gpu_type is h100, which has no effect with cluster.request_gpus none",
@@ -313,6 +345,8 @@ WRONG = [
 ]
 
 RIGHT = [
+    HELD_OUT | {"early_stopping": {"metric": "eval_scores/x", "mode": "max"}, "eval": {"every_steps": 5}},
+    HELD_OUT | {"early_stopping": {}, "eval": {"every_steps": 5}, "checkpoint": {"best_metric": "eval_perplexity"}},
     {"cluster": {"time_limit": "1-00:00:00", "time_margin": 1.5, "options": ["--nice=100 --mail-type=END", "-v"]}},
     {"cluster": {"container": {"runtime": "pyxis", "image": "a#b:1", "mounts": ["/my data:/data", "/x:/x:ro"]}}},
     {},

@@ -73,6 +73,34 @@ def test_values_and_gradients_are_those_of_cross_entropy(chunk_rows: int | None)
     assert relative_error(weight.grad, grad_weight) < 1e-6
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+@pytest.mark.parametrize("chunk_rows", [5, None])
+def test_smoothed_labels_are_those_of_torch(chunk_rows: int | None, smoothing: float) -> None:
+    hidden, weight, labels = example()
+    loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_rows=chunk_rows, smoothing=smoothing)
+    (loss * (3 / 7)).backward()
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    expected = F.cross_entropy(h @ w.T, labels, reduction="sum", label_smoothing=smoothing)
+    grad_hidden, grad_weight = torch.autograd.grad(expected * (3 / 7), (h, w))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert relative_error(hidden.grad, grad_hidden) < 1e-6
+    assert relative_error(weight.grad, grad_weight) < 1e-6
+
+
+def test_labels_are_smoothed_in_training_alone() -> None:
+    hidden, weight, labels = example()
+    head = LossHead.from_linear(nn.Linear(HIDDEN, VOCAB, bias=False))
+    head.weight = nn.Parameter(weight.detach())
+    head.label_smoothing = 0.2
+    logits = hidden @ weight.T
+    smooth = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.2)
+    assert float(head(hidden, labels)) == pytest.approx(float(smooth), rel=1e-6)
+    head.eval()
+    assert float(head(hidden, labels)) == pytest.approx(
+        float(F.cross_entropy(logits, labels, reduction="sum")), rel=1e-6
+    )
+
+
 @pytest.mark.parametrize("factor", [2 / 1000, 3 / 7, 1.0])
 def test_backward_scales_by_the_incoming_gradient(factor: float) -> None:
     hidden, weight, labels = example()

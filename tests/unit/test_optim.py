@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from torch import nn
 
 from sft_dist.config.schema import AdamWConfig, OptimConfig, SgdConfig
+from sft_dist.errors import ConfigError
+from sft_dist.resolve import resolve
 from sft_dist.run import Precision
+from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding.optim import build_optimizer, learning_rate
+from tests.helpers import cells
 
 FP32 = Precision(compute="fp32", master="fp32", reduce="fp32", optimizer_state="fp32")
 
@@ -87,6 +92,26 @@ def groups_by_name(config: OptimConfig, model: nn.Module) -> list[tuple[set[str]
 @pytest.mark.parametrize("config", [AdamWConfig(weight_decay=0.1), SgdConfig(type="sgd", weight_decay=0.1)])
 def test_matrices_decay_and_norms_and_biases_do_not(config: OptimConfig) -> None:
     assert groups_by_name(config, Mixed()) == [({"linear.weight"}, 0.1), ({"linear.bias", "norm.weight"}, 0.0)]
+
+
+def test_names_without_decay() -> None:
+    config = AdamWConfig(weight_decay=0.1, no_decay=["b", "re:c.*x"])
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("a", "b", "bb", "cx", "cy")})
+    assert groups_by_name(config, model) == [
+        ({"a.weight", "bb.weight", "cx.weight", "cy.weight"}, 0.1), ({"b.weight"}, 0.0)
+    ]  # fmt: skip
+    whole = AdamWConfig(weight_decay=0.1, no_decay=["b", "re:c.*"])
+    assert groups_by_name(whole, model)[1] == ({"b.weight", "cx.weight", "cy.weight"}, 0.0)
+
+
+@pytest.mark.parametrize("name", ["norm", "lm_heads"])
+def test_a_name_without_decay_that_changes_nothing_is_refused(tiny_base: Path, name: str) -> None:
+    """No parameter is called so; or it has no decay in any case."""
+    cfg = cells.config(str(tiny_base), optim={"no_decay": ["lm_head", name]})
+    with pytest.raises(ConfigError) as caught:
+        resolve(cfg, WorldShape(1, 2))
+    assert caught.value.what == f"optim.no_decay: the model has no trained matrix named {name}"
+    assert "embed_tokens" in caught.value.fix
 
 
 def test_frozen_parameters_are_not_the_optimizers() -> None:

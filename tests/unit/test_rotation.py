@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,21 @@ def test_the_best() -> None:
     assert kept(there, keep_last=1, keep_best=True) == [2, 5], "the first of equals"
     assert kept(there, keep_last=1) == [5]
     assert kept(positions(1, 2), keep_last=1, keep_best=True) == [2], "nothing was evaluated"
-    best = best_of(there)
+    best = best_of(there, CheckpointConfig().goal)
     assert best is not None
     assert best.completed_steps == 2
+
+
+def test_the_best_by_another_metric() -> None:
+    there = [
+        Position(completed_steps=step, eval_loss=loss, evaluation={"eval_scores/bleu": bleu})
+        for step, loss, bleu in ((1, 0.9, 0.1), (2, 0.4, 0.3), (3, 0.5, 0.7), (4, 0.6, 0.7), (5, 0.7, 0.2))
+    ]
+    assert kept(there, keep_last=1, keep_best=True, best_metric="eval_scores/bleu") == [3, 5]
+    assert kept(there, keep_last=1, keep_best=True, best_metric="eval_scores/bleu", best_mode="min") == [1, 5]
+    assert kept(there, keep_last=1, keep_best=True, best_metric="nowhere", best_mode="min") == [5]
+    there.append(Position(completed_steps=6, eval_loss=math.nan))
+    assert kept(there, keep_last=1, keep_best=True) == [2, 6], "what is no number is not the best"
 
 
 def test_what_cannot_be_read_is_neither_counted_nor_deleted(tmp_path: Path) -> None:

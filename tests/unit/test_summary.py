@@ -69,6 +69,20 @@ def test_what_the_optimizer_keeps(tiny_base: Path, sections: dict[str, Any], exp
     )
 
 
+def test_what_decays_and_what_is_noise(tiny_base: Path) -> None:
+    run = run_of(tiny_base, "full", optim={"no_decay": ["embed_tokens", "lm_head"]})
+    matrices = sum(p.numel for p in run.model.parameters if len(p.shape) == 2)
+    ends = sum(p.numel for p in run.model.parameters if "embed_tokens" in p.name or "lm_head" in p.name)
+    assert told(run)["decay"] == (
+        f"0.1 on {matrices - ends:,} of {run.model.num_trainable:,} trained parameters: not on norms and biases, nor on "
+        "embed_tokens, lm_head"
+    )
+    assert "noise" not in told(run)
+    assert "decay" not in told(run_of(tiny_base, "full", optim={"weight_decay": 0.0}))
+    noisy = told(run_of(tiny_base, "full", train={"neftune_alpha": 5.0, "label_smoothing": 0.1}))["noise"]
+    assert "noise on the embeddings (NEFTune, alpha 5) and labels smoothed by 0.1" in noisy
+
+
 def test_where_it_is(tiny_base: Path) -> None:
     run = run_of(tiny_base, "full", sharding={"strategy": "fsdp2", "dp_replicate": 2, "cpu_offload": True}, size=4)
     spec = registry.describe(run, 0)

@@ -1,0 +1,115 @@
+"""What evaluations decide while a run trains: the best state, an early end, a warning. The same on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft_dist.checkpoint.manifest import Position, Waiting
+from sft_dist.config.control_schema import EVAL_LOSS
+from sft_dist.data.prepared import PreparedData
+from sft_dist.evaluation.examiner import examined_metrics
+from sft_dist.metrics.logger import METRICS, RunLogger
+from sft_dist.run import Run
+from sft_dist.train.early_stopping import EarlyStopping, metric_of
+from sft_dist.train.overfitting import WARNED, OverfitWatch
+from sft_dist.train.step import evaluated_metrics
+
+
+def require_metrics(run: Run, eval_data: PreparedData | None) -> None:
+    """Refuses what an evaluation will not measure, before the model is built.
+
+    Raises:
+        ConfigError: the configuration names a metric that there will not be.
+    """
+    if eval_data is None:
+        return
+    names = dict.fromkeys([*evaluated_metrics(eval_data), *examined_metrics(run.eval)], 0.0)
+    if run.checkpoint.keep_best:
+        metric_of(names, run.checkpoint.best_metric, key="checkpoint.best_metric")
+    if run.early_stopping is not None:
+        metric_of(names, run.early_stopping.metric, key="early_stopping.metric")
+
+
+class Control:
+    """Of one session. The loop tells it what happens and asks what follows.
+
+    Args:
+        logger: on rank 0; None elsewhere.
+        best: of the checkpoints that are there, the best one's position; None without any that was evaluated.
+        position: that the run goes on from; None at its beginning.
+    """
+
+    def __init__(self, run: Run, logger: RunLogger | None, best: Position | None, position: Position | None) -> None:
+        self._rules, self._goal, self._logger = run.checkpoint, run.checkpoint.goal, logger
+        self._best = None if best is None else best.value_of(self._goal.metric)
+        self._evaluation: dict[str, float] = {}  # of the state as it is
+        self._stopping = None
+        if run.early_stopping is not None:
+            self._stopping = EarlyStopping(run.early_stopping, None if position is None else position.waiting)
+        self._watch = None
+        if logger is not None and run.eval.warn_after_rises is not None:
+            lines = (Path(run.output_dir) / METRICS).read_text(encoding="utf-8").splitlines()
+            self._watch = OverfitWatch(run.eval.warn_after_rises, lines)
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to end here."""
+        return self._stopping is not None and self._stopping.has_fired
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the state as it is is to be kept as the best one so far."""
+        return self._rules.keep_best and self._is_better
+
+    @property
+    def _is_better(self) -> bool:
+        value = self._evaluation.get(self._goal.metric)
+        return value is not None and self._goal.is_better(value, self._best)
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """Of early stopping."""
+        return None if self._stopping is None else self._stopping.waiting
+
+    def trained(self) -> None:
+        """A step has changed the state."""
+        self._evaluation = {}
+
+    def read(self, loss: float) -> None:
+        """The loss of a step has arrived."""
+        if self._watch is not None:
+            self._watch.trained(loss)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The state after ``step`` has been evaluated, and its line is written.
+
+        Raises:
+            ConfigError: the evaluation has no metric of a name that the configuration gives.
+        """
+        self._evaluation = dict(metrics)
+        if self._rules.keep_best:
+            metric_of(metrics, self._goal.metric, key="checkpoint.best_metric")
+        if self._stopping is not None:
+            self._stopping.evaluated(step, metrics)
+        if self._logger is None:
+            return
+        warning = None if self._watch is None else self._watch.evaluated(step, metrics[EVAL_LOSS])
+        if self._watch is not None and warning is not None:
+            self._logger.event({"step": step, WARNED: 1, "best_eval_step": self._watch.best.step}, warning)
+        if self._stopping is not None and self._stopping.has_fired:
+            self._logger.event({"step": step, **self._stopping.metrics()}, self._stopping.told(step))
+
+    def saved(self) -> None:
+        """The state as it is is on its way into a checkpoint."""
+        if self._is_better:
+            self._best = self._evaluation[self._goal.metric]
+
+    def of_position(self) -> dict[str, Any]:
+        """What the checkpoint of the state as it is tells of it."""
+        finite = {name: value for name, value in self._evaluation.items() if math.isfinite(value)}
+        loss = self._evaluation.get(EVAL_LOSS)
+        others = {name: value for name, value in finite.items() if name != EVAL_LOSS}
+        return {"eval_loss": loss, "evaluation": others, "waiting": self.waiting}

@@ -1,0 +1,147 @@
+"""When a run stops early, when it is told that it overfits, and which metric is better which way."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from sft_dist.checkpoint.manifest import Waiting
+from sft_dist.config.control_schema import EarlyStoppingConfig, Goal, known_mode
+from sft_dist.errors import ConfigError
+from sft_dist.train.early_stopping import EarlyStopping, has_fired
+from sft_dist.train.overfitting import OverfitWatch
+
+NAN = math.nan
+
+
+def stopped_at(values: list[float], **settings: object) -> int | None:
+    """The evaluation, counted from 1, after which a run ends."""
+    stopping = EarlyStopping(EarlyStoppingConfig.model_validate(settings), None)
+    for number, value in enumerate(values, 1):
+        stopping.evaluated(number, {str(settings.get("metric", "eval_loss")): value})
+        if stopping.has_fired:
+            return number
+    return None
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "expected"),
+    [
+        ([5, 4, 3, 2], {"patience": 1}, None),
+        ([5, 4, 4], {"patience": 1}, 3),
+        ([5, 4, 4.5, 3.9, 5, 5, 5], {"patience": 2}, 6),
+        ([5, 4, 3.95, 3.91], {"patience": 2, "threshold": 0.1}, 4),
+        ([5, 4, 3.95, 3.89], {"patience": 2, "threshold": 0.1}, None),
+        ([5, NAN, NAN], {"patience": 2}, 3),
+        ([NAN, 5, 6], {"patience": 2}, None),
+        ([0.1, 0.3, 0.2, 0.25], {"patience": 2, "metric": "eval_scores/bleu"}, 4),
+        ([0.3, 0.1, 0.2], {"patience": 2, "metric": "x", "mode": "min"}, None),
+    ],
+)
+def test_it_stops_after_so_many_evaluations_without_an_improvement(
+    values: list[float], settings: dict[str, object], expected: int | None
+) -> None:
+    assert stopped_at(values, **settings) == expected
+
+
+def test_it_goes_on_where_it_was() -> None:
+    config = EarlyStoppingConfig(patience=3)
+    values = [5.0, 4.0, 4.2, 4.1, 4.3]
+    for cut in range(len(values)):
+        first = EarlyStopping(config, None)
+        for step, value in enumerate(values[:cut], 1):
+            first.evaluated(step, {"eval_loss": value})
+        second = EarlyStopping(config, Waiting.model_validate_json(first.waiting.model_dump_json()))
+        for step, value in enumerate(values[cut:], cut + 1):
+            assert not second.has_fired
+            second.evaluated(step, {"eval_loss": value})
+        assert second.has_fired
+        assert second.waiting == Waiting(best=4.0, best_step=2, evaluations=3)
+    assert second.told(5) == (
+        "stopped early at step 5: eval_loss was 4.0000 at step 2, and 3 evaluations since then have not improved it"
+    )
+    assert not has_fired(EarlyStoppingConfig(patience=4), second.waiting), "the patience of now decides"
+    assert not has_fired(None, second.waiting)
+
+
+def test_a_metric_that_is_not_there_is_named_with_those_that_are() -> None:
+    stopping = EarlyStopping(EarlyStoppingConfig(metric="eval_los", mode="min"), None)
+    with pytest.raises(ConfigError) as caught:
+        stopping.evaluated(3, {"eval_loss": 1.0, "eval_perplexity": 2.0})
+    assert caught.value.fix == "set early_stopping.metric to one of: eval_loss, eval_perplexity"
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("eval_loss", "min"), ("eval_perplexity", "min"), ("eval_loss/chat", "min"), ("eval_loss/bleu", "min"),
+        ("eval_scores/bleu", "max"), ("eval_accuracy", "max"), ("eval_scores/rougeL", "max"), ("eval_length", None),
+    ],
+)  # fmt: skip
+def test_names_that_say_what_is_better(metric: str, mode: str | None) -> None:
+    assert known_mode(metric) == mode
+
+
+def test_nothing_is_better_by_being_no_number() -> None:
+    for mode in ("min", "max"):
+        goal = Goal("x", mode)  # type: ignore[arg-type]
+        assert not goal.is_better(NAN, None)
+        assert not goal.is_better(NAN, 1.0)
+        assert goal.is_better(1.0, None)
+        assert not goal.is_better(1.0, 1.0)
+
+
+# Overfitting
+
+
+def told(evaluations: list[float], train: list[float], rises: int = 2) -> list[int]:
+    """Evaluations, counted from 1, at which a warning comes; before each a step of training with its loss."""
+    watch = OverfitWatch(rises)
+    found = []
+    for number, (loss, trained) in enumerate(zip(evaluations, train, strict=True), 1):
+        watch.trained(trained)
+        if watch.evaluated(number, loss) is not None:
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "train", "expected"),
+    [
+        ([3, 2, 2.1, 2.2, 2.3], [5, 4, 3, 2, 1], [4]),
+        ([3, 2, 2.1, 2.05, 2.2, 2.3], [5, 4, 3, 2, 1, 1], [6]),
+        ([3, 2, 2.1, 2.2, 2.3], [5, 4, 4.5, 5, 6], []),
+        ([3, 2, 2.1, 2.1, 2.2], [5, 4, 3, 2, 1], []),
+        ([3, 2.5, 2], [5, 4, 3], []),
+        ([2, 3, 4], [5, 4, 3], [3]),
+    ],
+)
+def test_a_gap_that_grows_is_told_once(evaluations: list[float], train: list[float], expected: list[int]) -> None:
+    assert told(evaluations, train) == expected
+
+
+def test_the_evaluation_before_training_has_no_training_loss_to_compare_with() -> None:
+    watch = OverfitWatch(1)
+    assert watch.evaluated(0, 1.0) is None
+    watch.trained(5.0)
+    assert watch.evaluated(1, 2.0) is None
+    watch.trained(4.0)
+    said = watch.evaluated(2, 3.0)
+    assert said is not None
+    assert "risen 1 times in a row, 2.0000 to 3.0000, while the training loss fell from 5.0000 to 4.0000" in said
+    assert "The best evaluation is that of step 0 (1.0000)" in said
+
+
+def test_a_resumed_run_reads_what_was_before() -> None:
+    lines: list[dict[str, object]] = []
+    for step, (trained, loss) in enumerate(zip([5, 4, 3], [2.0, 2.1, 2.2], strict=True), 1):
+        lines += [{"step": step, "loss": trained}, {"step": step, "eval_loss": loss, "eval_loss/a": 9.0}]
+    lines.append({"step": 4, "loss": None, "non_finite": ["loss"]})
+    watch = OverfitWatch(3, map(json.dumps, lines))
+    watch.trained(2.0)
+    assert watch.evaluated(4, 2.3) is not None
+    watch = OverfitWatch(3, map(json.dumps, [*lines, {"step": 3, "overfitting": 1, "best_eval_step": 1}]))
+    watch.trained(2.0)
+    assert watch.evaluated(4, 2.3) is None, "it was told before"
