@@ -34,7 +34,7 @@ class Cached:
     """Keys and values stay; a pass after the first one computes the newest token of each row.
 
     Args:
-        last_position: that the model has. A row that has ended and is not dropped yet stays there.
+        positions: that a row may have; None: any number. One that has ended and is not dropped yet stays at the last.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Cached:
         strategy: Strategy,
         rows: Sequence[Sequence[int]],
         device: torch.device,
-        last_position: int | None,
+        positions: int | None,
     ) -> None:
         self._strategy, self._cache = strategy, RowCache()
-        self._last_position = last_position
+        self._last_position = None if positions is None else positions - 1
         self._rows = _whole(rows).to(device)
         lens = self._rows.seq_lens
         # [rows] of the newest token.
@@ -83,12 +83,12 @@ class Recomputed:
         strategy: Strategy,
         rows: Sequence[Sequence[int]],
         device: torch.device,
-        last_position: int | None,
+        positions: int | None,
     ) -> None:
         assert len(rows) == 1
         self._strategy = strategy
         self._row = _whole(rows).to(device)
-        self._longest = None if last_position is None else last_position + 1
+        self._longest = positions
 
     def first(self) -> Tensor:
         return self._strategy.infer(self._row, logits=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sft_dist.errors import ConfigError
 from sft_dist.evaluation.continuation import Cached, Continuation, Recomputed
+from sft_dist.evaluation.room import depends_on_neighbours, num_positions
 from sft_dist.model.build import SftModel
-from sft_dist.model.support import dynamic_rope
 from sft_dist.sharding.strategy import Strategy
 
 T = TypeVar("T")
@@ -109,10 +109,11 @@ def generate(
     assert max_new_tokens > 0
     assert rows_at_once > 0
     limits = _limits(strategy.model, prompts, max_new_tokens)
-    last_position = _last_position(strategy.model)
-    recompute = _must_recompute(strategy.model, prompts, limits)
+    positions = num_positions(strategy.model)
+    longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
+    recompute = depends_on_neighbours(strategy.model, longest, what="prompts with answers")
     if recompute is not None:
-        on_note(recompute)
+        on_note(f"{recompute}: each token is computed from its whole row, and one row at a time")
     size = 1 if recompute is not None else rows_at_once
     groups = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
     answers: dict[int, Generated] = {}
@@ -120,7 +121,7 @@ def generate(
         numbers = groups[first + rank] if first + rank < len(groups) else ()
         rows = [_Row(number, prompts[number], limits[number]) for number in numbers] or [_Row(0, [0], 0)]
         of_rows = [row.prompt for row in rows]
-        passes = (Cached if recompute is None else Recomputed)(strategy, of_rows, device, last_position)
+        passes = (Cached if recompute is None else Recomputed)(strategy, of_rows, device, positions)
         draw = _Draw(rows, max(limits), temperature=temperature, seed=seed, device=device)
         for num_ended in _answer(rows, passes, draw, max(limits), frozenset(stop_ids), device):
             on_progress(first * size + num_ended)
@@ -208,47 +209,16 @@ def gather(answers: dict[int, T], *, rank: int, world_size: int) -> list[T] | No
     return [whole[number] for number in sorted(whole)]
 
 
-def _num_virtual(model: SftModel) -> int:
-    return 0 if model.prompt is None else model.prompt.count
-
-
-def _last_position(model: SftModel) -> int | None:
-    """The last position that the model has, counted from the first real token; None: it has no limit."""
-    positions: int | None = getattr(model.causal_lm.config, "max_position_embeddings", None)
-    return None if positions is None else positions - _num_virtual(model) - 1
-
-
 def _limits(model: SftModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
     """Most tokens of the answer to each prompt."""
-    last = _last_position(model)
+    positions = num_positions(model)
     for number, prompt in enumerate(prompts):
         if not prompt:
+            raise ConfigError(f"prompt {number} is empty: it has no token", fix="write a text to go on from")
+        if positions is not None and len(prompt) >= positions:
             raise ConfigError(
-                f"prompt {number} is empty: it has no token", fix="write a text for the model to go on from"
-            )
-        if last is not None and len(prompt) > last:
-            raise ConfigError(
-                f"prompt {number} has {len(prompt):,} tokens, and the model has {last + 1:,} positions, the answer's "
+                f"prompt {number} has {len(prompt):,} tokens, and the model has {positions:,} positions, the answer's "
                 "among them",
                 fix="shorten the prompt, or remove it",
             )
-    return [max_new_tokens if last is None else min(max_new_tokens, last + 1 - len(prompt)) for prompt in prompts]
-
-
-def _must_recompute(model: SftModel, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> str | None:
-    """Why keys and values cannot be kept, or None.
-
-    Raises:
-        ConfigError: nor can they be computed anew.
-    """
-    rope = dynamic_rope(model.causal_lm.config)
-    longest = max((len(p) + n for p, n in zip(prompts, limits, strict=True)), default=0) + _num_virtual(model)
-    if rope is None or longest <= rope.from_tokens:
-        return None
-    beyond = f"prompt and answer of up to {longest:,} tokens: in rows of more than {rope.from_tokens:,} the model has "
-    if rope.has_memory:
-        raise ConfigError(
-            f"{beyond}rotary frequencies that depend on the rows before",
-            fix="shorten the prompts or their answers",
-        )
-    return f"{beyond}other rotary frequencies, for all of a row: each token is computed from its whole row, row by row"
+    return [max_new_tokens if positions is None else min(max_new_tokens, positions - len(p)) for p in prompts]

@@ -34,6 +34,7 @@ from tests.helpers.tiny_model import build_tokenizer
 Prompts = list[list[int]]
 
 
+@torch.no_grad()
 def move(strategy: Strategy, scale: float) -> None:
     """Adds to every trained parameter a wave of its own, the same under every strategy and on any number of ranks."""
     numbers = {f"model.{name}": n for n, (name, _) in enumerate(strategy.model.named_parameters())}
@@ -134,7 +135,7 @@ def build_base(folder: Path, kind: str) -> Path:
         case "qwen2":
             config = Qwen2Config(**shape, use_sliding_window=True, sliding_window=9, max_window_layers=1)
         case "qwen3":
-            config = Qwen3Config(**shape, head_dim=24, tie_word_embeddings=True)
+            config = Qwen3Config(**shape, head_dim=32, tie_word_embeddings=True)
         case "gemma3":
             kinds = ["sliding_attention", "full_attention", "sliding_attention"]
             config = Gemma3TextConfig(
