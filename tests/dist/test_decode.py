@@ -12,6 +12,7 @@ import torch
 from sft_dist.config.schema import Config
 from sft_dist.evaluation.decode import Generated
 from tests.helpers import cells, generation, load_final
+from tests.helpers.generation import Answered
 from tests.helpers.pool import WorldPool
 
 World = Callable[[int], WorldPool]
@@ -64,10 +65,11 @@ def by_transformers(folder: Path, method: str) -> list[list[int]]:
 
 
 def assert_finish_reasons(answers: list[Generated]) -> None:
-    for answer in answers:
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
         stops = [token for token in answer.tokens if token in HOW["stop_ids"]]
         assert answer.finish_reason == ("stop" if stops else "length")
         assert not stops or stops == list(answer.tokens[-1:])
+        assert stops or len(answer.tokens) in (HOW["max_new_tokens"], 40 - len(prompt))  # GPT-2 has 40 positions
 
 
 def answers_of(ranks: list[Answered]) -> list[Generated]:
