@@ -28,7 +28,8 @@ class EarlyStoppingConfig(Section):
     metric: str = Field(
         EVAL_LOSS,
         min_length=1,
-        description="A key of an evaluation's line in metrics.jsonl: eval_loss, eval_perplexity, eval_loss/SOURCE, eval_scores/bleu.",
+        description="A key of an evaluation's line in metrics.jsonl: eval_loss, eval_perplexity, eval_loss/SOURCE, "
+        "eval_scores/bleu.",
     )
     mode: Mode | None = Field(None, description=MODE)
     patience: int = Field(3, ge=1, description="Evaluations in a row without an improvement, after which the run ends.")

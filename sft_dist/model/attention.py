@@ -170,19 +170,9 @@ def next_token_attention(
     Returns:
         [rows, heads, d].
     """
-    longest = max(cache.lens)
-    window = sliding_window if sliding_window is not None and sliding_window < longest else 0
+    window = sliding_window if sliding_window is not None and sliding_window < max(cache.lens) else 0
     if query.device.type == "cuda" and query.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
-        # A causal window is aligned at a row's end, where its only query is.
-        out = varlen_attn(
-            query, keys, values, cache.query_bounds, cache.bounds, 1, longest, scale=scale,
-            window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != keys.shape[1],
-            seqused_k=cache.used,
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
+        return _varlen_next(query, keys, values, cache, scale, window)
     rows = []
     for q, start, length in zip(query, cache.starts, cache.lens, strict=True):
         seen = slice(start + max(0, length - window) if window else start, start + length)
@@ -190,6 +180,18 @@ def next_token_attention(
         k, v = (t[seen].transpose(0, 1)[None] for t in (keys, values))
         rows.append(F.scaled_dot_product_attention(q.unflatten(0, (keys.shape[1], -1))[None], k, v, scale=scale))
     return torch.cat(rows).flatten(1, 2)
+
+
+def _varlen_next(query: Tensor, keys: Tensor, values: Tensor, cache: RowCache, scale: float, window: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # A window ends with a row's only query, which is its last token in use.
+    out = varlen_attn(
+        query, keys, values, cache.query_bounds, cache.bounds, 1, max(cache.lens), scale=scale,
+        window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != keys.shape[1], seqused_k=cache.used,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
 
 
 def packed_attention_forward(

@@ -17,7 +17,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device: these tests run kernels that have no CPU form", allow_module_level=True)
 
 from sft_dist.data.loader import TrainingOrder
-from sft_dist.model.attention import packed_attention_forward, per_segment_sdpa
+from sft_dist.evaluation.decode import generate
+from sft_dist.model.attention import next_token_attention, packed_attention_forward, per_segment_sdpa
+from sft_dist.model.row_cache import RowCache
 from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.resolve import resolve
 from sft_dist.runtime.process_group import process_group
@@ -26,7 +28,7 @@ from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.step import evaluate, train_step
-from tests.helpers import cells
+from tests.helpers import cells, generation
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +106,41 @@ def test_varlen_equals_attention_by_segment(heads: int, kv_heads: int, window: i
     torch.testing.assert_close(out[0].float(), reference, rtol=2e-2, atol=2e-2)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine[0].transpose(0, 1).float(), theirs, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
+@pytest.mark.parametrize("window", [None, 50])
+@torch.no_grad()
+def test_the_newest_tokens_see_their_rows(heads: int, kv_heads: int, window: int | None) -> None:
+    """The kernel against attention row by row, over buffers whose rows have room behind them."""
+    torch.manual_seed(0)
+    layer, cache, lens = torch.nn.Identity(), RowCache(), (100, 1, 63)
+    draw = lambda rows, n: torch.randn(rows, n, 64, device=CUDA, dtype=torch.bfloat16)  # noqa: E731
+    cache.begin_pass(lens)
+    cache.fill(layer, draw(sum(lens), kv_heads), draw(sum(lens), kv_heads))
+    cache.keep([2, 0, 1], room=3)
+    for _ in range(3):
+        cache.begin_pass([1, 1, 1])
+        keys, values = cache.append(layer, draw(3, kv_heads), draw(3, kv_heads))
+        query = draw(3, heads)
+        got = next_token_attention(query, keys, values, cache, 64**-0.5, window)
+        want = next_token_attention(query.float(), keys.float(), values.float(), cache, 64**-0.5, window)
+        torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("method", ["full", "p_tuning lstm", "prefix"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_generation_on_the_gpu_says_what_the_cpu_says(tiny_base: Path, strategy: str, method: str) -> None:
+    """In fp32, where the two round alike enough for greedy tokens."""
+    run = resolve(cells.config(str(tiny_base), method, strategy), WorldShape())
+    answers = []
+    for device in (CUDA, cells.CPU) if strategy == "ddp" else (CUDA, CUDA):
+        built = registry.apply(run, device)
+        how: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": [2], "rows_at_once": 3}
+        asked = generation.prompts(7)
+        answers.append(generate(built, asked, rank=0, world_size=1, device=device, **how))
+        built.close()
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("method", ["full", "p_tuning lstm", "prefix"])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sft_dist.errors import ConfigError
 from sft_dist.model import attention
-from sft_dist.model.attention import packed_attention, packed_attention_forward, per_segment_sdpa
+from sft_dist.model.attention import next_token_attention, packed_attention, packed_attention_forward, per_segment_sdpa
+from sft_dist.model.row_cache import RowCache
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -225,6 +226,60 @@ def test_the_kernel_of_the_gpu_is_told_the_same(
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
     out = attention._varlen(*qkv, torch.tensor([0, 5, 12], dtype=torch.int32), 7, SCALE, window)
     torch.testing.assert_close(out, dense(*qkv, seq_lens, SCALE, window))
+
+
+def cache_of(lens: tuple[int, ...], qkv: QKV, *, room: int) -> tuple[RowCache, Tensor, Tensor]:
+    """Rows of these lengths, their last token appended after the others; and the layer's buffers."""
+    layer, cache, (_, key, value) = torch.nn.Identity(), RowCache(), qkv
+    last = torch.tensor(lens).cumsum(0) - 1
+    before = torch.ones(sum(lens), dtype=torch.bool).index_fill(0, last, False)
+    cache.begin_pass([n - 1 for n in lens])
+    cache.fill(layer, key[before], value[before])
+    cache.keep(range(len(lens)), room=room)
+    cache.begin_pass([1] * len(lens))
+    return cache, *cache.append(layer, key[last], value[last])
+
+
+@HEADS
+@WINDOWS
+@torch.no_grad()
+def test_the_newest_tokens_see_their_rows(heads: int, kv_heads: int, window: int) -> None:
+    lens = (5, 2, 7)
+    qkv = inputs(lens, heads, kv_heads)
+    cache, keys, values = cache_of(lens, qkv, room=3)
+    last = torch.tensor(lens).cumsum(0) - 1
+    out = next_token_attention(qkv[0][last], keys, values, cache, SCALE, window or None)
+    torch.testing.assert_close(out, dense(*qkv, lens, SCALE, window)[last], rtol=1e-5, atol=1e-5)
+
+
+@HEADS
+@WINDOWS
+@torch.no_grad()
+def test_the_kernel_of_the_gpu_is_told_of_the_newest_tokens(
+    heads: int, kv_heads: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows have room behind them: it reads the part of each that is in use."""
+    lens = (5, 2, 7)
+    qkv = inputs(lens, heads, kv_heads)
+    last = torch.tensor(lens).cumsum(0) - 1
+    cache, keys, values = cache_of(lens, qkv, room=3)
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
+    ) -> Tensor:
+        assert (cu_q.tolist(), cu_k.tolist(), max_q, max_k) == ([0, 1, 2, 3], [0, 7, 11, 20], 1, 7)
+        assert options["seqused_k"].tolist() == [5, 2, 7]
+        assert {t.dtype for t in (cu_q, cu_k, options["seqused_k"])} == {torch.int32}
+        used = torch.cat([torch.arange(start, start + n) for start, n in zip(cu_k.tolist(), lens, strict=False)])
+        before, behind = options["window_size"]
+        assert behind == 0
+        assert options["enable_gqa"] == (heads != kv_heads)
+        queries = torch.zeros_like(qkv[0]).index_copy(0, last, q)
+        return dense(queries, k[used], v[used], lens, options["scale"], 0 if before < 0 else before + 1)[last]
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    out = attention._varlen_next(qkv[0][last], keys, values, cache, SCALE, window)
+    torch.testing.assert_close(out, dense(*qkv, lens, SCALE, window)[last])
 
 
 @pytest.mark.parametrize("options", [{"attention_mask": torch.ones(1)}, {"dropout": 0.1}])
