@@ -46,6 +46,7 @@ class RunLogger:
         settings: the resolved configuration, for W&B.
         completed: steps behind a resumed run; what an earlier process wrote about later ones is removed, because they
             are trained again.
+        on_news: called when there is more to be looked at: after each evaluation.
 
     Raises:
         ConfigError: W&B was asked for and cannot start. Once it runs, a failure of it is said once and stops nothing.
@@ -53,9 +54,17 @@ class RunLogger:
     """
 
     def __init__(
-        self, folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, num_steps: int, completed: int = 0
+        self,
+        folder: Path,
+        wandb: WandbConfig,
+        settings: dict[str, Any],
+        *,
+        num_steps: int,
+        completed: int = 0,
+        on_news: Callable[[], None] = lambda: None,
     ) -> None:
         self.console = Console(highlight=False)
+        self._on_news = on_news
         self._num_steps, self._completed = num_steps, completed
         # First, because it may fail: a run that has not written its metrics has not taken the folder.
         self._wandb = None if wandb.mode == "disabled" else WandbRun(wandb, folder, settings)
@@ -143,6 +152,7 @@ class RunLogger:
             f"perplexity {metrics['eval_perplexity']:,.2f}"
             + "".join(f"\n  {name.removeprefix('eval_loss/')}: {v:.4f}" for name, v in metrics.items() if "/" in name)
         )
+        self._on_news()
 
     def _write(self, metrics: Metrics) -> None:
         # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.
