@@ -94,7 +94,7 @@ def draw(chart: Chart) -> Markup:
     scales = [straight(figures)]
     log = logarithmic(figures)
     scales += [] if log is None else [log]
-    views = []
+    views: list[Markup] = []
     described: dict[str, dict[str, object]] = {}
     for counted, ends in chart.ends.items():
         across = straight(ends, whole=counted == "steps", tight=True)
@@ -108,7 +108,8 @@ def draw(chart: Chart) -> Markup:
         '<figure class="chart{small}" id="chart-{key}"><figcaption><h3>{title}</h3>{switch}'
         '<p class="told quiet">{told}</p></figcaption>'
         '<div class="plot"><div class="area" tabindex="0" role="group" aria-label="{title}. {told} '
-        'The arrow keys say the values.">{views}<i class="cursor" hidden></i><div class="readout" hidden></div></div></div>{legend}'
+        'The arrow keys say the values.">{views}<i class="cursor" hidden></i><div class="readout" hidden></div>'
+        "</div></div>{legend}"
         '<script type="application/json" class="values">{values}</script></figure>'
     ).format(
         small=" small" if chart.is_small else "", key=chart.key, title=chart.title, switch=switch, told=chart.told,
@@ -227,36 +228,34 @@ def _dots(dots: Dots, counted: str, across: Axis, up: Axis) -> list[str]:
     style, x = f"h{dots.hue % HUES}", dots.x[counted]
     known = [(place, y) for place, y in zip(x, dots.y, strict=True) if up.can_show(y)]
     spots = "".join(f"M{across.at(place):.1f} {up.at(y, upwards=True):.1f}h0" for place, y in known)
-    return [
-        f'<path class="joined {style}" d="{_path(x, dots.y, across, up)}"/>',
-        f'<path class="dot {style}" d="{spots}"/>',
-    ]
+    joined = _path(x, dots.y, across, up)
+    return [f'<path class="joined {style}" d="{joined}"/>', f'<path class="dot {style}" d="{spots}"/>']
 
 
 def _legend(chart: Chart) -> Markup:
-    said: list[tuple[str, str]] = []
-    for line in chart.lines:
-        style = f"h{line.hue % HUES}"
-        if line.curve.smooth:
-            said.append((f"smooth {style}", line.name if not line.shows_raw else "smoothed"))
-        if line.shows_raw and not line.curve.is_exact:
-            said += [
-                (f"raw {style}{' faint' if line.curve.smooth else ''}", f"mean of {line.curve.of_steps:,} steps"),
-                (f"band {style}", "least to largest"),
-            ]
-        elif line.shows_raw or not line.curve.smooth:
-            said.append((f"raw {style}{' faint' if line.curve.smooth else ''}",
-                         "each step" if line.curve.smooth else line.name))  # fmt: skip
-        if line.curve.broken and any(line.curve.broken.values()):
-            said.append(("broken", "not finite"))
+    said = [key for line in chart.lines for key in _keys(line)]
     said += [(f"dot h{dots.hue % HUES}", dots.name) for dots in chart.dots]
     if not chart.is_small:  # the large one beside it has told
         words = {"checkpoint": "checkpoint", "restart": "started again", "event": "event"}
         said += [(kind, word) for kind, word in words.items() if any(mark.kind == kind for mark in chart.marks)]
-    elif not any(line.curve.smooth for line in chart.lines):
+    elif len(said) == 1 or (len(chart.lines) == 1 and not chart.lines[0].curve.smooth):
         return Markup("")
     keys = Markup("").join(Markup('<span><i class="key {}"></i>{}</span>').format(style, word) for style, word in said)
     return Markup('<p class="legend">{}</p>').format(keys)
+
+
+def _keys(line: Line) -> list[tuple[str, str]]:
+    """(class, word) of each thing that is drawn of a line."""
+    style, curve = f"h{line.hue % HUES}", line.curve
+    if not line.shows_raw:
+        return [(f"{'smooth' if curve.smooth else 'raw'} {style}", line.name)]
+    said = [(f"smooth {style}", "smoothed")] if curve.smooth else []
+    raw = f"raw {style} faint" if curve.smooth else f"raw {style}"
+    if curve.is_exact:
+        said.append((raw, "each step" if curve.smooth else line.name))
+    else:
+        said += [(raw, f"mean of {curve.of_steps:,} steps"), (f"band {style}", "least to largest")]
+    return said + ([("broken", "not finite")] if any(curve.broken.values()) else [])
 
 
 def _values(chart: Chart, views: dict[str, dict[str, object]]) -> str:

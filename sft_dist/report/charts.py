@@ -46,7 +46,7 @@ def charts_of(data: ReportData) -> list[Chart]:
 
 def score_charts(metrics: Metrics) -> list[Chart]:
     """A small one for each score that was taken more than once."""
-    ends, charts = ends_of(metrics), []
+    ends, charts = ends_of(metrics), list[Chart]()
     for key in metrics.score_keys():
         taken = metrics.scores(key)
         if ends is None or key in WITH_THE_LOSS or len(taken) < 2:

@@ -164,7 +164,8 @@ def _totals(data: ReportData) -> str:
     tokens, supervised = data.trained_tokens, sum(data.metrics.finite("supervised_tokens"))
     if not tokens:
         return ""
-    return f"{tokens:,} tokens were trained in {len(data.metrics.steps):,} steps, {percent(supervised / tokens)} of them supervised"
+    share, steps = percent(supervised / tokens), len(data.metrics.steps)
+    return f"{tokens:,} tokens were trained in {steps:,} steps, {share} of them supervised"
 
 
 def figure_in(value: float | None, unit: Unit) -> str:

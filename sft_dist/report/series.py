@@ -21,7 +21,7 @@ class Curve:
     """Values in ascending order of place, each of one step or of several that follow each other.
 
     Args:
-        x: by the name of what is counted (``steps``, ``tokens``, ``hours``) the place of each: of the last of its steps.
+        x: by the name of what is counted (``steps``, ``tokens``, ``hours``), the place of the last step of each.
         mean, low, high: of the finite ones of its steps; None where none is.
         smooth: mean around that place; empty where there are too few steps.
         broken: places, by the same names, of steps whose value is not finite.
