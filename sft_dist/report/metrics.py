@@ -1,6 +1,6 @@
 """``metrics.jsonl`` by columns: what each step measured, evaluations, events. Imports no torch.
 
-A line that is cut short or that nobody understands is counted and left out. A value that was not finite is NaN here;
+A line that nobody understands is counted and left out. A value that was not finite is NaN here;
 None is one that the line does not have.
 """
 
@@ -89,12 +89,14 @@ def read_metrics(folder: Path) -> Metrics:
 
 
 def parse_metrics(lines: Iterable[bytes]) -> Metrics:
-    """Of the lines of a file, with their ends; one without was cut short."""
+    """Of the lines of a file, with their ends; one without is being written, or was when its process died."""
     trained: list[dict[str, Any]] = []
     evaluations: dict[int, dict[str, float]] = {}
     events: list[Event] = []
     unread = 0
     for text in lines:
+        if not text.endswith(b"\n"):
+            continue
         line = _line(text)
         if line is None:
             unread += bool(text.strip())
@@ -121,8 +123,6 @@ def parse_metrics(lines: Iterable[bytes]) -> Metrics:
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
-    if not text.endswith(b"\n"):
-        return None
     try:
         line = json.loads(text)
     except ValueError:

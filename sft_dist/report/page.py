@@ -28,7 +28,7 @@ from sft_dist.report.series import evenly
 from sft_dist.train.sessions import Session
 
 # How much of samples a page has room for: prompts, answers of each, characters of each text.
-MAX_SAMPLES, MAX_ANSWERS, MAX_CHARACTERS = 24, 10, 3000
+MAX_SAMPLES, MAX_ANSWERS, MAX_CHARACTERS = 24, 6, 2000
 
 MAX_EVENTS, MAX_FINDINGS, MAX_SOURCES, MAX_SESSIONS = 100, 40, 60, 200
 

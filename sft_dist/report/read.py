@@ -56,9 +56,8 @@ def read_report(folder: Path, *, clock: Clock | None = None, ask: Ask | None = N
     status = read_status(folder, clock=clock) if ask is None else read_status(folder, clock=clock, ask=ask)
     notes = [redacted_text(note) for note in status.notes]
     metrics, receipt = read_metrics(folder), read_receipt(folder)
-    # A process that is killed leaves half a line; more than that is damage.
-    if metrics.unread > 1:
-        notes.append(f"{metrics.unread} lines of metrics.jsonl cannot be read")
+    if metrics.unread:
+        notes.append(f"lines of metrics.jsonl that cannot be read: {metrics.unread}")
     settings = _settings(folder, notes)
     bill = _bill(folder, receipt, status)
     sources, findings = _data(folder, settings, notes)
