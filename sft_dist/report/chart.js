@@ -7,6 +7,7 @@
     readout: element.querySelector(".readout"),
     values: JSON.parse(element.querySelector(".values").textContent),
     scale: "linear",
+    places: {},
   }));
   let counted = Object.keys(figures.length ? figures[0].values.counts : { steps: 0 })[0];
 
@@ -33,8 +34,11 @@
 
   // Every place that a figure has a value at, in order: what the arrow keys go through.
   const placesOf = (figure) => {
-    const all = [...figure.values.lines, ...figure.values.dots].flatMap((each) => each.x[counted]);
-    return [...new Set(all)].sort((one, other) => one - other);
+    if (!figure.places[counted]) {
+      const all = [...figure.values.lines, ...figure.values.dots].flatMap((each) => each.x[counted]);
+      figure.places[counted] = [...new Set(all)].sort((one, other) => one - other);
+    }
+    return figure.places[counted];
   };
 
   const part = (name, text) => {
@@ -47,17 +51,15 @@
   };
 
   const tell = (figure, x) => {
-    const view = viewOf(figure);
-    if (!view) return;
-    const width = view.x[1] - view.x[0];
+    const view = viewOf(figure), all = placesOf(figure);
+    if (!view || !all.length) return;
+    const width = view.x[1] - view.x[0], at = all[nearest(all, x)];
     const said = [];
-    let at = x;
     for (const line of figure.values.lines) {
       const places = line.x[counted];
       if (!places.length) continue;
-      const i = nearest(places, x);
-      if (Math.abs(places[i] - x) > width / 20 && figure.values.lines.length > 1) continue;
-      if (figure.values.lines.length === 1) at = places[i];
+      const i = nearest(places, at);
+      if (Math.abs(places[i] - at) > width / 20) continue; // of a run that was over by then
       let text = figureText(line.raw || !line.smooth.length ? line.mean[i] : line.smooth[i]);
       if (line.raw && line.low && line.low[i] !== null) text += ` (${figureText(line.low[i])} to ${figureText(line.high[i])} in ${line.of.toLocaleString("en-US")} steps)`;
       said.push(part(line.name, text));
@@ -66,14 +68,12 @@
     for (const dots of figure.values.dots) {
       const places = dots.x[counted];
       if (!places.length) continue;
-      const i = nearest(places, x);
-      if (Math.abs(places[i] - x) <= width / 40 || !figure.values.lines.length) {
-        if (!figure.values.lines.length) at = places[i];
-        said.push(part(dots.name, `${figureText(dots.y[i])}${places[i] === at ? "" : ` at ${placeText(places[i])}`}`));
-      }
+      const i = nearest(places, at);
+      if (Math.abs(places[i] - at) > width / 40) continue;
+      said.push(part(dots.name, `${figureText(dots.y[i])}${places[i] === at ? "" : ` at ${placeText(places[i])}`}`));
     }
     for (const mark of figure.values.marks) {
-      if (mark.x[counted] !== undefined && Math.abs(mark.x[counted] - x) <= width / 150) said.push(part("", mark.text));
+      if (mark.x[counted] !== undefined && Math.abs(mark.x[counted] - at) <= width / 150) said.push(part("", mark.text));
     }
     const where = document.createElement("b");
     where.textContent = placeText(at);
