@@ -114,7 +114,11 @@ def _cards(data: ReportData) -> list[Card]:
             cards.append(Card(f"{best[1]:.4f}", f"best evaluation, at step {best[0]:,}"))
     if bill.elapsed_s is not None:
         left = data.status.forecast
-        rest = f", about {duration(left.left_s)} left" if left is not None and not found.finished else ""
+        rest = (
+            f", about {duration(left.left_s)} left"
+            if left is not None and data.status.verdict.kind == "working"
+            else ""
+        )
         cards.append(Card(duration(bill.elapsed_s), ("in all" if found.finished else "so far") + rest))
     if bill.usd is not None:
         jpy = bill.jpy(bill.usd)

@@ -67,7 +67,7 @@ def curve(
 
 
 def smoothed(values: Sequence[Value]) -> list[Value]:
-    """Mean of each value and its neighbours; empty for few values. What is not finite does not count.
+    """Mean of each value and its neighbours; empty for few values. What is not finite has none and does not count.
 
     As many neighbours behind as before it, so that it lies neither above nor below a loss that falls; at the end, where
     there are none behind, those before it.
@@ -83,7 +83,7 @@ def smoothed(values: Sequence[Value]) -> list[Value]:
         near = min(radius, i)
         first, stop = i - near, min(i + near + 1, len(values))
         count = counts[stop] - counts[first]
-        means.append((sums[stop] - sums[first]) / count if count else None)
+        means.append((sums[stop] - sums[first]) / count if finite[i] is not None else None)
     return means
 
 
