@@ -10,17 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import sft_dist
 from sft_dist.errors import SftError
-from sft_dist.report.command import REPORT, write_report
+from sft_dist.report.command import REPORT, unfinished_page, write_report
 from sft_dist.report.read import ask_nobody
 
 # A process that takes longer than this is stuck: its disk does not answer.
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 
-# How long the end of a run waits for one that is at work; then the end writes the page itself.
+# How long a process may take to be gone once it is killed.
 END_S = 5.0
 
 # Below everything else on the machine.
@@ -48,7 +49,7 @@ class Page:
     def refresh(self) -> None:
         """Begins to write it and waits for nothing; while it is being written, nothing is begun."""
         self._has_begun = True
-        if self._process is not None and not self._is_over(patience_s=PATIENCE_S):
+        if self._process is not None and not self._is_over(self._process):
             return
         try:
             self._process = subprocess.Popen(
@@ -62,12 +63,8 @@ class Page:
 
     def close(self) -> None:
         """Writes it for the last time, now that the run is over; a run that has not begun gets none."""
-        if self._process is not None:
-            try:
-                self._process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-            self._is_over(patience_s=0.0)
+        if self._process is not None and self._process.poll() is None:
+            self._end(self._process)  # what it would write is old already
         if not self._has_begun:
             return
         try:
@@ -77,21 +74,29 @@ class Page:
         except Exception as error:  # whatever it is, the run is done
             self._tell(f"{type(error).__name__}: {error}")
 
-    def _is_over(self, *, patience_s: float) -> bool:
-        """Whether the process has ended, or is ended here because it takes too long; a failure is told."""
-        process = self._process
-        assert process is not None
+    def _is_over(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether a process has ended, or is ended here because it takes too long; what went wrong is told."""
         if process.poll() is None:
-            if time.monotonic() - self._started < patience_s:
+            if time.monotonic() - self._started < PATIENCE_S:
                 return False
-            process.kill()
-            self._tell(f"nothing came of it within {time.monotonic() - self._started:.0f} s")
-        _, printed = process.communicate()
-        if process.returncode:
-            last = (printed.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            self._tell(last)
+            self._process = None
+            self._end(process)
+            self._tell(f"nothing came of it within {PATIENCE_S:.0f} s")
+            return True
         self._process = None
+        assert process.stderr is not None
+        with process.stderr as stream:
+            printed = stream.read().decode(errors="replace").strip().splitlines()
+        if process.returncode:
+            self._tell((printed or [f"exit code {process.returncode}"])[-1])
         return True
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # it waits for a disk that does not answer
+            process.wait(END_S)
+        with suppress(OSError):
+            unfinished_page(self._folder / REPORT, process.pid).unlink()
 
     def _tell(self, why: str) -> None:
         if not self._has_told:

@@ -48,9 +48,14 @@ def write_page(path: Path, page: str) -> None:
         ) from error
 
 
+def unfinished_page(path: Path, pid: int) -> Path:
+    """What a process writes before it is the page; one that was killed may leave it."""
+    return path.with_name(f".{path.name}.{pid}")
+
+
 def _replace(path: Path, text: str) -> None:
     """In one step: who reads it meanwhile sees the old page or the new one, whole. Others may read it as any file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = unfinished_page(path, os.getpid())
     try:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)

@@ -19,7 +19,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.report.axes import logarithmic, short, straight
 from sft_dist.report.beside import Page
 from sft_dist.report.charts import score_name
-from sft_dist.report.command import REPORT, write_report
+from sft_dist.report.command import REPORT, unfinished_page, write_report
 from sft_dist.report.compare import LOSS_OF_STEPS, compare, comparison_json, differences, names_of, read_reports
 from sft_dist.report.compare_page import render_comparison
 from sft_dist.report.metrics import parse_metrics
@@ -456,17 +456,51 @@ def test_a_failure_is_told_once(tmp_path: Path, command: tuple[str, ...]) -> Non
     assert told[0].startswith(f"{tmp_path / 'missing' / REPORT} cannot be written")
 
 
-def test_the_end_does_not_wait_for_one_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sft_dist.report.beside.END_S", 0.2)
+def test_the_end_does_not_wait_for_one_that_is_at_work(tmp_path: Path) -> None:
     told: list[str] = []
     run_folders.training(tmp_path)
     beside = Page(tmp_path, told.append, command=("sleep", "600"))
     beside.refresh()
     process = beside._process
     assert process is not None
+    left = unfinished_page(tmp_path / REPORT, process.pid)
+    left.touch()
     beside.close()
     assert process.poll() is not None
     assert (tmp_path / REPORT).exists()
+    assert not left.exists()
+    assert told == []
+
+
+def test_a_machine_without_room_for_a_process_ends_nothing(tmp_path: Path) -> None:
+    told: list[str] = []
+    run_folders.training(tmp_path)
+    beside = Page(tmp_path, told.append, command=("true",))
+    beside.refresh()
+    assert beside._process is not None
+    beside._process.wait(60)
+    beside._command = ("/nowhere/python",)
+    for _ in range(3):
+        beside.refresh()
+    beside.close()
+    assert len(told) == 1
+    assert (tmp_path / REPORT).exists()
+
+
+def test_one_that_hangs_is_ended_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft_dist.report.beside.PATIENCE_S", 0.0)
+    told: list[str] = []
+    run_folders.training(tmp_path)
+    beside = Page(tmp_path, told.append, command=("sleep", "600"))
+    beside.refresh()
+    first = beside._process
+    beside.refresh()
+    assert first is not None
+    assert first.poll() is not None
+    assert beside._process is not first
+    beside.close()
+    assert len(told) == 1
+    assert "nothing came of it within 0 s" in told[0]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
