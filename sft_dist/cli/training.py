@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -85,12 +87,26 @@ def train(
     quiet_libraries()
     from sft_dist.train.run import run_training
 
-    run_training(
-        checked,
-        resume=resume,
-        allowed=allow_change or (),
-        rehearsing="only" if rehearse_only else "first" if rehearse else "no",
-    )
+    with _page(checked) as refresh:
+        run_training(
+            checked,
+            resume=resume,
+            allowed=allow_change or (),
+            rehearsing="only" if rehearse_only else "first" if rehearse else "no",
+            on_news=refresh,
+        )
+
+
+@contextmanager
+def _page(config: Config) -> Iterator[Callable[[], None]]:
+    """Yields what brings report.html up to date; once the run is over, well or not, it is written for the last time."""
+    from sft_dist.report.beside import Page
+
+    page = Page(Path(config.output_dir), say=lambda line: typer.echo(line, err=True))
+    try:
+        yield page.refresh
+    finally:
+        page.close()
 
 
 def _keep_what_is_printed(config: Config) -> None:
@@ -137,4 +153,5 @@ def resume(
         return
     from sft_dist.train.run import run_training
 
-    run_training(checked, resume=AUTO, allowed=allow_change or ())
+    with _page(checked) as refresh:
+        run_training(checked, resume=AUTO, allowed=allow_change or (), on_news=refresh)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib.resources import files
 from itertools import groupby
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Template
 
 from sft_dist.data.show import Piece, Shown, ShownRow
 from sft_dist.data.show_terminal import pack_line, row_line, totals_line
 from sft_dist.data.token_text import alone, visible
+from sft_dist.pages.page import environment as page_environment
+from sft_dist.pages.page import template
 
 
 def render(shown: Shown, *, tokens: bool = False) -> str:
@@ -24,7 +25,7 @@ def render(shown: Shown, *, tokens: bool = False) -> str:
 
 @lru_cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = page_environment()
     environment.filters["visible"] = visible
     environment.filters["alone"] = alone
     environment.filters["row_line"] = row_line
@@ -32,7 +33,7 @@ def _template() -> Template:
     environment.filters["number"] = lambda value: f"{value:,}"
     environment.filters["style"] = _style
     environment.filters["runs"] = _runs
-    return environment.from_string(files(__package__).joinpath("show.html.jinja").read_text(encoding="utf-8"))
+    return template(__package__, "show.html.jinja", environment)
 
 
 def _style(piece: Piece) -> str:

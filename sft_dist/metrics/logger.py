@@ -53,6 +53,7 @@ class RunLogger:
         settings: the resolved configuration, for trackers, which get no secret of it.
         completed: steps behind a resumed run; what an earlier process wrote about later ones is removed, because they
             are trained again.
+        on_news: called when there is more to be looked at: after each evaluation.
 
     Raises:
         ConfigError: a tracker was asked for and cannot start. Once it runs, a failure of it is said once and stops
@@ -61,9 +62,17 @@ class RunLogger:
     """
 
     def __init__(
-        self, folder: Path, logging: LoggingConfig, settings: dict[str, Any], *, num_steps: int, completed: int = 0
+        self,
+        folder: Path,
+        logging: LoggingConfig,
+        settings: dict[str, Any],
+        *,
+        num_steps: int,
+        completed: int = 0,
+        on_news: Callable[[], None] = lambda: None,
     ) -> None:
         self.console = Console(highlight=False)
+        self._on_news = on_news
         self._num_steps, self._completed = num_steps, completed
         # First, because it may fail: a run that has not written its metrics has not taken the folder.
         self._trackers = _trackers(folder, logging, without_secrets(settings), completed=completed)
@@ -158,6 +167,7 @@ class RunLogger:
         }
         if others:
             self.say("  " + ", ".join(f"{name} {value:,.4g}" for name, value in others.items()))
+        self._on_news()
 
     def event(self, metrics: Metrics, text: str) -> None:
         """Something that happened to the run: a line of metrics, and one for people, which is no markup."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
+from sft_dist.pages.page import environment as page_environment
+from sft_dist.pages.page import template
 from sft_dist.plan import pictures, words
 from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.result import ParetoPoint, Plan, Range
@@ -71,7 +72,7 @@ def _ends(figure: Range, unit: str) -> str:
 
 @lru_cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = page_environment()
     environment.filters |= {
         "gib": gib,
         "percent": percent,
@@ -86,4 +87,4 @@ def _template() -> Template:
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
         "arguments": lambda overrides: " ".join(words.overrides(overrides)),
     }
-    return environment.from_string(files(__package__).joinpath("plan.html.jinja").read_text(encoding="utf-8"))
+    return template(__package__, "plan.html.jinja", environment)

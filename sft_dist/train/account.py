@@ -11,9 +11,10 @@ from sft_dist.data.prepared import PreparedData
 from sft_dist.metrics.logger import Metrics
 from sft_dist.plan.bill import running_bill
 from sft_dist.run import Run
+from sft_dist.train.occupancy import Occupancy, occupancy
 from sft_dist.train.outlook import Outlook
 from sft_dist.train.sessions import Session, total_usd
-from sft_dist.train.waste import Occupancy, Waste, occupancy
+from sft_dist.train.waste import Waste
 
 # The first steps of a process compile, allocate and fill caches.
 WARM_UP_STEPS = 2

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from sft_dist.data.prepared import PreparedData
 from sft_dist.evaluation.examiner import Examiner, Findings, Reply
@@ -81,16 +82,15 @@ class EvaluationFiles:
     def write(self, evaluated: Evaluated) -> None:
         """Tells an evaluation, and keeps its replies."""
         findings, step = evaluated.findings, evaluated.step
+        if findings is not None:
+            try:
+                self._write_samples(findings.samples, step)
+                self._write_answers(findings, step)
+            except OSError as error:
+                self._logger.say(f"[yellow]answers at step {step} could not be written: {error.strerror or error}")
         self._logger.evaluation({"step": step, **evaluated.metrics})
-        if findings is None:
-            return
-        for note in findings.notes:
-            self._logger.say(f"  {note}")
-        try:
-            self._write_samples(findings.samples, step)
-            self._write_answers(findings, step)
-        except OSError as error:
-            self._logger.say(f"[yellow]answers at step {step} could not be written: {error.strerror or error}")
+        for note in () if findings is None else findings.notes:
+            self._logger.say(f"  {escape(note)}")
 
     def _write_samples(self, samples: tuple[Reply, ...], step: int) -> None:
         if not samples:

@@ -41,10 +41,7 @@ from sft_dist.train.inputs import prepare_inputs
 from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.rehearsed import remove_leftovers
 from sft_dist.train.resume import checkpoints_folder, find_checkpoints
-from sft_dist.train.run_files import keep_file, writing_into
-
-# In the run directory: what was found in the data.
-AUDIT = "audit.json"
+from sft_dist.train.run_files import AUDIT, keep_file, writing_into
 
 
 @dataclass(frozen=True)

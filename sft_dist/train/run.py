@@ -47,7 +47,7 @@ from sft_dist.train.rehearsal_items import Stage
 from sft_dist.train.rehearsed import was_rehearsed
 from sft_dist.train.resume import changed_settings, check_position, checkpoints_folder
 from sft_dist.train.resume_receipt import differences, resume_receipt
-from sft_dist.train.run_files import keep_file, writing_into
+from sft_dist.train.run_files import CONFIG, keep_file, writing_into
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.summary import summary
 
@@ -56,13 +56,20 @@ Rehearsing = Literal["no", "first", "only"]
 
 
 def run_training(
-    config: Config, *, resume: str = NEVER, allowed: Collection[str] = (), rehearsing: Rehearsing = "no"
+    config: Config,
+    *,
+    resume: str = NEVER,
+    allowed: Collection[str] = (),
+    rehearsing: Rehearsing = "no",
+    on_news: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains as ``config`` says, in this process and its peers; returns when ``final/`` is written and proven.
 
     Args:
         resume: ``never``, ``auto`` or the path of a checkpoint.
         allowed: names of the identity (``checkpoint/identity.py``) in which the checkpoint may differ.
+        on_news: called on rank 0 when the run directory has more to be looked at: when training begins, and after each
+            evaluation.
 
     Raises:
         SftError: one of its kinds for every mistake in configuration, data or model, when training diverges, and when
@@ -70,7 +77,9 @@ def run_training(
         Preempted: a signal ended training. This process is then to end: it no longer heeds such signals.
     """
     with Signals(is_main=World.from_environment().is_main) as signals, Heartbeat() as heartbeat:
-        _run_training(config, signals, heartbeat, resume=resume, allowed=allowed, rehearsing=rehearsing)
+        _run_training(
+            config, signals, heartbeat, resume=resume, allowed=allowed, rehearsing=rehearsing, on_news=on_news
+        )
 
 
 def _run_training(
@@ -81,6 +90,7 @@ def _run_training(
     resume: str,
     allowed: Collection[str],
     rehearsing: Rehearsing,
+    on_news: Callable[[], None],
 ) -> None:
     # A rehearsal alone leaves the folder as it was.
     ready = make_ready(config, resume=resume, heartbeat=None if rehearsing == "only" else heartbeat)
@@ -98,7 +108,7 @@ def _run_training(
         try:
             train(
                 run, ready.config, process, inputs, outlook, signals,
-                start=start, allowed=allowed, rehearsing=rehearsing,
+                start=start, allowed=allowed, rehearsing=rehearsing, on_news=on_news,
             )  # fmt: skip
         except Preempted:
             # A launcher may end the others as soon as one has ended, and rank 0 has more to do.
@@ -118,6 +128,7 @@ def train(
     start: Path | None = None,
     allowed: Collection[str] = (),
     rehearsing: Rehearsing = "no",
+    on_news: Callable[[], None] = lambda: None,
 ) -> None:
     """Build -> shard -> verify -> resume -> rehearsal -> loop -> export -> proof.
 
@@ -126,6 +137,7 @@ def train(
         outlook: on rank 0; None elsewhere.
         start: the checkpoint to go on from.
         allowed: in what it may differ from this run.
+        on_news: as ``run_training`` has it.
     """
     world, heartbeat, final = process.world, process.heartbeat, Path(run.output_dir) / "final"
     order = TrainingOrder(inputs.train_data, run.batch, run.seed)
@@ -165,7 +177,7 @@ def train(
         checkpointer.close()
         strategy.close()
         return
-    with _logger(run, world, config, num_steps, completed) as logger:
+    with _logger(run, world, config, num_steps, completed, on_news) as logger:
         if logger is not None and books is not None:
             logger.say(summary(run, spec, inputs.train_data, inputs.eval_data, num_steps=num_steps))
             if start is not None and manifest is not None:
@@ -174,6 +186,7 @@ def train(
                 if final.exists():
                     logger.say(f"{final} is of the shorter run, until this one ends")
             books.begin(logger)
+            on_news()
         evaluations = _evaluations(run, config, process, inputs, logger)
         files = None if logger is None else EvaluationFiles(Path(run.output_dir), logger, completed=completed)
         training = Training(
@@ -287,7 +300,9 @@ def _require_metrics(process: Process, logger: RunLogger | None) -> None:
 
 
 @contextmanager
-def _logger(run: Run, world: World, config: Config, num_steps: int, completed: int) -> Iterator[RunLogger | None]:
+def _logger(
+    run: Run, world: World, config: Config, num_steps: int, completed: int, on_news: Callable[[], None]
+) -> Iterator[RunLogger | None]:
     """The run's logger on rank 0, None elsewhere. From here on the run directory is taken."""
     if not world.is_main:
         yield None
@@ -295,8 +310,8 @@ def _logger(run: Run, world: World, config: Config, num_steps: int, completed: i
     folder = Path(run.output_dir)
     settings = config.model_dump(mode="json")
     with writing_into(folder):
-        logger = RunLogger(folder, run.logging, settings, num_steps=num_steps, completed=completed)
+        logger = RunLogger(folder, run.logging, settings, num_steps=num_steps, completed=completed, on_news=on_news)
     with logger:
         with writing_into(folder):
-            keep_file(folder / "config.yaml", dump_config(config))
+            keep_file(folder / CONFIG, dump_config(config))
         yield logger

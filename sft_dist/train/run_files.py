@@ -8,6 +8,9 @@ from pathlib import Path
 
 from sft_dist.errors import ConfigError
 
+# In the run directory: the resolved configuration, and what was found in the data.
+CONFIG, AUDIT = "config.yaml", "audit.json"
+
 
 @contextmanager
 def writing_into(folder: Path) -> Iterator[None]:

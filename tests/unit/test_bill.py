@@ -27,9 +27,10 @@ from sft_dist.resolve import resolve
 from sft_dist.run import StrategyName
 from sft_dist.runtime.world import WorldShape
 from sft_dist.train.account import Account, TrainedStep
+from sft_dist.train.occupancy import Occupancy, occupancy
 from sft_dist.train.outlook import Outlook
 from sft_dist.train.sessions import RECEIPT, Session, earlier_sessions
-from sft_dist.train.waste import Occupancy, occupancy, waste_lines
+from sft_dist.train.waste import waste_lines
 from tests.helpers import cells
 
 EIGHT_H100 = Machines(find_gpu("h100"), nodes=1, gpus_per_node=8)

@@ -60,7 +60,9 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None]
     def replace(error: BaseException | None) -> list[Config]:
         calls: list[Config] = []
 
-        def run_training(config: Config, *, resume: str, allowed: object = (), rehearsing: str = "no") -> None:
+        def run_training(
+            config: Config, *, resume: str, allowed: object = (), rehearsing: str = "no", on_news: object = None
+        ) -> None:
             calls.append(config)
             if rehearsing != "no":
                 print(f"rehearsing {rehearsing}")

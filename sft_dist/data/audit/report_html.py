@@ -6,9 +6,8 @@ Texts of the data reach the page through Jinja's autoescape or ``html.escape`` o
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
 from sft_dist.data.audit import pictures
@@ -16,6 +15,8 @@ from sft_dist.data.audit.catalogue import percent
 from sft_dist.data.audit.findings import Audit, SetFigures
 from sft_dist.data.audit.language import LANGUAGES
 from sft_dist.data.audit.report_terminal import speed, split, verdict
+from sft_dist.pages.page import environment as page_environment
+from sft_dist.pages.page import template
 
 # Sources with the most tokens; the table lists all.
 MAX_PICTURES = 12
@@ -40,11 +41,11 @@ def render(audit: Audit, *, title: str = "Data audit") -> str:
 
 @lru_cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = page_environment()
     environment.filters["percent"] = percent
     environment.filters["visible"] = lambda text: text.replace("\n", "⏎\n")
     environment.filters["number"] = lambda value: f"{value:,}"
-    return environment.from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    return template(__package__, "report.html.jinja", environment)
 
 
 def _set(figures: SetFigures, audit: Audit) -> dict[str, object]:

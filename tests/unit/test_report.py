@@ -1,0 +1,508 @@
+"""A report says what the files of a run say, whatever moment they are of, and nothing that is secret."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import time
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_dist.cluster.sweep_table import LOSS_OF_STEPS as OF_A_SWEEP
+from sft_dist.errors import ConfigError
+from sft_dist.report.axes import logarithmic, short, straight
+from sft_dist.report.beside import Page
+from sft_dist.report.charts import score_name
+from sft_dist.report.command import REPORT, unfinished_page, write_report
+from sft_dist.report.compare import LOSS_OF_STEPS, compare, comparison_json, differences, names_of, read_reports
+from sft_dist.report.compare_page import render_comparison
+from sft_dist.report.metrics import parse_metrics
+from sft_dist.report.model import ReportData
+from sft_dist.report.page import render
+from sft_dist.report.read import ask_nobody, read_report
+from sft_dist.report.redact import HIDDEN, is_secret, redacted, redacted_text
+from sft_dist.report.samples import parse_samples
+from sft_dist.report.series import curve, evenly, smoothed
+from tests.helpers import report_folders, run_folders
+from tests.helpers.report_folders import SECRETS, SETTINGS, lines, whole_run, write_metrics
+from tests.helpers.run_folders import CLOCK, put
+
+HOSTILE = '</script><script>alert(1)</script>& "quotes" <b>bold</b>'
+
+MAX_BYTES = 2_000_000
+
+
+def read(folder: Path) -> ReportData:
+    return read_report(folder, clock=CLOCK, ask=ask_nobody)
+
+
+def page(folder: Path) -> str:
+    return render(read(folder))
+
+
+def values_of(html: str, key: str) -> dict[str, Any]:
+    """What the chart of this key has for its script."""
+    figure = html.partition(f'id="chart-{key}"')[2]
+    found: dict[str, Any] = json.loads(re.findall(r'class="values">(.*?)</script>', figure, re.S)[0])
+    return found
+
+
+def text_of(html: str) -> str:
+    """Words that a reader sees, without markup."""
+
+    class Words(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words: list[str] = []
+            self.hidden = 0
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.hidden += tag in ("script", "style")
+
+        def handle_endtag(self, tag: str) -> None:
+            self.hidden -= tag in ("script", "style")
+
+        def handle_data(self, data: str) -> None:
+            if not self.hidden:
+                self.words.append(data)
+
+    parser = Words()
+    parser.feed(html)
+    return " ".join(" ".join(parser.words).split())
+
+
+# the page
+
+
+def test_the_page_has_the_figures_of_the_files(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path / "support", steps=300)
+    html = page(folder)
+    written = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in written if "loss" in line]
+    for key, column in (("loss", "loss"), ("lr", "lr"), ("grad_norm", "grad_norm"), ("tokens_per_s", "tokens_per_s")):
+        drawn = values_of(html, key)["lines"][0]
+        assert drawn["x"]["steps"] == [line["step"] for line in trained]
+        assert drawn["mean"] == pytest.approx([line[column] for line in trained], rel=1e-6)
+    [dots] = values_of(html, "loss")["dots"]
+    evaluated = [line for line in written if "eval_loss" in line]
+    assert list(zip(dots["x"]["steps"], dots["y"], strict=True)) == [
+        (line["step"], pytest.approx(line["eval_loss"])) for line in evaluated
+    ]
+    words = text_of(html)
+    assert "Finished after 300 steps, final/ is proven" in words
+    for said in (
+        "8 x NVIDIA H100 80GB HBM3, fsdp2", "Step 3.90 s 4.10 s 1.05", "Peak memory of a GPU 63.0 GiB 61.2 GiB 0.97",
+        "support.jsonl train 48,210 19.8 M 32%", "rows that are in the set before, word for word", "stopped by SIGTERM, saved",
+        "150 skipped reason loss 9.1 is over 3 x the median, loss_seen 9.1", "torch", "2.13.0+cu130", "bleu", "+27",
+        "Base, before training", "evaluating 2 min", "Packs are 100% full",
+    ):  # fmt: skip
+        assert said in words, said
+    sessions = json.loads((folder / "receipt.json").read_text())["sessions"]
+    spent = sum(each["cost_usd"] for each in sessions)
+    assert f"In all {sum(each['elapsed_s'] for each in sessions) / 3600:.2f} ${spent:.2f} ¥{spent * 150:,.0f}" in words
+    marks = values_of(html, "loss")["marks"]
+    assert [mark["x"]["steps"] for mark in marks] == [100, 200, 300, 100, 150]
+    assert [mark["text"][:10] for mark in marks] == ["checkpoint"] * 3 + ["start 2", "skipped: r"]
+
+
+def test_nothing_on_the_page_has_an_address(tmp_path: Path) -> None:
+    html = page(whole_run(tmp_path / "a", steps=60))
+    assert not re.findall(r"""(?:src|href)=["'](?!#)|url\(|@import|https?://""", html)
+    assert html.count("<script>") == 1
+    assert "default-src 'none'" in unescape(html)
+    assert '<blockquote lang="ja">' in html
+    assert len(re.findall("<h1", html)) == 1
+    assert "<main" in html
+
+
+def test_no_secret_is_on_a_page(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path / "a", steps=30)
+    other = whole_run(
+        tmp_path / "b", steps=30, settings={**SETTINGS, "cluster": {"environment": {"MY_VARIABLE": "b-secret"}}}
+    )
+    comparison = compare([read(folder), read(other)])
+    for text in (page(folder), render_comparison(comparison), comparison_json(comparison)):
+        assert not [secret for secret in (*SECRETS.values(), "b-secret") if secret in text]
+    assert SETTINGS["model"]["revision"] in page(folder)
+
+
+def test_texts_of_a_run_are_texts(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path / "<i>name</i>", steps=30)
+    report_folders.answers(folder, (0, 30), hostile=HOSTILE)
+    write_metrics(folder, [*lines(30), {"step": 4, "event": HOSTILE, "why": HOSTILE},
+                           {"step": 30, f"eval_{HOSTILE}": 1.0}, {"step": 31, f"eval_{HOSTILE}": 2.0}])  # fmt: skip
+    html = page(folder)
+    assert "alert(1)" in html
+    assert "<script>alert" not in html
+    assert "<b>bold" not in html
+    assert "<i>name" not in html
+    for found in re.findall(r'class="values">(.*?)</script>', html, re.S):
+        json.loads(found)
+
+
+# runs of every age
+
+
+def test_a_run_in_its_first_minute(tmp_path: Path) -> None:
+    run_folders.beat(tmp_path, phase="loading", step=0, num_steps=900, step_at=None, step_s=None)
+    words = text_of(page(tmp_path))
+    assert "Loading the model" in words
+    assert "No step has been measured yet." in words
+    assert "Nothing is written down yet." in words
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.yaml").write_text("model: [", encoding="utf-8")
+    assert "Config.yaml cannot be read" in text_of(page(tmp_path))
+
+
+def test_a_killed_run(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path, steps=120, finished=False)
+    write_metrics(folder, lines(120), cut='{"step": 121, "lo')
+    run_folders.beat(folder, ago_s=5000, step=120, num_steps=240)
+    html = page(folder)
+    words = text_of(html)
+    assert "No sign of life" in words
+    assert "cut short" in words
+    assert "cannot be read" not in words
+    assert values_of(html, "loss")["lines"][0]["x"]["steps"][-1] == 120
+
+
+def test_a_run_that_goes_on_is_compared_by_its_forecast(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path, steps=120, finished=False)
+    rows = {row.name: row for row in read(folder).compared}
+    ahead = read(folder).status.forecast
+    assert ahead is not None
+    assert rows["Time"].is_forecast
+    assert rows["Time"].actual == ahead.total_s
+    assert "(forecast of the whole)" in text_of(page(folder))
+    assert rows["Step"].actual == statistics.median([line["step_time_s"] for line in lines(120) if "loss" in line][2:])
+
+
+def test_one_step(tmp_path: Path) -> None:
+    write_metrics(tmp_path, lines(1, every=9)[1:2])
+    drawn = values_of(page(tmp_path), "loss")
+    assert drawn["lines"][0]["x"]["steps"] == [1]
+    assert drawn["views"]["steps linear"]["x"] == [0, 1]
+
+
+@pytest.mark.parametrize("which", ["some", "all"])
+def test_losses_that_are_not_finite(tmp_path: Path, which: str) -> None:
+    written = [line for line in lines(60) if "loss" in line]
+    for line in written:
+        if which == "all" or line["step"] in (20, 21):
+            line |= {"loss": None, "grad_norm": None, "non_finite": ["loss", "grad_norm"]}
+    write_metrics(tmp_path, written)
+    html = page(tmp_path)
+    drawn = values_of(html, "loss")["lines"][0]
+    broken = range(1, 61) if which == "all" else (20, 21)
+    assert [step for step, v in zip(drawn["x"]["steps"], drawn["mean"], strict=True) if v is None] == list(broken)
+    assert f"{len(broken)} not finite" in text_of(html)
+    assert 'class="broken"' in html
+
+
+@pytest.mark.parametrize("steps", [10_000, pytest.param(100_000, marks=pytest.mark.ci)])
+def test_many_steps_make_a_small_page_that_hides_no_spike(tmp_path: Path, steps: int) -> None:
+    trained = [line for line in lines(2000, every=500) if "loss" in line]
+    written = [{**trained[i % 2000], "step": i + 1} for i in range(steps)]
+    written[7_777] = {**written[7_777], "loss": 25.0}
+    write_metrics(tmp_path, written)
+    started = time.process_time()
+    html = page(tmp_path)
+    print(f"{steps:,} steps: {time.process_time() - started:.2f} s, {len(html.encode()):,} bytes")
+    assert len(html.encode()) < MAX_BYTES
+    drawn = values_of(html, "loss")["lines"][0]
+    each = steps // 500
+    assert drawn["of"] == each
+    assert max(drawn["high"]) == 25.0
+    first = [line["loss"] for line in written[:each]]
+    assert (drawn["mean"][0], drawn["low"][0], drawn["high"][0]) == pytest.approx(
+        (statistics.fmean(first), min(first), max(first)), rel=1e-6
+    )
+
+
+def test_a_full_run_of_any_kind_is_below_the_limit(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path, steps=1200)
+    many = [{"step": step, "sample": n, "prompt": "質問" * 4000, "answer": "答え" * 4000, "reference": None}
+            for step in range(8) for n in range(30)]  # fmt: skip
+    put(folder / "samples.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in many), ago_s=1)
+    html = page(folder)
+    assert "The first 24 of 30 prompts." in text_of(html)
+    assert "more characters" in html
+    assert len(html.encode()) < MAX_BYTES
+
+
+# reading
+
+
+def parsed(*written: dict[str, Any]) -> Any:
+    return parse_metrics([json.dumps(each).encode() + b"\n" for each in written])
+
+
+def test_a_step_that_was_trained_again_counts_once() -> None:
+    found = parsed(*({"step": s, "loss": s / 10} for s in (1, 2, 3, 4)), {"step": 2, "event": "rolled_back"},
+                   {"step": 3, "loss": 9.0})  # fmt: skip
+    assert found.steps == (1, 2, 3)
+    assert found.column("loss") == (0.1, 0.2, 9.0)
+    assert [(event.step, event.name) for event in found.events] == [(2, "rolled_back")]
+
+
+def test_lines_that_nobody_understands() -> None:
+    whole = b'{"step": 1, "loss": 2.0}\n'
+    found = parse_metrics([whole, b"{\n", b"[]\n", b'{"loss": 1}\n', b"\n", b'{"step": 2, "loss": 1'])
+    assert (found.steps, found.unread) == ((1,), 3)
+    assert math.isnan(parsed({"step": 1, "loss": None, "non_finite": ["loss"]}).column("loss")[0])
+    assert parsed({"step": 1, "loss": 1}).column("lr") == (None,)
+
+
+def test_samples_are_gathered_by_prompt() -> None:
+    written = [{"step": step, "sample": n, "prompt": f"p{n}", "answer": f"a{step}", "reference": "r", "finish_reason": end}
+               for step, n, end in ((0, 1, "length"), (10, 1, "stop"), (0, 0, "stop"), (10, 1, "length"))]  # fmt: skip
+    found, unread = parse_samples([*(json.dumps(each).encode() + b"\n" for each in written), b'{"step": 1}\n', b"{"])
+    assert unread == 1
+    assert [(s.number, s.prompt, [(a.step, a.is_cut) for a in s.answers]) for s in found] == [
+        (0, "p0", [(0, False)]), (1, "p1", [(0, True), (10, True)])
+    ]  # fmt: skip
+
+
+# pictures
+
+
+def test_a_smoothed_curve_is_not_above_a_falling_one() -> None:
+    falling = [100.0 - i for i in range(100)]
+    assert smoothed(falling)[:50] == pytest.approx(falling[:50])
+    assert smoothed([1.0] * 19) == []
+    with_hole = smoothed([1.0] * 10 + [math.nan, None] + [1.0] * 10)
+    assert with_hole == [1.0] * 10 + [None, None] + [1.0] * 10
+    assert smoothed([math.nan] * 30) == [None] * 30
+
+
+def test_curves_are_exact_where_they_can_be() -> None:
+    few = curve({"steps": range(5)}, [1.0, None, math.nan, 4.0, 5.0])
+    assert few.is_exact
+    assert few.mean == (1.0, None, None, 4.0, 5.0)
+    assert few.broken == {"steps": (2,)}
+    many = curve({"steps": range(10)}, list(map(float, range(10))), max_points=4)
+    assert (many.of_steps, many.low, many.high) == (3, (0, 3, 6, 9), (2, 5, 8, 9))
+    assert many.x == {"steps": (2, 5, 8, 9)}
+
+
+@pytest.mark.parametrize(
+    "figures", [[1.0, 2.6], [0.0], [5.0, 5.0], [1e-9, 3e4], [-3.0, 2.0], [2e-4, 2.01e-4], [1e9, 1e9 + 1], []]
+)
+def test_axes_have_room_for_their_figures(figures: list[float]) -> None:
+    for axis in filter(None, (straight(figures), logarithmic(figures))):
+        assert axis.low < axis.high
+        assert all(0 <= axis.share(figure) <= 1 for figure in figures if axis.can_show(figure))
+        assert all(axis.low <= tick <= axis.high * (1 + 1e-9) for tick in axis.ticks)
+        assert len(axis.ticks) <= 12
+    assert logarithmic([0.0, -1.0]) is None
+
+
+def test_words() -> None:
+    assert [short(v) for v in (0, 0.25, 12_000, 1_500_000, 2e-5, 1.5e-4, 2.5)] == [
+        "0", "0.25", "12,000", "1.5 M", "2e-5", "1.5e-4", "2.5"
+    ]  # fmt: skip
+    names = ["eval_loss", "eval_loss/manuals", "eval_scores/bleu", "eval_perplexity"]
+    assert list(map(score_name, names)) == ["loss", "loss: manuals", "bleu", "perplexity"]
+    assert evenly(3, 10) == [0, 1, 2]
+    assert (evenly(100, 5)[0], evenly(100, 5)[-1], len(evenly(100, 5))) == (0, 99, 5)
+
+
+# secrets
+
+
+def test_names_of_secrets() -> None:
+    secret = (
+        "HF_TOKEN",
+        "token",
+        "WANDB_API_KEY",
+        "api_key",
+        "apiKey",
+        "password",
+        "AWS_SECRET_ACCESS_KEY",
+        "clientSecret",
+    )
+    open_ = (
+        "max_tokens",
+        "train_tokens",
+        "tokens_per_s",
+        "keep_last",
+        "key_frame",
+        "monkey",
+        "author",
+        "tokenizer",
+        "path",
+    )
+    assert [name for name in secret if not is_secret(name)] == []
+    assert [name for name in open_ if is_secret(name)] == []
+
+
+def test_what_is_hidden_and_what_is_not() -> None:
+    key = SECRETS["wandb"]
+    settings = {"environment": {"A": "x"}, "a": {"token": "t", "password": 5, "foreign_token": 0.0}, "list": [{"api_key": "k"}],
+                "setup": [f"export NAME={key}; wandb login {key}", "curl https://me:pw@host"], "revision": key, "n": 3}  # fmt: skip
+    assert redacted(settings) == {
+        "environment": {"A": HIDDEN}, "a": {"token": HIDDEN, "password": HIDDEN, "foreign_token": 0.0},
+        "list": [{"api_key": HIDDEN}],
+        "setup": [f"export NAME={HIDDEN}; wandb login {HIDDEN}", f"curl https://{HIDDEN}@host"], "revision": key, "n": 3,
+    }  # fmt: skip
+    assert redacted_text(f"failed: {SECRETS['token']} is no token") == f"failed: {HIDDEN} is no token"
+
+
+# side by side
+
+
+def sweep(folder: Path) -> list[Path]:
+    found = []
+    for number, steps in enumerate((60, 90)):
+        settings = {**SETTINGS, "optim": {"lr": 1e-4 * (number + 1)}, "output_dir": f"runs/{number}"}
+        run = whole_run(folder / f"lr-{number}", steps=steps, settings=settings)
+        write_metrics(run, lines(steps, seed=number))
+        found.append(run)
+    return found
+
+
+def test_a_comparison_has_the_figures_of_each_run(tmp_path: Path) -> None:
+    folders = sweep(tmp_path)
+    comparison = compare(read_reports(folders, read))
+    document = json.loads(comparison_json(comparison))
+    for run, folder, steps in zip(document["runs"], folders, (60, 90), strict=True):
+        trained = [line for line in lines(steps, seed=folders.index(folder)) if "loss" in line]
+        assert run["name"] == folder.name
+        assert (run["step"], run["state"], run["strategy"]) == (steps, "finished", "fsdp2")
+        assert run["train_loss"] == pytest.approx(statistics.fmean(line["loss"] for line in trained[-10:]))
+        assert run["tokens"] == sum(line["num_tokens"] for line in trained)
+        assert run["usd"] == pytest.approx((120 + 4.2 * steps) / 360)
+        assert run["jpy"] == pytest.approx(run["usd"] * 150)
+        assert run["scores"]["bleu"] == 31
+    assert document["differences"] == {"optim.lr": {"lr-0": "0.0001", "lr-1": "0.0002"}}
+    html = render_comparison(comparison)
+    drawn = values_of(html, "loss")
+    assert list(drawn["counts"]) == ["steps", "tokens", "hours"]
+    for line, steps in zip(drawn["lines"], (60, 90), strict=True):
+        assert line["x"]["steps"][-1] == steps
+        assert line["x"]["tokens"][-1] == document["runs"][drawn["lines"].index(line)]["tokens"]
+        assert line["x"]["hours"][-1] == pytest.approx((120 + 4.2 * steps) / 3600, rel=1e-5)
+    assert drawn["views"]["steps linear"]["x"] == [0, 90]
+    assert LOSS_OF_STEPS == OF_A_SWEEP
+    assert not re.findall(r"""(?:src|href)=["'](?!#)|https?://""", html)
+
+
+def test_runs_without_a_step_are_compared_too(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    run_folders.beat(empty, phase="loading", step=0, step_at=None, step_s=None)
+    html = render_comparison(compare([read(empty), read(sweep(tmp_path)[0])]))
+    assert "empty" in text_of(html)
+    both = tmp_path / "other" / "empty"
+    run_folders.beat(both, phase="loading", step=0, step_at=None, step_s=None)
+    assert "Curves" not in text_of(render_comparison(compare([read(empty), read(both)])))
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    folder = sweep(tmp_path)[0]
+    with pytest.raises(ConfigError, match="given twice"):
+        read_reports([folder, tmp_path / "x" / ".." / folder.name], read)
+    with pytest.raises(ConfigError, match="compared with none"):
+        read_reports([folder], read)
+    assert names_of([Path("/a/b/run"), Path("/a/c/run")]) == ["b/run", "c/run"]
+    assert differences([{"a": 1, "b": {"c": [1]}}, None, {"b": {"c": [2]}, "a": 1}]) == {"b.c": ("[1]", None, "[2]")}
+
+
+# beside a run
+
+
+def test_the_page_is_written_beside_the_run_and_at_its_end(tmp_path: Path) -> None:
+    told: list[str] = []
+    run_folders.training(tmp_path)
+    beside = Page(tmp_path, told.append)
+    started = time.perf_counter()
+    beside.refresh()
+    took_s = time.perf_counter() - started
+    assert beside._process is not None
+    pid = beside._process.pid
+    beside.refresh()  # while the first is at work
+    assert beside._process.pid == pid
+    beside._process.wait(60)
+    first = (tmp_path / REPORT).stat()
+    assert first.st_mode & 0o044 == (tmp_path / "metrics.jsonl").stat().st_mode & 0o044
+    beside.close()
+    assert (tmp_path / REPORT).stat().st_mtime_ns > first.st_mtime_ns
+    assert told == []
+    assert took_s < 1.0  # a process begins; the rest is beside
+    assert not list(tmp_path.glob(".report*"))
+
+
+def test_a_run_that_has_not_begun_gets_no_page(tmp_path: Path) -> None:
+    run_folders.training(tmp_path)
+    Page(tmp_path, print).close()
+    assert not (tmp_path / REPORT).exists()
+
+
+@pytest.mark.parametrize("command", [("false",), ("/nowhere/python",)])
+def test_a_failure_is_told_once(tmp_path: Path, command: tuple[str, ...]) -> None:
+    told: list[str] = []
+    beside = Page(tmp_path / "missing", told.append, command=command)
+    for _ in range(3):
+        beside.refresh()
+        if beside._process is not None:
+            beside._process.wait(60)
+    beside.close()
+    assert len(told) == 1
+    assert told[0].startswith(f"{tmp_path / 'missing' / REPORT} cannot be written")
+
+
+def test_the_end_does_not_wait_for_one_that_is_at_work(tmp_path: Path) -> None:
+    told: list[str] = []
+    run_folders.training(tmp_path)
+    beside = Page(tmp_path, told.append, command=("sleep", "600"))
+    beside.refresh()
+    process = beside._process
+    assert process is not None
+    left = unfinished_page(tmp_path / REPORT, process.pid)
+    left.touch()
+    beside.close()
+    assert process.poll() is not None
+    assert (tmp_path / REPORT).exists()
+    assert not left.exists()
+    assert told == []
+
+
+def test_a_machine_without_room_for_a_process_ends_nothing(tmp_path: Path) -> None:
+    told: list[str] = []
+    run_folders.training(tmp_path)
+    beside = Page(tmp_path, told.append, command=("true",))
+    beside.refresh()
+    assert beside._process is not None
+    beside._process.wait(60)
+    beside._command = ("/nowhere/python",)
+    for _ in range(3):
+        beside.refresh()
+    beside.close()
+    assert len(told) == 1
+    assert (tmp_path / REPORT).exists()
+
+
+def test_one_that_hangs_is_ended_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft_dist.report.beside.PATIENCE_S", 0.0)
+    told: list[str] = []
+    run_folders.training(tmp_path)
+    beside = Page(tmp_path, told.append, command=("sleep", "600"))
+    beside.refresh()
+    first = beside._process
+    beside.refresh()
+    assert first is not None
+    assert first.poll() is not None
+    assert beside._process is not first
+    beside.close()
+    assert len(told) == 1
+    assert "nothing came of it within 0 s" in told[0]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        write_report(tmp_path)
