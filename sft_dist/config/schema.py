@@ -16,6 +16,7 @@ from sft_dist.config.cluster_schema import ClusterConfig
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.section import Section
+from sft_dist.config.watchdog_schema import WatchdogConfig
 
 
 class ModelConfig(Section):
@@ -397,6 +398,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     hardware: HardwareConfig = HardwareConfig()
     cluster: ClusterConfig = ClusterConfig()
     output_dir: str = Field(description="Run directory; must not hold another run, unless that run is resumed.")
