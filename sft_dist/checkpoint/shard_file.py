@@ -16,8 +16,8 @@ import xxhash
 from torch import Tensor
 
 from sft_dist.checkpoint.manifest import FileRecord
-from sft_dist.runtime import progress
 from sft_dist.model.safetensors_writer import TensorPlan, header
+from sft_dist.runtime import progress
 
 # Of a file at a time: what is hashed while it is still in the processor's cache.
 BLOCK_BYTES = 1 << 22

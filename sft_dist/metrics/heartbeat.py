@@ -233,7 +233,7 @@ def tell_end(folder: Path, error: SftError) -> None:
         OSError, ValueError: the file cannot be written, or is none of this program's.
     """
     beat = Beat.read(folder)
-    if beat is not None and beat.phase not in ("done", "stopped", "failed"):
+    if beat is not None and beat.phase != "done" and beat.phase != "stopped" and beat.phase != "failed":
         ending = _ending(replace(beat, written_at=_now()), beat.phase, error)
         unfinished = folder / (HEARTBEAT + ".end")
         unfinished.write_text(json.dumps(asdict(ending), ensure_ascii=False) + "\n", encoding="utf-8")

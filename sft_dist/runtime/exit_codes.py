@@ -21,9 +21,9 @@ def exit_code(by_rank: Mapping[int, int]) -> int:
     """The exit code of a launch from those of its failed processes.
 
     A named failure is the cause and an unnamed one beside it the consequence: a process that finds its peer gone fails
-    in a collective with code 1. So is it beside a process that a signal ended, and "stalled" beside another name. "Preempted" counts only if nothing else
-    happened, since a process that the launcher ends because another one failed may say so too, and the job must not be
-    put back into the queue then.
+    in a collective with code 1. So is it beside a process that a signal ended, and "stalled" beside another name.
+    "Preempted" counts only if nothing else happened, since a process that the launcher ends because another one failed
+    may say so too, and the job must not be put back into the queue then.
 
     Args:
         by_rank: exit codes other than 0 by global rank; negative where a signal ended the process.

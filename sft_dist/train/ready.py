@@ -134,6 +134,8 @@ def make_ready(
     def taken() -> None:
         if heartbeat is not None:
             heartbeat.begin(Path(run.output_dir), strategy=run.strategy, world_size=world.size, say=warn)
+        if watchdog is not None:
+            watchdog.forget_earlier()
 
     def prepare() -> str:
         with process.heartbeat.phase("preparing"):

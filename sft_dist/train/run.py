@@ -88,9 +88,7 @@ def _run_training(
     rehearsing: Rehearsing,
 ) -> None:
     # A rehearsal alone leaves the folder as it was.
-    ready = make_ready(
-        config, resume=resume, heartbeat=None if rehearsing == "only" else heartbeat, watchdog=watchdog
-    )
+    ready = make_ready(config, resume=resume, heartbeat=None if rehearsing == "only" else heartbeat, watchdog=watchdog)
     run, process, inputs = ready.run, ready.process, ready.inputs
     # Before there is a process group: a plan of ranks that share sequences makes one of its own.
     outlook = None

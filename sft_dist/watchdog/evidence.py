@@ -31,7 +31,8 @@ def collectives() -> dict[str, int]:
         for device in group._device_types:
             with suppress(RuntimeError):  # no communicator yet
                 backend = group._get_backend(device)
-                found[f"{group.group_name} {members} {device.type}"] = backend._get_sequence_number_for_group()
+                count = backend._get_sequence_number_for_group()  # type: ignore[attr-defined]
+                found[f"{group.group_name} {members} {device.type}"] = count
     return found
 
 
@@ -76,5 +77,6 @@ def dump_flight_recorder(path: Path) -> bool:
     """
     if not torch.cuda.is_available() or not dist.is_initialized():
         return False
-    path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace(includeStackTraces=True, onlyActive=False))
+    dump = torch._C._distributed_c10d._dump_nccl_trace  # type: ignore[attr-defined]
+    path.write_bytes(dump(includeStackTraces=True, onlyActive=False))
     return True

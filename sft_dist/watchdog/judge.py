@@ -1,8 +1,8 @@
 """Which rank the others wait for, from what all of them say of themselves. Pure; standard library only.
 
 A rank waits if it has called a collective of a process group that others of the group have not called yet. The one that
-is behind somewhere and waits nowhere is the one that all wait for, over any number of groups in between: collectives are
-called in one order everywhere.
+is behind somewhere and waits nowhere is the one that all wait for, over any number of groups in between: a rank calls
+its collectives one after the other.
 """
 
 from __future__ import annotations

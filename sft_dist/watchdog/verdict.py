@@ -151,5 +151,5 @@ def read(folder: Path) -> Verdict | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found | {"ranks": tuple(found["ranks"]), "places": tuple(found["places"])}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -130,6 +131,12 @@ class Watchdog:
         self._start = store.get(START).decode()
         self._beats = self._output_dir / record.FOLDER / self._start
         self._run(self._beat, "watchdog beats")
+
+    def forget_earlier(self) -> None:
+        """What processes that could not clean up have left; for rank 0, when the run directory is its own."""
+        for folder in (self._output_dir / record.FOLDER).glob("*"):
+            if folder != self._beats:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _run(self, work: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=work, name=name, daemon=True)
@@ -281,9 +288,10 @@ class Watchdog:
     def _keep_evidence(self, found: Verdict) -> None:
         folder, rank = self._stall_folder(), self._world.rank
         folder.mkdir(parents=True, exist_ok=True)
-        heading = f"rank {rank} on {self._host}, process {self._pid}, at {datetime.now(UTC).isoformat(timespec='seconds')}"
+        now, since = (each.isoformat(timespec="seconds") for each in (datetime.now(UTC), self._since))
         where = self._record(self._heartbeat.doing).where
-        evidence.dump_stacks(folder / f"rank-{rank}.txt", f"{heading}: {where}, since {self._since.isoformat()}")
+        heading = f"rank {rank} on {self._host}, process {self._pid}, at {now}: {where}, since {since}"
+        evidence.dump_stacks(folder / f"rank-{rank}.txt", heading)
         with suppress(OSError, RuntimeError):
             evidence.dump_flight_recorder(folder / f"rank-{rank}.nccl")
         for other in self._silent_here(found):
