@@ -32,6 +32,7 @@ from sft_dist.train.account import Account, TrainedStep
 from sft_dist.train.agreement import Agreement
 from sft_dist.train.position import position_after
 from sft_dist.train.step import StepOutcome, evaluate, train_step
+from sft_dist.train.stragglers import Forwards, Mark, RankTimes, Stragglers, seconds
 
 # Of the peak learning rate.
 LARGE_SHARE = 0.01
@@ -44,6 +45,7 @@ class _Finished:
     number: int
     step: Step
     outcome: StepOutcome
+    forwards: list[tuple[Mark, Mark]]
     lr: float
     elapsed_s: float
     is_steady: bool
@@ -83,7 +85,11 @@ class Training:
         self.order, self.eval_data, self.checkpointer = order, eval_data, checkpointer
         self.logger, self.account, self.signals, self.heartbeat = logger, account, signals, heartbeat
         self.agreement = Agreement()
+        self._stragglers, self._forwards = Stragglers(world.rank, self.agreement), Forwards(strategy.model, device)
+        self.ranks: list[RankTimes] = []
+        """How fast each rank was, when training has ended; empty where no step was trained."""
         self.num_steps, self.completed = num_steps, completed
+        self._trained = 0  # by this process
         self._best_loss = checkpointer.best_loss()
         self._eval_loss: float | None = None  # of the state as it is
         self._saved_at = time.monotonic()
@@ -108,6 +114,8 @@ class Training:
             raise
         self._finish_saving()
         self._agree(is_saved=True)
+        self._forwards.close()
+        self.ranks = self._stragglers.of_all()
         if self.account is not None:
             self.account.end_training()
 
@@ -146,6 +154,10 @@ class Training:
             self._save()
         self._tell_of_saves()
         self._agree(is_saved=is_saved)
+        self._trained += 1
+        slow = self._stragglers.compared(self._trained)
+        if slow is not None and self.logger is not None:
+            self.logger.say(f"[yellow]{escape(slow)}")
 
     def _agree(self, *, is_saved: bool) -> None:
         """Does what any rank asks all of them to do at the end of a step.
@@ -242,7 +254,8 @@ class Training:
         # them is part of the time of this step: the host runs one step ahead, so the average over steps is right.
         is_steady = self._unread is not None or self.device.type == "cpu"
         self._read()
-        self._unread = _Finished(number, step, outcome, lr, time.perf_counter() - started, is_steady)
+        forwards = self._forwards.take()
+        self._unread = _Finished(number, step, outcome, forwards, lr, time.perf_counter() - started, is_steady)
 
     def _read(self) -> None:
         """Reads and reports the step whose numbers were left on the device."""
@@ -251,6 +264,9 @@ class Training:
         done, self._unread = self._unread, None
         loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
         self.heartbeat.completed(done.number + 1)
+        self._stragglers.add(
+            data_wait_s=done.outcome.data_wait_s, forward_s=seconds(done.forwards), step_s=done.elapsed_s
+        )
         if self.logger is not None and self.account is not None:
             metrics = self._metrics(done, loss, grad_norm)
             of_account, bill = self.account.trained(

@@ -211,7 +211,7 @@ def train(
             write_artefact(final, run, config, process, inputs, strategy)
             if logger is not None and books is not None:
                 logger.say(f"saved {final}{proven(run)}")
-                books.close(logger, peak_allocated_bytes=peak_bytes)
+                books.close(logger, peak_allocated_bytes=peak_bytes, ranks=training.ranks)
             _require_metrics(process, logger)
     strategy.close()
 

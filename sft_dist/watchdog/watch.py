@@ -178,7 +178,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         pieces, moved, step, stepped = progress.own.pieces, 0.0, self._heartbeat.step, 0.0
-        looked = 0.0
+        looked, limit_s = 0.0, self._limit_s()
         while not self._ends.wait(POLL_S):
             now = self._clock.look()
             if progress.own.pieces != pieces:
@@ -189,6 +189,9 @@ class Watchdog:
                     self.limits.stepped((now - stepped) / (self._heartbeat.step - step))
                 step, stepped = self._heartbeat.step, now
             self._still_s = now - moved
+            if self._limit_s() != limit_s:  # of another phase: the timer in C is to know
+                limit_s = self._limit_s()
+                self._changed.set()
             if self._still_s >= BEAT_S and now - looked >= self._pause_s():
                 looked = now
                 self._look(now)
