@@ -26,6 +26,7 @@ from tests.e2e.test_kill import run_to_the_end, steps_of, write_config
 from tests.helpers.ranks import Ranks
 
 GUILTY, AT_STEP, EVERY = 1, 9, 4
+END_OF_EPOCH = 10  # where the next checkpoint is due
 LIMIT_S = 3.0
 PATIENCE_S, FOR_EVER_S = 60, 3600
 
@@ -194,7 +195,7 @@ def test_a_rank_that_cannot_write_its_checkpoint(tiny_base: Path, tmp_path: Path
     found, codes, log, output = stalled_run(config, tmp_path, before=in_save)
     assert codes == [8, 8]
     assert (found["ranks"], found["is_silent"], found["phase"]) == ([GUILTY], False, "saving")
-    assert f"rank {GUILTY} on {socket.gethostname()} stalls: saving, after step {3 * EVERY}, since " in log
+    assert f"rank {GUILTY} on {socket.gethostname()} stalls: saving, after step {END_OF_EPOCH}, since " in log
     assert [path.name for path in complete_checkpoints(output / "checkpoints")] == [f"step-{EVERY:08d}"]
     must_go_on(config, output)
 
