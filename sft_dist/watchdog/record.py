@@ -68,12 +68,16 @@ def stacks_file(folder: Path, rank: int) -> Path:
 
 
 def write(folder: Path, record: Record) -> None:
-    """Raises ``OSError``."""
+    """Raises ``OSError``; what was there before is there then."""
     folder.mkdir(parents=True, exist_ok=True)
     path = record_file(folder, record.rank)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(record)), encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk has room for others then
+        raise
 
 
 def read_all(folder: Path, size: int) -> list[Record | None]:

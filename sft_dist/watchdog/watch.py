@@ -24,7 +24,7 @@ from typing import IO, Protocol, Self, TypeVar
 import psutil
 
 from sft_dist.config.watchdog_schema import WatchdogConfig
-from sft_dist.errors import Stalled
+from sft_dist.errors import Preempted, Stalled
 from sft_dist.metrics.heartbeat import Heartbeat, tell_end
 from sft_dist.runtime import progress, rank_log
 from sft_dist.runtime.exit_notes import leave
@@ -117,7 +117,7 @@ class Watchdog:
             self._stacks.close()
         if self._beats is not None:
             with suppress(OSError):
-                if error is None:
+                if error is None or isinstance(error, Preempted):
                     record.forget(self._beats, self._world.rank)
                 else:  # the others may wait for this rank, and be told that it is no more
                     record.write(self._beats, self._record("ended"))

@@ -28,15 +28,15 @@ def stop_one(launcher: object, output: Path, log: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("options", LAUNCHERS)
-def test_a_launch_ends_with_its_code_and_leaves_nobody(tiny_base: Path, tmp_path: Path, options: list[str]) -> None:
+@pytest.mark.parametrize("program", LAUNCHERS)
+def test_a_launch_ends_with_its_code_and_leaves_nobody(tiny_base: Path, tmp_path: Path, program: str) -> None:
     config, output, log = write_config(tiny_base, tmp_path, "ddp", "lora"), tmp_path / "run", tmp_path / "log"
-    with launched([*options, "train", str(config), f"output_dir={output}", *LIMITS], log) as launcher:
+    with launched([*LAUNCHERS[program], "train", str(config), f"output_dir={output}", *LIMITS], log) as launcher:
         ranks = stop_one(launcher, output, log)
         stopped = time.monotonic()
         assert launcher.wait(PATIENCE_S) == 8, log.read_text()
         took_s = time.monotonic() - stopped
-        print(f"{options[0]}: over {took_s:.1f} s after SIGSTOP")
+        print(f"{program}: over {took_s:.1f} s after SIGSTOP")
         assert took_s < LIMIT_S + 30 + 10  # one that does not look at the end of its processes by itself
         assert not [rank.pid for rank in ranks if rank.is_running()]
     text = log.read_text()
