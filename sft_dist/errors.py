@@ -93,6 +93,13 @@ class MachineError(SftError):
     exit_code = 7
 
 
+class Stalled(SftError):
+    """A rank makes no progress, and the others wait for it: the run goes on from a checkpoint in new processes."""
+
+    exit_code = 8
+    on_all_ranks = True
+
+
 class Preempted(SftError):
     """No failure: a signal asked the run to stop, and it has saved a checkpoint first.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sft_dist.checkpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
 from sft_dist.checkpoint.shard_file import Piece, is_finite, is_zero
+from sft_dist.runtime import progress
 
 READ_BYTES = 1 << 22
 
@@ -95,6 +96,7 @@ def digest_of(path: Path) -> tuple[int, str]:
     digest, num_bytes = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
+            progress.tick()
             digest.update(block)
             num_bytes += len(block)
     return num_bytes, digest.hexdigest()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sft_dist.checkpoint.manifest import FileRecord
 from sft_dist.model.safetensors_writer import TensorPlan, header
+from sft_dist.runtime import progress
 
 # Of a file at a time: what is hashed while it is still in the processor's cache.
 BLOCK_BYTES = 1 << 22
@@ -81,6 +82,7 @@ def blocks(values: Tensor) -> Iterator[bytes | memoryview]:
     raw = values.view(torch.uint8).numpy().data
     for start in range(0, len(raw), BLOCK_BYTES):
         yield raw[start : start + BLOCK_BYTES]
+        progress.tick()
 
 
 def is_finite(values: Tensor) -> bool:

@@ -35,8 +35,8 @@ UNEXPECTED_EXIT_CODE = 1
 
 EPILOG = (
     "Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 3 does not fit, 4 data, "
-    "5 checkpoint or model on disk, 6 training diverged, 7 a machine or the network, 75 stopped by a signal and saved, "
-    "130 interrupted."
+    "5 checkpoint or model on disk, 6 training diverged, 7 a machine or the network, 8 a rank made no progress, "
+    "75 stopped by a signal and saved, 130 interrupted."
 )
 
 

@@ -32,7 +32,7 @@ from sft_dist.cluster.attempts import (
     read_attempts,
 )
 from sft_dist.cluster.policy import Decision, JobNow, decide, fruitless_in_a_row, no_progress
-from sft_dist.errors import ConfigError, MachineError, Preempted, SftError
+from sft_dist.errors import ConfigError, MachineError, Preempted, SftError, Stalled
 from sft_dist.runtime.slurm_step import own_job_id
 
 # A job that was done, and that somebody put back into the queue.
@@ -119,7 +119,7 @@ def end(run: Path, job: str, restart: int, *, code: int, max_restarts: int) -> i
     notes = notes_folder(run, job, restart)
     by_node = nodes.codes_by_node(notes, attempt.nodes)
     code = nodes.code_of_all(by_node, code)
-    blamed = _blamed(attempt, notes, by_node, code, state=now.state)
+    blamed = _blamed(run, attempt, notes, by_node, code, state=now.state)
     if code == 0 and blamed and not (run / "final").exists():
         code = UNEXPECTED  # srun may end with 0 where it has lost a node, and with it all word of the tasks there
     fruitless = fruitless_in_a_row(attempts, now=newest_step(run))
@@ -162,9 +162,13 @@ def _exclude(job: str, bad: Sequence[str]) -> None:
         _say(job, f"without {', '.join(both)} from now on: failed {nodes.BLAMED_ENOUGH} times")
 
 
-def _blamed(attempt: Attempt, notes: Path, by_node: Mapping[str, int], code: int, *, state: str) -> dict[str, str]:
+def _blamed(
+    run: Path, attempt: Attempt, notes: Path, by_node: Mapping[str, int], code: int, *, state: str
+) -> dict[str, str]:
     """Of an attempt that told of its end: the nodes that it failed on, with what each did."""
     found = nodes.failed_in_doctor(notes) if code == MachineError.exit_code else {}
+    if code == Stalled.exit_code:
+        found = nodes.stalled_node(run, attempt, attempt.nodes)
     states = _patiently(lambda: slurm.node_states(attempt.nodes))
     lost = nodes.lost_nodes(states, since=attempt.began)
     # A job that is being cancelled has processes ended by signals everywhere.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sft_dist.cluster.attempts import Attempt
 from sft_dist.cluster.slurm import NodeState
-from sft_dist.errors import MachineError
+from sft_dist.errors import MachineError, Stalled
 from sft_dist.runtime import exit_notes
 from sft_dist.runtime.exit_codes import PREEMPTED_EXIT_CODE, SIGTERM_EXIT_CODE, exit_code
 
@@ -17,11 +17,12 @@ from sft_dist.runtime.exit_codes import PREEMPTED_EXIT_CODE, SIGTERM_EXIT_CODE, 
 BLAMED_ENOUGH = 2
 
 DOCTOR = "doctor.json"
+STALLS, VERDICT = "stalls", "verdict.json"
 
 KILLED = -9
 
 # How a launcher ends when its peers are gone: what happened elsewhere ended it.
-CONSEQUENCES = frozenset({0, 1, MachineError.exit_code, PREEMPTED_EXIT_CODE, SIGTERM_EXIT_CODE, 143})
+CONSEQUENCES = frozenset({0, 1, MachineError.exit_code, Stalled.exit_code, PREEMPTED_EXIT_CODE, SIGTERM_EXIT_CODE, 143})
 
 
 def codes_by_node(notes: Path, nodes: Sequence[str]) -> dict[str, int]:
@@ -89,6 +90,22 @@ def failed_in_doctor(notes: Path) -> dict[str, str]:
     except (FileNotFoundError, ValueError):  # not there, or cut short
         return {}
     return dict.fromkeys(document["failed_nodes"], "did not pass the doctor")
+
+
+def stalled_node(run: Path, attempt: Attempt, nodes: Sequence[str]) -> dict[str, str]:
+    """The node whose rank the others waited for in vain in this attempt.
+
+    Args:
+        run: its folder has the verdict of each stall (``watchdog/verdict.py``).
+    """
+    for file in sorted(run.glob(f"{STALLS}/*/{VERDICT}"), reverse=True):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # gone, or cut short
+            continue
+        if (found["job_id"], found["restart"]) == (attempt.job, attempt.restart) and found["host"] is not None:
+            return {_of_the_job(found["host"], nodes): f"made no progress: {found['what']}"}
+    return {}
 
 
 def blamed_enough(attempts: Iterable[Attempt]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft_dist.cluster.attempts import DONE, GIVE_UP, LEAVE, REQUEUE, Attempt
-from sft_dist.errors import MachineError, Preempted
+from sft_dist.errors import MachineError, Preempted, Stalled
 
 # Of an attempt that ended in order: the same would happen again, or the user wanted the end.
 FINAL = {
@@ -97,6 +97,8 @@ def _why_again(code: int) -> str:
         return "stopped by a signal"
     if code == MachineError.exit_code:
         return f"exit code {code}: a machine is not fit for training"
+    if code == Stalled.exit_code:
+        return f"exit code {code}: a rank made no progress"
     if code > 128:
         return f"a process was ended by signal {code - 128}"
     return f"exit code {code}: unexpected"

@@ -25,7 +25,7 @@ Kind = Literal["waiting", "starting", "working", "stuck", "silent", "stopped", "
 # Of exit codes, what they mean in a word (docs/launching.md).
 CODES = {
     1: "unexpected", 2: "configuration", 3: "memory", 4: "data", 5: "checkpoint or model", 6: "diverged",
-    7: "machine", 75: "stopped by a signal", 130: "interrupted", 137: "killed", 143: "ended by SIGTERM",
+    7: "machine", 8: "stalled", 75: "stopped by a signal", 130: "interrupted", 137: "killed", 143: "ended by SIGTERM",
 }  # fmt: skip
 
 # Of SLURM's states, those that nothing follows, in words.

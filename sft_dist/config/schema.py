@@ -18,6 +18,7 @@ from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.eval_schema import EvalConfig
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.section import Section
+from sft_dist.config.watchdog_schema import WatchdogConfig
 
 
 class ModelConfig(Section):
@@ -434,6 +435,7 @@ class Config(Section):
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     hardware: HardwareConfig = HardwareConfig()
     cluster: ClusterConfig = ClusterConfig()
     output_dir: str = Field(description="Run directory; must not hold another run, unless that run is resumed.")

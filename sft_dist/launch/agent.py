@@ -23,12 +23,21 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from torch.distributed.launcher import api as launcher
 
 from sft_dist.launch.children import FORWARDED, Children, Process
-from sft_dist.launch.outcome import ENDED_BY_USR1, NAMED_EXIT_CODES, PREEMPTED_EXIT_CODE, code_of_signal
+from sft_dist.launch.outcome import (
+    ENDED_BY_USR1,
+    NAMED_EXIT_CODES,
+    PREEMPTED_EXIT_CODE,
+    STALLED_EXIT_CODE,
+    code_of_signal,
+)
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, SIBLING_GRACE_S, forget, noted_exit_codes
 from sft_dist.runtime.world import ATTEMPT
 
 # Processes that were preempted have met before they end. One that is not there was not training, or is stuck.
 LEAVING_S = 60.0
+
+# Processes that found that one stalls leave one after the other, and write their stacks before. The one may be stopped.
+STALLED_S = 15.0
 
 POLL_S = 0.05
 
@@ -37,7 +46,7 @@ HANDLED = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 PREEMPTED_CODES = frozenset({PREEMPTED_EXIT_CODE, ENDED_BY_USR1})
 # The same would happen again, or the user wanted the end.
-FINAL_CODES = NAMED_EXIT_CODES | PREEMPTED_CODES | {INTERRUPTED_EXIT_CODE, -signal.SIGINT}
+FINAL_CODES = (NAMED_EXIT_CODES - {STALLED_EXIT_CODE}) | PREEMPTED_CODES | {INTERRUPTED_EXIT_CODE, -signal.SIGINT}
 
 Ended = dict[int, int | None]
 
@@ -154,10 +163,19 @@ class Agent(LocalElasticAgent):
                 return codes
             first = time.monotonic() if first is None else first
             if time.monotonic() - first > self._patience_s(codes):
+                if STALLED_EXIT_CODE in failed:
+                    self._kill()  # what does not run does not hear SIGTERM either, for which 30 s are given
                 return codes
             time.sleep(POLL_S)
 
+    def _kill(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+
     def _patience_s(self, codes: Ended) -> float:
+        if STALLED_EXIT_CODE in codes.values():
+            return STALLED_S
         if all(code in PREEMPTED_CODES for code in codes.values() if code):
             return LEAVING_S
         return SIBLING_GRACE_S if self._remaining_restarts > 0 and not self._is_final(codes) else 0.0

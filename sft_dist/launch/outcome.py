@@ -5,13 +5,20 @@ from __future__ import annotations
 import signal
 
 from sft_dist.errors import SftError
-from sft_dist.runtime.exit_codes import ENDED_BY_USR1, NAMED_EXIT_CODES, PREEMPTED_EXIT_CODE, exit_code
+from sft_dist.runtime.exit_codes import (
+    ENDED_BY_USR1,
+    NAMED_EXIT_CODES,
+    PREEMPTED_EXIT_CODE,
+    STALLED_EXIT_CODE,
+    exit_code,
+)
 from sft_dist.runtime.failure import report
 
 __all__ = [
     "ENDED_BY_USR1",
     "NAMED_EXIT_CODES",
     "PREEMPTED_EXIT_CODE",
+    "STALLED_EXIT_CODE",
     "code_of_signal",
     "exit_code",
     "report_killed",

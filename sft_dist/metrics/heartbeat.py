@@ -22,6 +22,7 @@ from typing import Literal, Self
 from pydantic import TypeAdapter, ValidationError
 
 from sft_dist.errors import Preempted, SftError
+from sft_dist.runtime import progress
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE
 from sft_dist.runtime.slurm_step import own_job_id
 from sft_dist.runtime.world import restarts
@@ -142,6 +143,16 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
         self._thread.start()
 
+    @property
+    def doing(self) -> Doing:
+        """The phase that this process is in."""
+        return self._phase
+
+    @property
+    def step(self) -> int | None:
+        """Completed; None before it is known."""
+        return self._step
+
     @contextmanager
     def phase(self, name: Doing) -> Iterator[None]:
         """Until the block ends, then the phase that was before. What a rehearsal does is the rehearsal."""
@@ -165,6 +176,7 @@ class Heartbeat:
         elif step > self._first[0]:
             self._step_s = (now - self._first[1]) / (step - self._first[0])
         self._step, self._step_at = step, _now()
+        progress.tick()
 
     def __enter__(self) -> Self:
         return self
@@ -182,6 +194,7 @@ class Heartbeat:
 
     def _enter(self, name: Doing) -> None:
         self._phase, self._since = name, _now()
+        progress.tick()
         self._changed.set()
 
     def _keep_beating(self) -> None:
@@ -211,6 +224,20 @@ class Heartbeat:
             if not self._has_told:
                 self._has_told = True
                 self._say(f"{self._path} cannot be written ({error.strerror or error}): `sft-dist status` sees less")
+
+
+def tell_end(folder: Path, error: SftError) -> None:
+    """Writes the end of a run into its folder, for a rank 0 that does not run any more.
+
+    Raises:
+        OSError, ValueError: the file cannot be written, or is none of this program's.
+    """
+    beat = Beat.read(folder)
+    if beat is not None and beat.phase != "done" and beat.phase != "stopped" and beat.phase != "failed":
+        ending = _ending(replace(beat, written_at=_now()), beat.phase, error)
+        unfinished = folder / (HEARTBEAT + ".end")
+        unfinished.write_text(json.dumps(asdict(ending), ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.replace(folder / HEARTBEAT)
 
 
 def _ending(beat: Beat, during: Doing, error: BaseException | None) -> Beat:

@@ -35,8 +35,7 @@ def report(error: SftError, *, debug: bool) -> None:
     errors differ between processes: each is printed, with the rank that met it.
     """
     rank = os.environ.get("RANK", "0")
-    if "RANK" in os.environ and LAUNCH_FOLDER in os.environ:
-        (Path(os.environ[LAUNCH_FOLDER]) / f"{NOTE}{rank}").write_text(str(error.exit_code), encoding="utf-8")
+    note(error.exit_code)
     if isinstance(error, Preempted):
         if rank == "0":
             _write(f"{error.what}; {error.fix}", prefix="")
@@ -55,6 +54,13 @@ def report(error: SftError, *, debug: bool) -> None:
         # soft_wrap: a terminal may wrap a line, but a log file and `grep` see it whole.
         console = Console(file=stream, soft_wrap=True, highlight=False)
         console.print(Text("\n").join(Text.assemble(prefix, line) for line in lines))
+
+
+def note(code: int) -> None:
+    """For the launcher, where its own processes share a folder: the exit code with which this process ends."""
+    if "RANK" in os.environ and LAUNCH_FOLDER in os.environ:
+        file = Path(os.environ[LAUNCH_FOLDER]) / f"{NOTE}{os.environ['RANK']}"
+        file.write_text(str(code), encoding="utf-8")
 
 
 def _is_first_to_say(message: str) -> bool:

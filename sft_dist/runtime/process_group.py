@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from sft_dist.errors import ConfigError, SftError
+from sft_dist.runtime import progress
 from sft_dist.runtime.meeting import LAUNCHER, no_answer, not_all_came, patience_s
 from sft_dist.runtime.world import World, attempt_name
 
@@ -114,7 +115,8 @@ def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[
             raise
         store.set(key, json.dumps([result]))
         return result
-    store.wait([key], PREPARE_TIMEOUT)
+    with progress.doing("rank 0"):
+        store.wait([key], PREPARE_TIMEOUT)
     answer = json.loads(store.get(key))
     if len(answer) == 1:
         return None if answer[0] is None else str(answer[0])

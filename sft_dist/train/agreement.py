@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from sft_dist.runtime.process_group import gathered
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,7 @@ class Agreement:
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
         number, is_due, has_failed = said.tolist()
         return Agreed(signal=number, save_is_due=bool(is_due), save_failed=bool(has_failed))
+
+    def told(self, value: T) -> list[T]:
+        """``value`` of every rank; all of them call this at the same place."""
+        return gathered(value, self._group)

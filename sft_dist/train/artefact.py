@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from sft_dist.checkpoint.artefact import prove_artefact, take_probes
 from sft_dist.checkpoint.fresh_process import digest
@@ -11,6 +14,7 @@ from sft_dist.errors import CheckpointError
 from sft_dist.export.provenance import training_section
 from sft_dist.model.export import UNFINISHED, export, publish
 from sft_dist.run import Run
+from sft_dist.runtime import progress
 from sft_dist.runtime.process_group import run_on_main_first
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.train.final_state import FinalState
@@ -40,7 +44,7 @@ def write_artefact(
         CheckpointError: it cannot be written, or is not the trained model; it then stays as ``final.unfinished``.
     """
     probes = take_probes(strategy, inputs.train_data, process.device) if run.checkpoint.prove_final else []
-    parameters = strategy.full_parameters(trainable_only=run.model.method.type != "full")
+    parameters = _counted(strategy.full_parameters(trainable_only=run.model.method.type != "full"))
     tokenizer, is_main = inputs.renderer.tokenizer, process.world.is_main
     about = ""
     if is_main:
@@ -65,3 +69,10 @@ def write_artefact(
         publish(final)
 
     run_on_main_first(process.world, process.store, f"prove {final}", prove_and_publish)
+
+
+def _counted(parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Each one gathered and taken is progress."""
+    for parameter in parameters:
+        yield parameter
+        progress.tick()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from sft_dist.train.final_state import FinalState
 from sft_dist.train.outlook import NO_GPU, Outlook
 from sft_dist.train.receipt import Actual, feed_calibration, measured, measures, planned, ratios, write_receipt
 from sft_dist.train.sessions import RECEIPT, Session, earlier_sessions
+from sft_dist.train.stragglers import RankTimes, line_of, of_ranks
 from sft_dist.train.waste import waste_lines
 
 
@@ -72,15 +74,19 @@ class Books:
             logger.say(f"plan      {told}")
         self._write(logger, self.account.sessions())
 
-    def close(self, logger: RunLogger, state: FinalState, *, peak_allocated_bytes: int | None) -> None:
+    def close(
+        self, logger: RunLogger, state: FinalState, *, peak_allocated_bytes: int | None, ranks: Sequence[RankTimes]
+    ) -> None:
         """The run is finished, and ``final/`` is there, of ``state``."""
         account, outlook = self.account, self.account.outlook
         sessions, waste = account.sessions(ended=True), account.waste()
         actual = measured(self.folder, account, sessions, peak_allocated_bytes=peak_allocated_bytes)
-        came_to = {**state.of_receipt(), **measures(outlook.expected, actual, waste)}
+        came_to = {**state.of_receipt(), **measures(outlook.expected, actual, waste), **of_ranks(ranks)}
         self._write(logger, sessions, actual=came_to)
         logger.conclude({"made_with": self.made_with, **planned(outlook), **came_to}, self.folder / "final")
         logger.say(waste_lines(waste, outlook.price))
+        if len(ranks) > 1:
+            logger.say(escape(line_of(ranks)))
         logger.say(f"receipt   {'; '.join([str(self.folder / RECEIPT), *_compared(outlook.expected, actual)])}")
         if outlook.price is not None and actual.cost_usd is not None:
             logger.say(

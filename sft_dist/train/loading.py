@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
+from sft_dist.runtime import progress as done
 from sft_dist.runtime.world import World
 
 
@@ -17,7 +18,7 @@ from sft_dist.runtime.world import World
 def loading(world: World) -> Iterator[Callable[[int], None]]:
     """Shows on rank 0 how much of the weights it has read; it reads what it keeps of them."""
     if not world.is_main:
-        yield lambda _: None
+        yield lambda _: done.tick()
         return
     console, started, total = Console(highlight=False), time.perf_counter(), 0
     columns = (
@@ -32,6 +33,7 @@ def loading(world: World) -> Iterator[Callable[[int], None]]:
         def on_bytes(count: int) -> None:
             nonlocal total
             total += count
+            done.tick()
             progress.update(task, advance=count, size=decimal(total))
 
         yield on_bytes

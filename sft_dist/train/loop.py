@@ -33,6 +33,7 @@ from sft_dist.train.control import Control
 from sft_dist.train.evaluations import EvaluationFiles, Evaluations
 from sft_dist.train.position import position_after
 from sft_dist.train.step import StepOutcome, train_step
+from sft_dist.train.stragglers import Forwards, Mark, RankTimes, Stragglers, seconds
 
 # Of the peak learning rate.
 LARGE_SHARE = 0.01
@@ -45,6 +46,7 @@ class _Finished:
     number: int
     step: Step
     outcome: StepOutcome
+    forwards: list[tuple[Mark, Mark]]
     lr: float
     elapsed_s: float
     is_steady: bool
@@ -87,6 +89,10 @@ class Training:
         self.agreement = Agreement()
         self.num_steps, self.completed = num_steps, 0 if position is None else position.completed_steps
         self.control = Control(run, logger, checkpointer.best(), position)
+        self._stragglers, self._forwards = Stragglers(world.rank, self.agreement), Forwards(strategy.model, device)
+        self.ranks: list[RankTimes] = []
+        """How fast each rank was, when training has ended; empty where no step was trained."""
+        self._trained = 0  # by this process
         self._saved_at = time.monotonic()
         self._unread: _Finished | None = None
 
@@ -109,6 +115,8 @@ class Training:
             raise
         self._finish_saving()
         self._agree(is_saved=True)
+        self._forwards.close()
+        self.ranks = self._stragglers.of_all()
         if self.account is not None:
             self.account.end_training()
 
@@ -151,6 +159,10 @@ class Training:
             self._save()
         self._tell_of_saves()
         self._agree(is_saved=is_saved)
+        self._trained += 1
+        slow = self._stragglers.compared(self._trained)
+        if slow is not None and self.logger is not None:
+            self.logger.say(f"[yellow]{escape(slow)}")
 
     def _agree(self, *, is_saved: bool) -> None:
         """Does what any rank asks all of them to do at the end of a step.
@@ -245,7 +257,8 @@ class Training:
         # them is part of the time of this step: the host runs one step ahead, so the average over steps is right.
         is_steady = self._unread is not None or self.device.type == "cpu"
         self._read()
-        self._unread = _Finished(number, step, outcome, lr, time.perf_counter() - started, is_steady)
+        forwards = self._forwards.take()
+        self._unread = _Finished(number, step, outcome, forwards, lr, time.perf_counter() - started, is_steady)
 
     def _read(self) -> None:
         """Reads and reports the step whose numbers were left on the device."""
@@ -255,6 +268,9 @@ class Training:
         loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
         self.heartbeat.completed(done.number + 1)
         self.control.read(loss)
+        self._stragglers.add(
+            data_wait_s=done.outcome.data_wait_s, forward_s=seconds(done.forwards), step_s=done.elapsed_s
+        )
         if self.logger is not None and self.account is not None:
             metrics = self._metrics(done, loss, grad_norm)
             of_account, bill = self.account.trained(

@@ -42,6 +42,7 @@ from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.rehearsed import remove_leftovers
 from sft_dist.train.resume import checkpoints_folder, find_checkpoints
 from sft_dist.train.run_files import AUDIT, keep_file, writing_into
+from sft_dist.watchdog.watch import Watchdog
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,21 @@ class Ready:
     checkpoints: list[Path]
 
 
-def make_ready(config: Config, *, resume: str, heartbeat: Heartbeat | None = None) -> Ready:
+def make_ready(
+    config: Config, *, resume: str, heartbeat: Heartbeat | None = None, watchdog: Watchdog | None = None
+) -> Ready:
     """Meets the other processes, decides, and prepares the data on rank 0 or finds them prepared.
 
     Args:
         resume: ``never``, ``auto`` or the path of a checkpoint.
         heartbeat: begins when the run directory is taken; None: nothing is to be left there.
+        watchdog: sees the other ranks from here on.
     """
     world = World.from_environment()
     store = join(world)
     settle(store, world)
+    if watchdog is not None:
+        watchdog.meet(store)
     process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store), heartbeat=heartbeat or Heartbeat())
     config, run = decide(config, process)
     load = renderer_of(config.model, config.data)
@@ -125,6 +131,8 @@ def make_ready(config: Config, *, resume: str, heartbeat: Heartbeat | None = Non
     def taken() -> None:
         if heartbeat is not None:
             heartbeat.begin(Path(run.output_dir), strategy=run.strategy, world_size=world.size, say=warn)
+        if watchdog is not None:
+            watchdog.forget_earlier()
 
     def prepare() -> str:
         with process.heartbeat.phase("preparing"):

@@ -25,7 +25,7 @@ MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 DECIDE_THE_ORDER = {"data.train", "train.seed", "train.global_batch_size"}
 
 # Where a run is, what watches it and what it was planned and billed for change nothing about the run.
-PLACES = ("output_dir", "logging.", "hardware.", "checkpoint.mirror")
+PLACES = ("output_dir", "logging.", "watchdog.", "hardware.", "checkpoint.mirror")
 
 
 def resume_after_restart(resume: str, output_dir: str) -> str:

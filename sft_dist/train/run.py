@@ -50,6 +50,9 @@ from sft_dist.train.resume_receipt import differences, resume_receipt
 from sft_dist.train.run_files import CONFIG, keep_file, writing_into
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.summary import summary
+from sft_dist.watchdog.watch import Watchdog
+
+FP32_BYTES = 4
 
 # Whether a run is rehearsed: not, before it, or without it.
 Rehearsing = Literal["no", "first", "only"]
@@ -76,9 +79,16 @@ def run_training(
             what was saved is not what was trained.
         Preempted: a signal ended training. This process is then to end: it no longer heeds such signals.
     """
-    with Signals(is_main=World.from_environment().is_main) as signals, Heartbeat() as heartbeat:
+    world, rules = World.from_environment(), config.watchdog
+    if rehearsing == "only":
+        rules = rules.model_copy(update={"enabled": False})  # it would leave something in the run directory
+    with (
+        Signals(is_main=world.is_main) as signals,
+        Heartbeat() as heartbeat,
+        Watchdog(rules, Path(config.output_dir), world, heartbeat) as watchdog,
+    ):
         _run_training(
-            config, signals, heartbeat, resume=resume, allowed=allowed, rehearsing=rehearsing, on_news=on_news
+            config, signals, heartbeat, watchdog, resume=resume, allowed=allowed, rehearsing=rehearsing, on_news=on_news
         )
 
 
@@ -86,6 +96,7 @@ def _run_training(
     config: Config,
     signals: Signals,
     heartbeat: Heartbeat,
+    watchdog: Watchdog,
     *,
     resume: str,
     allowed: Collection[str],
@@ -93,12 +104,13 @@ def _run_training(
     on_news: Callable[[], None],
 ) -> None:
     # A rehearsal alone leaves the folder as it was.
-    ready = make_ready(config, resume=resume, heartbeat=None if rehearsing == "only" else heartbeat)
+    ready = make_ready(config, resume=resume, heartbeat=None if rehearsing == "only" else heartbeat, watchdog=watchdog)
     run, process, inputs = ready.run, ready.process, ready.inputs
     # Before there is a process group: a plan of ranks that share sequences makes one of its own.
     outlook = None
     if process.world.is_main:
         outlook = look_ahead(ready.config, run, process.device, inputs.train_data, inputs.eval_data)
+    _set_limits(watchdog, run, process, outlook)
     with process_group(process.world, process.device, ready.store):
         start = newest_valid(
             ready.checkpoints,
@@ -115,6 +127,21 @@ def _run_training(
             dist.barrier()
             raise
         dist.barrier()
+
+
+def _set_limits(watchdog: Watchdog, run: Run, process: Process, outlook: Outlook | None) -> None:
+    """What the run's size and its plan, which rank 0 alone has, say of how long things take."""
+
+    def planned() -> str | None:
+        expected = None if outlook is None else outlook.expected
+        return None if expected is None or expected.step_s is None else str(expected.step_s)
+
+    step_s = run_on_main_first(process.world, process.store, "planned step", planned)
+    watchdog.limits.planned(
+        model_bytes=FP32_BYTES * run.model.num_parameters,
+        saved_bytes=3 * FP32_BYTES * run.model.num_trainable // run.world.size,  # with two moments
+        step_s=None if step_s is None else float(step_s),
+    )
 
 
 def train(
@@ -211,7 +238,7 @@ def train(
             write_artefact(final, run, config, process, inputs, strategy, state=state)
             if logger is not None and books is not None:
                 logger.say(f"saved {final}{proven(run)}: the state {escape(state.told())}")
-                books.close(logger, state, peak_allocated_bytes=peak_bytes)
+                books.close(logger, state, peak_allocated_bytes=peak_bytes, ranks=training.ranks)
             _require_metrics(process, logger)
     strategy.close()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.loader import Step, micro_batches
 from sft_dist.data.prepared import PreparedData
+from sft_dist.runtime import progress
 from sft_dist.sharding.strategy import Strategy
 
 T = TypeVar("T")
@@ -31,7 +32,8 @@ class Timed(Iterator[T]):
     def __next__(self) -> T:
         started = time.perf_counter()
         try:
-            return next(self._items)
+            with progress.doing("data"):
+                return next(self._items)
         finally:
             self.waited_s += time.perf_counter() - started
 
@@ -117,6 +119,7 @@ def evaluate(
         tokens[source] = data.num_supervised[sequences].sum()
         for batch, _ in micro_batches(data, plan, sequences, rank):
             loss_sums[source] += strategy.evaluate(batch.to(device))
+            progress.tick()
     dist.all_reduce(loss_sums)
     sums = loss_sums.tolist()
     return EvalOutcome(

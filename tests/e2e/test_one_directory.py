@@ -46,7 +46,9 @@ def test_a_run_waits_for_one_that_is_being_killed(tiny_base: Path, tmp_path: Pat
     with Ranks(2, [*arguments(config, output), "train.max_steps=2"], log) as ranks:
         try:
             wait_for(lambda: ": waiting 10 s for its end" in log.read_text(), ranks)
-            assert {path.name for path in output.iterdir()} == {".lock", "logs"}, "nothing else is written before"
+            assert {path.name for path in output.iterdir()} == {".lock", "logs", "heartbeats"}, (
+                "all else is written later"
+            )
         finally:
             run_lock._close_in_child()
         assert ranks.exit_codes(PATIENCE_S) == [0, 0], log.read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -20,16 +20,25 @@ class Ranks:
     Args:
         log: of all of them.
         environment: on top of that of the first process that a test started.
+        before: called in each of them with its rank, before the command; of a module.
     """
 
     def __init__(
-        self, size: int, arguments: list[str], log: Path, *, environment: Mapping[str, str] = MappingProxyType({})
+        self,
+        size: int,
+        arguments: list[str],
+        log: Path,
+        *,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        before: Callable[[int], None] | None = None,
     ) -> None:
         self.log = log
         log.touch()  # a process may be killed before it writes anything
         server, port = pool.context(), pool.free_port()
         self.processes: list[ForkServerProcess] = [
-            server.Process(target=_run, args=(rank, size, port, arguments, str(log), dict(environment)), daemon=True)
+            server.Process(
+                target=_run, args=(rank, size, port, arguments, str(log), dict(environment), before), daemon=True
+            )
             for rank in range(size)
         ]
 
@@ -78,7 +87,15 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def _run(rank: int, size: int, port: int, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _run(
+    rank: int,
+    size: int,
+    port: int,
+    arguments: list[str],
+    log: str,
+    environment: dict[str, str],
+    before: Callable[[int], None] | None,
+) -> None:
     os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
@@ -96,6 +113,8 @@ def _run(rank: int, size: int, port: int, arguments: list[str], log: str, enviro
     from sft_dist.runtime import rank_log
 
     torch.set_num_threads(1)
+    if before is not None:
+        before(rank)
     try:
         main(arguments)
     finally:
