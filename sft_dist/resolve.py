@@ -70,6 +70,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         optim=config.optim,
         activation_checkpointing=config.activation_checkpointing,
         data=config.data,
+        spikes=config.spikes,
         eval=config.eval,
         checkpoint=config.checkpoint,
         logging=config.logging,

@@ -18,6 +18,7 @@ from sft_dist.config.schema import (
     LoggingConfig,
     OptimConfig,
 )
+from sft_dist.config.spikes_schema import SpikesConfig
 from sft_dist.data.batch import BatchPlan
 from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.runtime.world import WorldShape
@@ -53,9 +54,9 @@ class Precision:
 class Run:
     """One run on one world.
 
-    ``data``, ``eval``, ``checkpoint``, ``logging``, ``optim`` and ``activation_checkpointing`` are the user's own
-    sections: nothing in them is left to derive. ``sharding`` likewise names one strategy and its options; ``deepspeed``
-    holds the knobs of a ZeRO strategy, whichever file they come from.
+    ``data``, ``spikes``, ``eval``, ``checkpoint``, ``logging``, ``optim`` and ``activation_checkpointing`` are the
+    user's own sections: nothing in them is left to derive. ``sharding`` likewise names one strategy and its options;
+    ``deepspeed`` holds the knobs of a ZeRO strategy, whichever file they come from.
     """
 
     model: ModelSpec
@@ -67,6 +68,7 @@ class Run:
     optim: OptimConfig
     activation_checkpointing: ActivationCheckpointingConfig
     data: DataConfig
+    spikes: SpikesConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig

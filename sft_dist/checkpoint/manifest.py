@@ -93,12 +93,16 @@ class Position(_Record):
     """Where a run is.
 
     Args:
-        completed_steps: optimizer steps behind the state.
+        completed_steps: steps behind the state, those among them that were skipped.
         next_sequences: numbers of the sequences that the next step trains, empty at the end of the run.
         next_lr: of the next step; None at the end.
         next_rng: digest of what rank 0's generators draw in the next step.
         trained_s: seconds that the run has taken so far, all starts of it together, by a clock that never goes back.
         eval_loss: of this very state, where it was evaluated.
+        skipped_steps: 1-based numbers of steps whose update is not in the state; those behind ``completed_steps`` are
+            left out when they come.
+        roll_backs: how often the run has gone back to a checkpoint.
+        recent_losses: of the last steps, by which a spike is told.
     """
 
     completed_steps: int
@@ -107,6 +111,14 @@ class Position(_Record):
     next_rng: str | None = None
     trained_s: float = 0.0
     eval_loss: float | None = None
+    skipped_steps: tuple[int, ...] = ()
+    roll_backs: int = 0
+    recent_losses: tuple[float, ...] = ()
+
+    @property
+    def updates(self) -> int:
+        """Updates that are in the state; an optimizer counts them."""
+        return self.completed_steps - sum(step <= self.completed_steps for step in self.skipped_steps)
 
 
 class Manifest(_Record):

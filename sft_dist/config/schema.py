@@ -16,6 +16,7 @@ from sft_dist.config.cluster_schema import ClusterConfig
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.section import Section
+from sft_dist.config.spikes_schema import SpikesConfig
 
 
 class ModelConfig(Section):
@@ -394,6 +395,7 @@ class Config(Section):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     optim: OptimConfig = AdamWConfig()
     train: TrainConfig
+    spikes: SpikesConfig = SpikesConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -144,9 +144,27 @@ class RunLogger:
             + "".join(f"\n  {name.removeprefix('eval_loss/')}: {v:.4f}" for name, v in metrics.items() if "/" in name)
         )
 
-    def _write(self, metrics: Metrics) -> None:
+    def event(self, line: dict[str, Any]) -> None:
+        """One line about a step beside its metrics: ``step``, ``event``, and what belongs to it."""
+        self._write(line)
+
+    def go_back(self, completed: int) -> None:
+        """Removes the lines of steps behind the first ``completed``: they are trained again.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        waiting = [line for line in self._lines.waiting if _step_of(line.encode() + b"\n") <= completed]
+        self._lines.waiting.clear()
+        self._lines.close()
+        keep_lines(self._lines.path, completed=completed, began=True)
+        self._lines = LineFile(self._lines.path)
+        self._lines.waiting.extend(waiting)
+        self._to_wandb(lambda run: run.go_back(self._all_lines()))
+
+    def _write(self, metrics: dict[str, Any]) -> None:
         # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         broken = [k for k, v in finite.items() if v is None]
         had_problem = self._lines.problem is not None
         self._lines.write(json.dumps(finite | ({"non_finite": broken} if broken else {})))
@@ -174,8 +192,11 @@ class RunLogger:
         return [*self._lines.path.read_text(encoding="utf-8").splitlines(), *self._lines.waiting]
 
 
-def keep_lines(path: Path, *, completed: int) -> None:
+def keep_lines(path: Path, *, completed: int, began: bool = False) -> None:
     """Leaves of a ``metrics.jsonl`` what belongs to the first ``completed`` steps, and no line that was cut short.
+
+    Args:
+        began: what comes before the first step belongs to them; without it a run of no steps begins anew.
 
     Raises:
         OSError: it cannot be written.
@@ -184,7 +205,7 @@ def keep_lines(path: Path, *, completed: int) -> None:
         return
     before = path.read_bytes()
     lines = before.splitlines(keepends=True)
-    kept = b"".join(line for line in lines if completed and 0 <= _step_of(line) <= completed)
+    kept = b"".join(line for line in lines if (completed or began) and 0 <= _step_of(line) <= completed)
     if before.startswith(kept):
         os.truncate(path, len(kept))  # needs no room, also on a full disk
         return

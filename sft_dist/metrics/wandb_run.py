@@ -60,6 +60,17 @@ class WandbRun:
             if metrics["step"] >= known:
                 self._run.log(metrics | dict.fromkeys(names, math.nan), step=int(metrics["step"]))
 
+    def go_back(self, lines: list[str]) -> None:
+        """The run trains steps again; raises as ``log``.
+
+        Offline it begins anew with the lines that are left. W&B's server takes no step twice: online the steps that are
+        trained again are those of before, until the run is past them.
+        """
+        if self._config.mode == "offline":
+            self._run.finish()
+            self._run = self._start()
+            self.replay(lines)
+
     def finish(self, *, code: int, is_preempted: bool, lines: Callable[[], list[str]]) -> None:
         """Tells W&B how the run ended, and waits until it has written everything; raises as ``log``."""
         try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import resource
 import signal
-import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.markup import escape
@@ -17,10 +15,11 @@ from sft_dist.checkpoint.manifest import Position
 from sft_dist.checkpoint.store import name_of
 from sft_dist.data.loader import Step, TrainingOrder
 from sft_dist.data.prepared import PreparedData
-from sft_dist.errors import Preempted, TrainingDiverged
+from sft_dist.errors import Preempted
 from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
+from sft_dist.runtime.memory import peak_memory_gib
 from sft_dist.runtime.seeding import seed_step
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World
@@ -30,6 +29,7 @@ from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import MovementCheck, verify_sharding
 from sft_dist.train.account import Account, TrainedStep
 from sft_dist.train.agreement import Agreement
+from sft_dist.train.guard import GoBack, Guard
 from sft_dist.train.position import position_after
 from sft_dist.train.step import StepOutcome, evaluate, train_step
 
@@ -58,6 +58,7 @@ class Training:
         logger, account: on rank 0; None elsewhere.
         signals: that this process notes.
         heartbeat: gets what it is doing.
+        guard: judges every step.
         completed: steps that are behind ``strategy``'s state; more than 0 when the run is resumed.
     """
 
@@ -75,6 +76,7 @@ class Training:
         checkpointer: Checkpointer,
         signals: Signals,
         heartbeat: Heartbeat,
+        guard: Guard,
         *,
         num_steps: int,
         completed: int,
@@ -82,12 +84,13 @@ class Training:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
         self.order, self.eval_data, self.checkpointer = order, eval_data, checkpointer
         self.logger, self.account, self.signals, self.heartbeat = logger, account, signals, heartbeat
-        self.agreement = Agreement()
+        self.guard, self.agreement = guard, Agreement()
         self.num_steps, self.completed = num_steps, completed
         self._best_loss = checkpointer.best_loss()
         self._eval_loss: float | None = None  # of the state as it is
         self._saved_at = time.monotonic()
         self._unread: _Finished | None = None
+        self._is_checked = False  # a step has moved parameters and left nothing gathered
 
     def train(self) -> None:
         """Trains to the last step.
@@ -114,11 +117,32 @@ class Training:
     def _all_steps(self) -> None:
         if self.run.eval.before_training and self.completed == 0:
             self._evaluate()
-        if self.completed < self.num_steps:
+        if self.completed < self.num_steps and self.guard.needs_start(self.completed):
+            self._save()
+        while self.completed < self.num_steps or self._unread is not None:
+            try:
+                self._step()
+            except GoBack as back:
+                self._go_back(back)
+
+    def _step(self) -> None:
+        """The next step, or after the last one its numbers."""
+        if self.completed == self.num_steps:
+            self._read()
+            return
+        if self.guard.spikes.leaves_out(self.completed + 1):
+            self._read()
+            self.guard.left_out(self.completed + 1)
+        elif self._is_checked:
+            self._train_step()
+        else:
             self._first_step()
-        while self.completed < self.num_steps:
-            self._step()
-        self._read()
+        self._after_step()
+
+    def _go_back(self, back: GoBack) -> None:
+        position = self.guard.go_back(back)
+        self._unread, self.completed, self._eval_loss = None, position.completed_steps, position.eval_loss
+        self.heartbeat.at(self.completed, self.num_steps)
 
     def _first_step(self) -> None:
         """A step with its checks: parameters must move, and what a step gathers must be gone when it ends."""
@@ -127,14 +151,13 @@ class Training:
         must_move = self.completed == 0 or lr >= LARGE_SHARE * self.run.optim.lr
         check = MovementCheck(self.strategy) if must_move else None
         self._train_step()
+        self._read()
+        if self.guard.spikes.leaves_out(self.completed + 1):  # its update was not made
+            return
         if check is not None:
             check.verify(self.world.rank)
         verify_sharding(self.strategy, self.spec)
-        self._after_step()
-
-    def _step(self) -> None:
-        self._train_step()
-        self._after_step()
+        self._is_checked = True
 
     def _after_step(self) -> None:
         self.completed += 1
@@ -206,7 +229,8 @@ class Training:
     def _position(self) -> Position:
         position = position_after(self.run, self.order, self.completed, num_steps=self.num_steps)
         trained_s = 0.0 if self.account is None else self.account.trained_s
-        return position.model_copy(update={"trained_s": trained_s, "eval_loss": self._eval_loss})
+        measured = {"trained_s": trained_s, "eval_loss": self._eval_loss}
+        return position.model_copy(update=measured | self.guard.spikes.remembered())
 
     def _finish_saving(self) -> None:
         """Waits for what is being written, and says how it went, also when it went wrong."""
@@ -235,14 +259,18 @@ class Training:
         seed_step(self.run.seed, number, self.world.rank)
         step = self.order.step(number)
         lr = learning_rate(self.run.optim, number, self.num_steps)
+        admits = partial(self.guard.spikes.admits, number + 1) if self.guard.spikes.waits else None
         outcome = train_step(
-            self.strategy, self.order.data, self.run.batch, step, rank=self.world.rank, device=self.device, lr=lr
-        )
+            self.strategy, self.order.data, self.run.batch, step,
+            rank=self.world.rank, device=self.device, lr=lr, admits=admits,
+        )  # fmt: skip
         # Reading the numbers of this step would wait for it; those of the one before have arrived by now. Waiting for
         # them is part of the time of this step: the host runs one step ahead, so the average over steps is right.
-        is_steady = self._unread is not None or self.device.type == "cpu"
+        is_steady = self._unread is not None or admits is not None or self.device.type == "cpu"
         self._read()
         self._unread = _Finished(number, step, outcome, lr, time.perf_counter() - started, is_steady)
+        if admits is not None:
+            self._read()  # what was waited for; the next step is judged by it
 
     def _read(self) -> None:
         """Reads and reports the step whose numbers were left on the device."""
@@ -251,6 +279,7 @@ class Training:
         done, self._unread = self._unread, None
         loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
         self.heartbeat.completed(done.number + 1)
+        trouble = self.guard.spikes.trouble(done.number + 1, loss, grad_norm)
         if self.logger is not None and self.account is not None:
             metrics = self._metrics(done, loss, grad_norm)
             of_account, bill = self.account.trained(
@@ -263,13 +292,12 @@ class Training:
                     is_steady=done.is_steady,
                 )
             )
-            self.logger.training_step(metrics | of_account, bill=bill)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingDiverged(
-                f"step {done.number + 1}: loss {loss}, gradient norm {grad_norm}",
-                fix="lower optim.lr or set optim.max_grad_norm; the sequences of the step were "
-                + ", ".join(str(s) for s in done.step.sequences[:8].tolist()),
-            )
+            if trouble is None or trouble.remedy != "skip":
+                self.logger.training_step(metrics | of_account, bill=bill)
+        if trouble is not None:
+            self.guard.react(trouble, done.step, done.lr, done.outcome)
+        if done.outcome.is_applied:
+            self.guard.spikes.trained(loss)
 
     def _metrics(self, done: _Finished, loss: float, grad_norm: float) -> Metrics:
         tokens_per_s = done.step.num_tokens / done.elapsed_s
@@ -304,11 +332,3 @@ class Training:
                 {"step": self.completed, "eval_loss": result.loss, "eval_perplexity": result.perplexity}
                 | (by_source if len(by_source) > 1 else {})
             )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: allocated on its GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30

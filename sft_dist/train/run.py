@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.artefact import proven, write_artefact
 from sft_dist.train.books import Books
 from sft_dist.train.from_mirror import replace_damaged
+from sft_dist.train.guard import Guard
 from sft_dist.train.loading import loading
 from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
@@ -144,10 +146,11 @@ def train(
         settings=dump_config(config),
     )
     manifest = None if start is None else checkpointer.load(start, strategy)
+    position = Position(completed_steps=0) if manifest is None else manifest.position
     if rehearsing != "no" and completed < num_steps and not was_rehearsed():
         stage = Stage(
             run, world, process.device, strategy, spec, order, inputs.eval_data, checkpointer, outlook,
-            lambda folder: write_artefact(folder, run, config, process, inputs, strategy), num_steps, completed,
+            lambda folder: write_artefact(folder, run, config, process, inputs, strategy), num_steps, position,
         )  # fmt: skip
         with heartbeat.phase("rehearsing"):
             rehearsed_s = rehearse(stage)
@@ -166,9 +169,13 @@ def train(
                 if final.exists():
                     logger.say(f"{final} is of the shorter run, until this one ends")
             books.begin(logger)
+        guard = Guard(
+            run, order, strategy, checkpointer, logger,
+            partial(inputs.renderer.tokenizer.decode, skip_special_tokens=False), position,
+        )  # fmt: skip
         training = Training(
             run, world, process.device, strategy, spec, order, inputs.eval_data, logger,
-            None if books is None else books.account, checkpointer, signals, heartbeat,
+            None if books is None else books.account, checkpointer, signals, heartbeat, guard,
             num_steps=num_steps, completed=completed,
         )  # fmt: skip
         try:
