@@ -104,7 +104,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def discard(self) -> StepResult:
+    def discard(self) -> None:
         """Clears the gradients instead of ``step``: parameters and optimizer are as if there had been no pass."""
 
     @abstractmethod
@@ -193,9 +193,8 @@ class NativeStrategy(Strategy):
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, by_parameter=by_parameter)
 
-    def discard(self) -> StepResult:
+    def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(torch.tensor(math.nan), is_applied=False)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

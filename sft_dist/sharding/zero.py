@@ -164,14 +164,13 @@ class Zero(Strategy):
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64)
         return StepResult(norm, is_applied=self.engine.was_step_applied())
 
-    def discard(self) -> StepResult:
+    def discard(self) -> None:
         # Each stage keeps gradients in buffers of its own. All of them are cleared when the norm is not finite, so the
         # stage is told such a one.
         infinite = torch.tensor(math.inf, device=self.device)
         with told_norm(self.optimizer, infinite):
             self.engine.step()
         assert not self.engine.was_step_applied()
-        return StepResult(torch.tensor(math.nan), is_applied=False)
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
         for name, parameter in self.model.named_parameters():

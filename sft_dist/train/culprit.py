@@ -169,7 +169,7 @@ def _about(culprit: Culprit, data: PreparedData) -> dict[str, Any]:
         "because": trouble.kind,
         "remedy": trouble.remedy,
         "loss": _number(trouble.loss),
-        "grad_norm": _number(trouble.grad_norm),
+        "grad_norm": None if trouble.grad_norm is None else _number(trouble.grad_norm),
         "median_loss": trouble.median,
         "lr": culprit.lr,
         "ranks": culprit.ranks,

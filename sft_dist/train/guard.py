@@ -117,8 +117,9 @@ class Guard:
             return
         trouble = culprit.trouble
         line: dict[str, Any] = {"step": step, "event": event, "because": trouble.kind, "of_step": trouble.step}
-        line |= {"of_loss": trouble.loss, "of_grad_norm": trouble.grad_norm, "ranks": culprit.ranks}
-        self.logger.event(line | ({} if trouble.median is None else {"median_loss": trouble.median}))
+        line |= {"ranks": culprit.ranks, "of_loss": trouble.loss}
+        known = {"of_grad_norm": trouble.grad_norm, "median_loss": trouble.median}
+        self.logger.event(line | {name: value for name, value in known.items() if value is not None})
         done = {"skipped": "; its update was not made", "rolled_back": f"; back at step {step}"}.get(event, "")
         told = f"step {trouble.step}: {trouble}, {described(culprit, self.order.data)}{done}"
         self.logger.say(f"[yellow]{escape(told + (f'; {kept}' if kept else ''))}")

@@ -279,7 +279,8 @@ class Training:
         done, self._unread = self._unread, None
         loss, grad_norm = float(done.outcome.loss), float(done.outcome.grad_norm)
         self.heartbeat.completed(done.number + 1)
-        trouble = self.guard.spikes.trouble(done.number + 1, loss, grad_norm)
+        known_norm = grad_norm if done.outcome.is_admitted else None
+        trouble = self.guard.spikes.trouble(done.number + 1, loss, known_norm)
         if self.logger is not None and self.account is not None:
             metrics = self._metrics(done, loss, grad_norm)
             of_account, bill = self.account.trained(

@@ -21,6 +21,7 @@ class Trouble:
 
     Args:
         step: 1-based.
+        grad_norm: None: not known.
         median: of the losses before it; None: there were too few.
         remedy: what is to be done, and ``why`` it is to stop where another remedy has been used up.
     """
@@ -28,7 +29,7 @@ class Trouble:
     step: int
     kind: Kind
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     median: float | None
     remedy: Remedy
     why: str = ""
@@ -37,7 +38,7 @@ class Trouble:
         said = f"loss {self.loss:.6g}"
         if self.kind == "spike":
             return f"{said} is a spike, {self.loss / (self.median or math.nan):.1f} times the median of the last ones"
-        return f"{said}, gradient norm {self.grad_norm:.6g}"
+        return said if self.grad_norm is None else f"{said}, gradient norm {self.grad_norm:.6g}"
 
 
 class Spikes:
@@ -68,13 +69,17 @@ class Spikes:
 
     def admits(self, step: int, loss: float) -> bool:
         """Whether the update of a step with this loss may be made, as far as the loss tells."""
-        trouble = self.trouble(step, loss, grad_norm=0.0)
+        trouble = self.trouble(step, loss, grad_norm=None)
         return trouble is None or trouble.remedy == "warn"
 
-    def trouble(self, step: int, loss: float, grad_norm: float) -> Trouble | None:
-        """What is wrong with a step, if anything is."""
+    def trouble(self, step: int, loss: float, grad_norm: float | None) -> Trouble | None:
+        """What is wrong with a step, if anything is.
+
+        Args:
+            grad_norm: None: not known.
+        """
         median = statistics.median(self._losses) if len(self._losses) >= (self.rules.window + 1) // 2 else None
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not (math.isfinite(loss) and (grad_norm is None or math.isfinite(grad_norm))):
             kind: Kind = "non_finite"
             remedy: Remedy = self.rules.non_finite
         elif self.rules.policy != "off" and median is not None and loss > self.rules.factor * median:

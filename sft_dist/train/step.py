@@ -16,7 +16,7 @@ from torch import Tensor
 from sft_dist.data.batch import BatchPlan
 from sft_dist.data.loader import Step, micro_batches
 from sft_dist.data.prepared import PreparedData
-from sft_dist.sharding.strategy import ParameterNorms, Strategy
+from sft_dist.sharding.strategy import ParameterNorms, StepResult, Strategy
 
 T = TypeVar("T")
 
@@ -42,8 +42,9 @@ class StepOutcome:
 
     Args:
         loss: mean over the step's supervised tokens, over all ranks.
-        grad_norm: of that mean's gradient, before clipping.
+        grad_norm: of that mean's gradient, before clipping; NaN where the loss was not admitted.
         data_wait_s: seconds this rank waited for its micro-batches.
+        is_admitted: whether the loss was; else the gradients were cleared unseen.
         is_applied: whether the update was made.
         loss_sums: of each of this rank's micro-batches.
         by_parameter: see ``StepResult``.
@@ -52,6 +53,7 @@ class StepOutcome:
     loss: Tensor
     grad_norm: Tensor
     data_wait_s: float
+    is_admitted: bool = True
     is_applied: bool = True
     loss_sums: tuple[Tensor, ...] = ()
     by_parameter: ParameterNorms | None = None
@@ -104,13 +106,15 @@ def train_step(
         loss_sum += loss_sums[-1]
     dist.all_reduce(loss_sum)
     loss = loss_sum / step.supervised_tokens
-    if admits is None or admits(float(loss)):
+    is_admitted = admits is None or admits(float(loss))
+    if is_admitted:
         result = strategy.step(lr, only_finite=admits is not None)
     else:
-        result = strategy.discard()
+        strategy.discard()
+        result = StepResult(torch.tensor(math.nan), is_applied=False)
     return StepOutcome(
-        loss=loss, grad_norm=result.grad_norm, data_wait_s=batches.waited_s, is_applied=result.is_applied,
-        loss_sums=tuple(loss_sums), by_parameter=result.by_parameter,
+        loss=loss, grad_norm=result.grad_norm, data_wait_s=batches.waited_s, is_admitted=is_admitted,
+        is_applied=result.is_applied, loss_sums=tuple(loss_sums), by_parameter=result.by_parameter,
     )  # fmt: skip
 
 
