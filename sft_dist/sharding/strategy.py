@@ -179,7 +179,7 @@ class NativeStrategy(Strategy):
     def step(self, lr: float, *, only_finite: bool = False) -> StepResult:
         named = [(name, local(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
         names, gradients = tuple(name for name, _ in named), [gradient for _, gradient in named]
-        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
+        norms = norms_of(gradients)
         norm, by_parameter = self._global_norm(norms), ParameterNorms(names, norms)
         if only_finite and not math.isfinite(float(norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -200,11 +200,7 @@ class NativeStrategy(Strategy):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _global_norm(self, norms: Tensor) -> Tensor:
-        """The L2 norm with fp64 accumulation: torch's fp32 norm on the CPU is off by 2e-3 at 33M elements.
-
-        Args:
-            norms: [parameters] fp64, of this rank's parts.
-        """
+        """The norm of all gradients, from the ``norms`` [parameters] of this rank's parts."""
         squares = norms.square().sum()
         if self.shard_group is not None:
             dist.all_reduce(squares, group=self.shard_group)
@@ -240,6 +236,11 @@ class NativeStrategy(Strategy):
             if parameter.requires_grad or not trainable_only:
                 full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 yield name, full.detach()
+
+
+def norms_of(gradients: list[Tensor]) -> Tensor:
+    """[gradients] L2 norms with fp64 accumulation: torch's fp32 norm on the CPU is off by 2e-3 at 33M elements."""
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
 
 
 def store_master(model: SftModel, run: Run) -> None:
