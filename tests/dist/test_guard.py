@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -353,3 +354,32 @@ def test_a_gradient_that_is_not_finite_is_named(world: Worlds, tiny_base: Path, 
         assert world(2).run(with_an_infinite_gradient, cfg) == ["done", "done"]
         expected, weights = world(2).run(without, cfg, Planted(1.0), (5,))[0]
         same_weights(tmp_path / remedy, weights)
+
+
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("compute", ["bf16", "fp32"])
+@pytest.mark.parametrize("knobs", [{}, OFFLOAD], ids=["on the device", "offloaded"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_deepspeed_drops_a_step_wherever_it_keeps_gradients(
+    world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str, knobs: dict[str, Any], compute: str
+) -> None:
+    """In several micro-batches; also by its other optimizer, of stage 1 in bf16."""
+    (tmp_path / "run").mkdir()
+    cfg = cells.config(
+        str(tiny_base), "full", strategy,
+        data={"packing": "none"},
+        sharding={"strategy": strategy, "deepspeed_config": knobs},
+        precision={"compute": compute},
+        train={"max_steps": STEPS, "micro_batch_size": 1},
+        spikes={"window": 2, "policy": "skip", "non_finite": "skip"},
+    )  # fmt: skip
+    text = cells.dump(cells.whole_run(cfg, tmp_path / "run"))
+    for planted in (SPIKE, NAN):
+        assert world(2).run(train, text, planted) == ["done", "done"]
+        expected, _ = world(2).run(without, text, planted, planted.steps)[0]
+        np.testing.assert_array_equal([loss for _, loss in losses(tmp_path / "run")], expected)
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()

@@ -160,7 +160,9 @@ def test_the_norm_of_many_elements_is_exact(tiny_base: Path) -> None:
     _, strategy = started(tiny_base, "ddp")
     gradient = torch.randn(2**23, generator=torch.Generator().manual_seed(0))
     exact = float(gradient.double().square().sum().sqrt())
-    assert float(strategy._global_norm(norms_of([gradient[: 2**22], gradient[2**22 :]]))) == pytest.approx(exact, rel=1e-9)
+    assert float(strategy._global_norm(norms_of([gradient[: 2**22], gradient[2**22 :]]))) == pytest.approx(
+        exact, rel=1e-9
+    )
 
 
 def test_an_optimizer_that_moves_nothing_is_noticed(tiny_base: Path) -> None:
