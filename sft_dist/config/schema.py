@@ -382,6 +382,7 @@ class WandbConfig(Section):
 
 class LoggingConfig(Section):
     wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = Field(False, description="Write output_dir/tensorboard, too; needs the package tensorboard.")
 
 
 class Config(Section):

@@ -112,21 +112,26 @@ def collate(data: PreparedData, rows: list[int], part: Part = WHOLE) -> MicroBat
     ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
     # A position is trained when the token after it, in the same row, is supervised.
     index = np.concatenate([np.flatnonzero(mask[1:]) + start for (_, mask), start in zip(parts, starts, strict=False)])
-    return _micro_batch(ids, index, ids[index + 1], lengths, part)
+    return micro_batch_of(ids, index, ids[index + 1], lengths, part)
 
 
 def empty_micro_batch(part: Part = WHOLE) -> MicroBatch:
     """One token and no label: loss 0 and zero gradients, through the whole model."""
     nothing = np.zeros(0, np.int64)
-    return _micro_batch(np.zeros(1, np.int64), nothing, nothing, [1], part)
+    return micro_batch_of(np.zeros(1, np.int64), nothing, nothing, [1], part)
 
 
-def _micro_batch(
-    ids: NDArray[np.int64], index: NDArray[np.int64], labels: NDArray[np.int64], lengths: list[int], part: Part
+def micro_batch_of(
+    ids: NDArray[np.int64],
+    index: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    lengths: list[int],
+    part: Part = WHOLE,
 ) -> MicroBatch:
     """The part of a micro-batch: its tokens, and the labels that they predict, wherever the labels' tokens are.
 
     Args:
+        ids: tokens of the rows that have these ``lengths``, one behind the other.
         index: positions that predict ``labels``, ascending.
     """
     lacking = part.of - len(ids)

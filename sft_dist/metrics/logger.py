@@ -1,11 +1,12 @@
-"""One place where every number of a run comes out: the console, ``metrics.jsonl`` and W&B. Rank 0's only."""
+"""One place where every number of a run comes out: the console, ``metrics.jsonl`` and trackers. Rank 0's only."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +24,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sft_dist.config.schema import WandbConfig
+from sft_dist.config.schema import LoggingConfig
+from sft_dist.config.secrets import without_secrets
 from sft_dist.errors import CheckpointError, Preempted
 from sft_dist.metrics.line_file import LineFile
+from sft_dist.metrics.tensorboard_run import TensorboardRun
+from sft_dist.metrics.tracker import Act, Feed
 from sft_dist.metrics.wandb_run import WandbRun
 
 Metrics = dict[str, int | float]
@@ -43,25 +47,27 @@ class RunLogger:
 
     Args:
         folder: the run directory; ``metrics.jsonl`` goes there, one JSON object a line, flushed at once.
-        settings: the resolved configuration, for W&B.
+        settings: the resolved configuration, for trackers, which get no secret of it.
         completed: steps behind a resumed run; what an earlier process wrote about later ones is removed, because they
             are trained again.
 
     Raises:
-        ConfigError: W&B was asked for and cannot start. Once it runs, a failure of it is said once and stops nothing.
+        ConfigError: a tracker was asked for and cannot start. Once it runs, a failure of it is said once and stops
+            nothing.
         OSError: the folder cannot be written.
     """
 
     def __init__(
-        self, folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, num_steps: int, completed: int = 0
+        self, folder: Path, logging: LoggingConfig, settings: dict[str, Any], *, num_steps: int, completed: int = 0
     ) -> None:
         self.console = Console(highlight=False)
         self._num_steps, self._completed = num_steps, completed
         # First, because it may fail: a run that has not written its metrics has not taken the folder.
-        self._wandb = None if wandb.mode == "disabled" else WandbRun(wandb, folder, settings)
+        self._trackers = _trackers(folder, logging, without_secrets(settings), completed=completed)
         keep_lines(folder / METRICS, completed=completed)
-        self._lines = LineFile(folder / METRICS)
-        self._to_wandb(lambda run: run.replay(self._all_lines()))
+        self._lines, self._writing = LineFile(folder / METRICS), threading.Lock()
+        earlier = self._all_lines()
+        self._track(lambda tracker: tracker.replay(earlier))
         self._bar = Progress(
             TextColumn("[bold]train"),
             BarColumn(),
@@ -89,12 +95,10 @@ class RunLogger:
             self.say(f"[yellow]these lines are not in {self._lines.path} ({self._lines.problem}); append them:")
             for line in self._lines.waiting:
                 self.say(escape(line))
-        if self._wandb is not None:
-            code, is_preempted = 0 if kind is None else 1, isinstance(error, Preempted)
-            try:
-                self._wandb.finish(code=code, is_preempted=is_preempted, lines=self._all_lines)
-            except Exception as e:
-                self.say(f"[yellow]W&B did not finish ({escape(str(e))}); {METRICS} has all metrics")
+        code, is_preempted = 0 if kind is None else 1, isinstance(error, Preempted)
+        for tracker in self._trackers:
+            tracker.finish(code=code, is_preempted=is_preempted, lines=self._all_lines)
+        self._tell_of_trackers()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -154,42 +158,70 @@ class RunLogger:
         Raises:
             OSError: the file cannot be written.
         """
-        waiting = [line for line in self._lines.waiting if _step_of(line.encode() + b"\n") <= completed]
-        self._lines.waiting.clear()
-        self._lines.close()
-        keep_lines(self._lines.path, completed=completed, began=True)
-        self._lines = LineFile(self._lines.path)
-        self._lines.waiting.extend(waiting)
-        self._to_wandb(lambda run: run.go_back(self._all_lines()))
+        with self._writing:
+            waiting = [line for line in self._lines.waiting if _step_of(line.encode() + b"\n") <= completed]
+            self._lines.waiting.clear()
+            self._lines.close()
+            keep_lines(self._lines.path, completed=completed, began=True)
+            self._lines = LineFile(self._lines.path)
+            self._lines.waiting.extend(waiting)
+        left = self._all_lines()
+        self._track(lambda tracker: tracker.go_back(completed, left))
 
     def _write(self, metrics: dict[str, Any]) -> None:
         # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         broken = [k for k, v in finite.items() if v is None]
         had_problem = self._lines.problem is not None
-        self._lines.write(json.dumps(finite | ({"non_finite": broken} if broken else {})))
+        with self._writing:
+            self._lines.write(json.dumps(finite | ({"non_finite": broken} if broken else {})))
         if had_problem and self._lines.problem is None:
             self.say(f"{METRICS} is written again, and has all lines")
         elif not had_problem and self._lines.problem is not None:
-            also = "" if self._wandb is None else "; W&B's own files may lack some, which it does not tell"
+            names = " and ".join(tracker.name for tracker in self._trackers)
+            also = f"; {names} may lack some, and does not tell" if names else ""
             self.say(
                 f"[yellow]{METRICS} cannot be written ({self._lines.problem}): training goes on, its lines wait in "
                 f"memory and are written when there is room{also}"
             )
-        self._to_wandb(lambda run: run.log(metrics, lines=self._all_lines))
+        self._track(lambda tracker: tracker.log(metrics, lines=self._all_lines))
 
-    def _to_wandb(self, act: Callable[[WandbRun], None]) -> None:
-        if self._wandb is None:
-            return
-        try:
-            act(self._wandb)
-        except Exception as e:
-            self.say(f"[yellow]W&B stopped taking metrics ({e}); training goes on, {METRICS} has them all")
-            self._wandb = None
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int) -> None:
+        """A table for the trackers, as it is at a step."""
+        self._track(lambda tracker: tracker.table(name, columns, rows, step=step, lines=self._all_lines))
+
+    def conclude(self, results: Mapping[str, Any], artefact: Path) -> None:
+        """What the run came to, for the trackers, and where its result is."""
+        told = without_secrets(dict(results))
+        self._track(lambda tracker: tracker.conclude(told, artefact, lines=self._all_lines))
+
+    def _track(self, act: Act) -> None:
+        for tracker in self._trackers:
+            tracker.put(act)
+        self._tell_of_trackers()
+
+    def _tell_of_trackers(self) -> None:
+        for tracker in self._trackers:
+            problem = tracker.news()
+            if problem is not None:
+                self.say(
+                    f"[yellow]{tracker.name} takes nothing more ({escape(problem)}); training does without it, "
+                    f"{METRICS} has all metrics"
+                )
 
     def _all_lines(self) -> list[str]:
         """Of the whole run, those among them that wait for room on the disk."""
-        return [*self._lines.path.read_text(encoding="utf-8").splitlines(), *self._lines.waiting]
+        with self._writing:
+            return [*self._lines.path.read_text(encoding="utf-8").splitlines(), *self._lines.waiting]
+
+
+def _trackers(folder: Path, logging: LoggingConfig, settings: dict[str, Any], *, completed: int) -> list[Feed]:
+    trackers: list[Feed] = []
+    if logging.wandb.mode != "disabled":
+        trackers.append(Feed(WandbRun(logging.wandb, folder, settings)))
+    if logging.tensorboard:
+        trackers.append(Feed(TensorboardRun(folder, completed=completed)))
+    return trackers
 
 
 def keep_lines(path: Path, *, completed: int, began: bool = False) -> None:

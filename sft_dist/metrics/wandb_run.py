@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sft_dist.config.schema import WandbConfig
 from sft_dist.errors import ConfigError
+from sft_dist.metrics.tracker import Lines
 
 # How often W&B's own process is started again in place of one that is gone.
 MAX_RESTARTS = 3
+
+# Until it has written, or sent, everything. A slow line to its server takes longer, but a job that was told to end
+# has seconds.
+OFFLINE_S, ONLINE_S = 20.0, 120.0
+
+# Before it is started again: it names the folder of a start by the second.
+PAUSE_S = 1.1
+
+CORE = "wandb-core"
 
 
 class WandbRun:
@@ -26,33 +39,77 @@ class WandbRun:
 
     Args:
         folder: the run directory.
-        settings: the resolved configuration.
+        settings: the resolved configuration, without secrets.
 
     Raises:
         ConfigError: it does not start.
     """
 
+    name = "W&B"
+
     def __init__(self, config: WandbConfig, folder: Path, settings: dict[str, Any]) -> None:
+        self.patience_s = ONLINE_S if config.mode == "online" else OFFLINE_S
         self._config, self._folder, self._settings = config, folder, settings
-        self._restarts = 0
+        self._restarts, self._is_given_up = 0, False
         self._run = self._start()
 
-    def log(self, metrics: dict[str, Any], *, lines: Callable[[], list[str]]) -> None:
-        """Hands over the metrics of a step.
-
-        Args:
-            lines: all lines of the run so far, those of this step among them; asked for where W&B has to begin again.
-
-        Raises:
-            Exception: of W&B's, which takes nothing more.
-        """
+    def log(self, metrics: Mapping[str, Any], *, lines: Lines) -> None:
         try:
-            self._run.log(metrics, step=int(metrics["step"]))
+            self._run.log(dict(metrics), step=int(metrics["step"]))
         except Exception:
             self._start_again(lines())
 
     def replay(self, lines: list[str]) -> None:
-        """Hands over what earlier starts of the run have measured; raises as ``log``."""
+        try:
+            self._hand_over(lines)
+        except Exception:
+            self._start_again(lines)
+
+    def table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines
+    ) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        self._surely(lambda: self._run.log({name: table}, step=step), lines)
+
+    def conclude(self, results: Mapping[str, Any], artefact: Path, *, lines: Lines) -> None:
+        """The results in the run's summary, and a reference to the artefact, whose files stay where they are."""
+        import wandb
+
+        link = wandb.Artifact(f"{self._folder.resolve().name}-final", type="model", metadata=dict(results))
+        link.add_reference(artefact.resolve().as_uri(), checksum=False)
+        self._surely(lambda: self._run.summary.update(dict(results)), lines)
+        self._surely(lambda: self._run.log_artifact(link), lines)
+
+    def finish(self, *, code: int, is_preempted: bool, lines: Lines) -> None:
+        self._surely(lambda: self._finish(code, is_preempted=is_preempted), lines)
+
+    def give_up(self) -> None:
+        """W&B would wait for its own process when Python ends."""
+        self._is_given_up = True
+        if self._core is not None:
+            with suppress(psutil.Error):
+                self._core.kill()
+        import wandb
+
+        with suppress(Exception):  # that of a process that is gone
+            wandb.teardown()
+
+    def _surely(self, act: Callable[[], Any], lines: Lines) -> None:
+        """Does something; where W&B's process is gone, once more with a new one.
+
+        The first that is sent to a process that has just ended is lost without an error, so it is looked at, too.
+        """
+        try:
+            if self._core is not None and not _lives(self._core):
+                raise ConnectionResetError("its process is gone")
+            act()
+        except Exception:
+            self._start_again(lines())
+            act()
+
+    def _hand_over(self, lines: list[str]) -> None:
         known = self._run.step if self._config.mode == "online" else 0
         for line in lines:
             metrics = json.loads(line)
@@ -60,24 +117,14 @@ class WandbRun:
             if metrics["step"] >= known:
                 self._run.log(metrics | dict.fromkeys(names, math.nan), step=int(metrics["step"]))
 
-    def go_back(self, lines: list[str]) -> None:
-        """The run trains steps again; raises as ``log``.
-
-        Offline it begins anew with the lines that are left. W&B's server takes no step twice: online the steps that are
-        trained again are those of before, until the run is past them.
-        """
+    def go_back(self, completed: int, lines: list[str]) -> None:
+        """Offline it begins anew with the lines that are left. W&B's server takes no step twice: online the steps that
+        are trained again keep their first numbers."""
         if self._config.mode == "offline":
-            self._run.finish()
+            self._surely(lambda: self._run.finish(exit_code=0), lambda: lines)
+            time.sleep(PAUSE_S)
             self._run = self._start()
             self.replay(lines)
-
-    def finish(self, *, code: int, is_preempted: bool, lines: Callable[[], list[str]]) -> None:
-        """Tells W&B how the run ended, and waits until it has written everything; raises as ``log``."""
-        try:
-            self._finish(code, is_preempted=is_preempted)
-        except Exception:
-            self._start_again(lines())
-            self._finish(code, is_preempted=is_preempted)
 
     def _finish(self, code: int, *, is_preempted: bool) -> None:
         if is_preempted:
@@ -100,6 +147,7 @@ class WandbRun:
                 f"logging.wandb.mode={mode}: W&B did not start ({str(e).strip().splitlines()[0]})",
                 fix="run `wandb login`, or set logging.wandb.mode to offline or disabled",
             ) from e
+        self._core = next((child for child in psutil.Process().children() if _is_core(child)), None)
         id_file.parent.mkdir(exist_ok=True)
         id_file.write_text(run.id)
         return run
@@ -107,10 +155,25 @@ class WandbRun:
     def _start_again(self, lines: list[str]) -> None:
         import wandb
 
-        if self._restarts == MAX_RESTARTS:
+        if self._restarts == MAX_RESTARTS or self._is_given_up:
             raise
         self._restarts += 1
         with suppress(Exception):  # that of a process that is gone
             wandb.teardown()
+        time.sleep(PAUSE_S)
         self._run = self._start()
-        self.replay(lines)
+        self._hand_over(lines)
+
+
+def _is_core(process: psutil.Process) -> bool:
+    try:
+        return CORE in process.name() and _lives(process)
+    except psutil.Error:
+        return False
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

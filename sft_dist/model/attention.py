@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from sft_dist.errors import ConfigError
+from sft_dist.model.row_cache import RowCache
 from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.model.virtual_tokens import Prefix
 
@@ -156,6 +157,41 @@ def _varlen(
     return out
 
 
+def next_token_attention(
+    query: Tensor, keys: Tensor, values: Tensor, cache: RowCache, scale: float, sliding_window: int | None
+) -> Tensor:
+    """What the newest token of each row sees: all of its row, or the last tokens of it; without gradients.
+
+    Args:
+        query: [rows, heads, d].
+        keys, values: buffers of ``cache``, the newest tokens in them.
+        sliding_window: tokens that a query sees, itself included; None: all.
+
+    Returns:
+        [rows, heads, d].
+    """
+    longest = max(cache.lens)
+    window = sliding_window if sliding_window is not None and sliding_window < longest else 0
+    if query.device.type == "cuda" and query.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # A causal window is aligned at a row's end, where its only query is.
+        out = varlen_attn(
+            query, keys, values, cache.query_bounds, cache.bounds, 1, longest, scale=scale,
+            window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != keys.shape[1],
+            seqused_k=cache.used,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+    rows = []
+    for q, start, length in zip(query, cache.starts, cache.lens, strict=True):
+        seen = slice(start + max(0, length - window) if window else start, start + length)
+        # The heads that share a key are queries of it: none of them is the other's future.
+        k, v = (t[seen].transpose(0, 1)[None] for t in (keys, values))
+        rows.append(F.scaled_dot_product_attention(q.unflatten(0, (keys.shape[1], -1))[None], k, v, scale=scale))
+    return torch.cat(rows).flatten(1, 2)
+
+
 def packed_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -168,6 +204,7 @@ def packed_attention_forward(
     cu_seqlens: Tensor | None = None,
     sequence_parallel: SequenceParallel | None = None,
     prefix: Prefix | None = None,
+    row_cache: RowCache | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -177,6 +214,7 @@ def packed_attention_forward(
 
     Where ranks share the T tokens, these are the rank's own; the bounds are those of all tokens in any case.
     With a ``prefix`` the bounds are those of the rows with their virtual tokens, of which the T tokens are not.
+    With a ``row_cache`` that a pass over whole rows has filled, the T tokens are one of each row.
     """
     if seq_lens is None or max_seq_len is None or cu_seqlens is None:
         raise ConfigError(
@@ -196,6 +234,11 @@ def packed_attention_forward(
         q, k, v = sequence_parallel.to_heads(q, k, v)
     if prefix is not None:
         q, k, v = prefix.put_before(module.layer_idx, q, k, v, seq_lens)  # type: ignore[arg-type]
+    if row_cache is not None:
+        if not row_cache.is_first_pass:
+            out = next_token_attention(q, *row_cache.append(module, k, v), row_cache, scale, sliding_window)
+            return out.unsqueeze(0), None
+        row_cache.fill(module, k, v)
     if q.device.type != "cuda":
         out, _lse = packed_attention(q, k, v, seq_lens, scale, window)
     elif q.dtype == torch.float32:

@@ -31,6 +31,7 @@ from sft_dist.model.names import covered
 from sft_dist.model.nf4 import NF4Linear
 from sft_dist.model.prequantized import DENSE_FIX, StoredQuantization, stored_quantization
 from sft_dist.model.quantized import QuantizedLinear
+from sft_dist.model.row_cache import RowCache
 from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.model.spec import NO_TOKENS, Dtype, ModelSpec, Tokens
 from sft_dist.model.support import load_model_config
@@ -97,13 +98,14 @@ class SftModel(nn.Module):
         kinds = set(self.causal_lm._no_split_modules or ())
         return {name: module for name, module in self.named_modules() if type(module).__name__ in kinds}
 
-    def forward(self, batch: MicroBatch, *, logits: bool = False) -> Tensor:
+    def forward(self, batch: MicroBatch, *, logits: bool = False, cache: RowCache | None = None) -> Tensor:
         """Sum of the losses of the batch's supervised tokens, an fp32 scalar; divide by their number yourself.
 
         Args:
             logits: return the [N, V] logits at the supervised positions instead.
+            cache: is filled with the rows of the batch; or is filled, and the batch has the next token of each row.
         """
-        hidden = self.hidden_states(batch).index_select(0, batch.supervised_index)
+        hidden = self.hidden_states(batch, cache).index_select(0, batch.supervised_index)
         result: Tensor = self.head(hidden) if logits else self.head(hidden, batch.labels)
         return result
 
@@ -114,22 +116,30 @@ class SftModel(nn.Module):
         assert isinstance(head, LossHead)
         return head
 
-    def hidden_states(self, batch: MicroBatch) -> Tensor:
+    def hidden_states(self, batch: MicroBatch, cache: RowCache | None = None) -> Tensor:
         """[t, h] what the output layer reads, of the batch's own tokens that are here."""
         if self.prompt is None:
-            return self._trunk(batch, input_ids=batch.input_ids, sequence_parallel=self._sequence_parallel(batch))
+            return self._trunk(
+                batch, cache, input_ids=batch.input_ids, sequence_parallel=self._sequence_parallel(batch)
+            )
+        if cache is not None and cache.is_filled:
+            after_virtual = replace(batch, position_ids=batch.position_ids + self.prompt.count)
+            return self._trunk(after_virtual, cache, input_ids=batch.input_ids)
         # Called in here, because sharded strategies gather its weights while this module runs.
         if self.prompt.is_prefix:
             long_rows = LongRows.of(batch, self.prompt.count, with_virtual=False)
-            return self._trunk(long_rows, input_ids=batch.input_ids, prefix=self.prompt.prefix())
+            return self._trunk(long_rows, cache, input_ids=batch.input_ids, prefix=self.prompt.prefix())
         embeddings = self.causal_lm.get_input_embeddings()(batch.input_ids)[0]
         embeddings = put_before(self.prompt(), embeddings, batch.seq_lens)
         long_rows = LongRows.of(batch, self.prompt.count, with_virtual=True)
-        hidden = self._trunk(long_rows, inputs_embeds=embeddings[None])
+        hidden = self._trunk(long_rows, cache, inputs_embeds=embeddings[None])
         return cut_off(hidden, self.prompt.count, long_rows.seq_lens)
 
-    def _trunk(self, rows: MicroBatch | LongRows, **inputs: Any) -> Tensor:
+    def _trunk(self, rows: MicroBatch | LongRows, cache: RowCache | None, **inputs: Any) -> Tensor:
         """[t, h] for as many tokens as ``inputs`` have."""
+        if cache is not None:
+            cache.begin_pass(rows.seq_lens)
+            inputs["row_cache"] = cache
         output = self.causal_lm.base_model(
             position_ids=rows.position_ids,
             use_cache=False,

@@ -13,6 +13,7 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.data.loader import Part, empty_micro_batch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.lora import readers
+from sft_dist.model.row_cache import RowCache
 from sft_dist.model.weights import Weights, fill
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
@@ -61,9 +62,9 @@ class Ddp(NativeStrategy):
         self.ddp.require_backward_grad_sync = is_last_micro_batch
         return self._backward(self.ddp(batch), supervised_in_step)
 
-    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
+    def infer(self, batch: MicroBatch, *, logits: bool, cache: RowCache | None = None) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):
-            result: Tensor = self.model(batch, logits=logits)
+            result: Tensor = self.model(batch, logits=logits, cache=cache)
             return result
 
     @property

@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from sft_dist.config.schema import Fsdp2Sharding
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.row_cache import RowCache
 from sft_dist.model.spec import ParameterSpec
 from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import Run
@@ -94,9 +95,9 @@ class Fsdp2(NativeStrategy):
         # Every micro-batch reduces: gradients that wait for the last one would be whole on every rank.
         return self._backward(self.model(batch), supervised_in_step)
 
-    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
+    def infer(self, batch: MicroBatch, *, logits: bool, cache: RowCache | None = None) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):
-            result: Tensor = self.model(batch, logits=logits)
+            result: Tensor = self.model(batch, logits=logits, cache=cache)
             # What stays gathered for a backward that does not come would be taken for the master weights.
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
+from sft_dist.model.row_cache import RowCache
 from sft_dist.model.weights import Part
 from sft_dist.run import Run
 from sft_dist.sharding.optim import set_completed_steps, set_lr, states_of
@@ -81,13 +82,14 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
+    def infer(self, batch: MicroBatch, *, logits: bool, cache: RowCache | None = None) -> Tensor:
         """The model in eval mode, without gradients; every rank must call it equally often.
 
         A batch that is not split is computed whole by each rank, also where ranks share those of training.
 
         Args:
             logits: return the [N, V] logits at the batch's supervised positions, not their summed loss.
+            cache: as for ``SftModel.forward``; on every rank or on none, and filled on all of them or on none.
         """
 
     def evaluate(self, batch: MicroBatch) -> Tensor:

@@ -19,6 +19,7 @@ from sft_dist.config.schema import AdafactorConfig, AdamWConfig, SgdConfig
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.lora import readers
+from sft_dist.model.row_cache import RowCache
 from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding.optim import (
@@ -152,9 +153,9 @@ class Zero(Strategy):
         result: Tensor = loss_sum.detach()
         return result
 
-    def infer(self, batch: MicroBatch, *, logits: bool) -> Tensor:
+    def infer(self, batch: MicroBatch, *, logits: bool, cache: RowCache | None = None) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):
-            result: Tensor = self.engine(batch, logits=logits)
+            result: Tensor = self.engine(batch, logits=logits, cache=cache)
             return result
 
     def step(self, lr: float, *, only_finite: bool = False) -> StepResult:

@@ -76,7 +76,9 @@ class Books:
         account, outlook = self.account, self.account.outlook
         sessions, waste = account.sessions(ended=True), account.waste()
         actual = measured(self.folder, account, sessions, peak_allocated_bytes=peak_allocated_bytes)
-        self._write(logger, sessions, actual=measures(outlook.expected, actual, waste))
+        came_to = measures(outlook.expected, actual, waste)
+        self._write(logger, sessions, actual=came_to)
+        logger.conclude({"made_with": self.made_with, **planned(outlook), **came_to}, self.folder / "final")
         logger.say(waste_lines(waste, outlook.price))
         logger.say(f"receipt   {'; '.join([str(self.folder / RECEIPT), *_compared(outlook.expected, actual)])}")
         if outlook.price is not None and actual.cost_usd is not None:

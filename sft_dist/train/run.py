@@ -264,7 +264,7 @@ def _logger(run: Run, world: World, config: Config, num_steps: int, completed: i
     folder = Path(run.output_dir)
     settings = config.model_dump(mode="json")
     with writing_into(folder):
-        logger = RunLogger(folder, run.logging.wandb, settings, num_steps=num_steps, completed=completed)
+        logger = RunLogger(folder, run.logging, settings, num_steps=num_steps, completed=completed)
     with logger:
         with writing_into(folder):
             keep_file(folder / "config.yaml", dump_config(config))

@@ -80,8 +80,8 @@ def marked_data(seed: int, batch: Any, steps: tuple[int, ...]) -> tuple[Prepared
 def marked_losses(factor: float) -> Iterator[None]:
     forward = SftModel.forward
 
-    def planted(self: SftModel, batch: MicroBatch, *, logits: bool = False) -> Tensor:
-        result: Tensor = forward(self, batch, logits=logits)
+    def planted(self: SftModel, batch: MicroBatch, *, logits: bool = False, **more: Any) -> Tensor:
+        result: Tensor = forward(self, batch, logits=logits, **more)
         return result if logits else result * torch.where((batch.input_ids == MARKER).any(), factor, 1.0)
 
     with patch.object(SftModel, "forward", planted):

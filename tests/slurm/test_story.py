@@ -201,7 +201,7 @@ def check_the_result(job: Job, alone: Path, wandb_id: str) -> None:
     assert said.count("preempted by SIGUSR1") == said.count("preempted by SIGTERM") == 1
     assert "Traceback" not in said
     assert "[c10d]" not in said
-    assert "W&B stopped" not in said
+    assert "W&B takes nothing more" not in said
 
 
 def check_that_nothing_was_prepared_again(output: Path, cache: Path, job: Job) -> None:

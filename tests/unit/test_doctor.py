@@ -335,7 +335,8 @@ def test_memory_of_the_plan_and_of_limits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_limit_of_slurm_counts() -> None:
     limit = machine.memory_limit_bytes({"SLURM_MEM_PER_NODE": "100"})
     assert limit is not None
-    assert limit[0] <= 100 * 2**20
+    assert limit[0] == 100 * 2**20
+    assert "SLURM" in limit[2]
 
 
 # --- where it runs

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from sft_dist.config.schema import Config, WandbConfig
+from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.metrics.line_file import LineFile
 from sft_dist.metrics.logger import RunLogger, keep_lines
 from sft_dist.train.preflight import preflight
 from sft_dist.train.run_files import keep_file, writing_into
 from tests.helpers.small_disk import SmallDisk, small_disk
-from tests.unit.test_logger import OFF, FakeWandb, line, wandb, written
+from tests.unit.test_logger import OFF, FakeWandb, line, to_wandb, wandb, written
 
 __all__ = ["wandb"]  # a fixture
 
@@ -175,9 +175,9 @@ def test_the_end_of_wandb_ends_no_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(wandb, "finish", fail)
-    with RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=1) as logger:
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=1) as logger:
         logger.training_step(line(1))
-    assert capsys.readouterr().out.count("W&B did not finish ([Errno 28] No space left on device)") == 1
+    assert capsys.readouterr().out.count("W&B takes nothing more ([Errno 28] No space left on device)") == 1
 
 
 def test_a_small_file_is_replaced_whole_or_not_at_all(disk: SmallDisk) -> None:

@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sft_dist.config.schema import WandbConfig
+from sft_dist.config.schema import LoggingConfig, WandbConfig
 from sft_dist.errors import ConfigError, Preempted
+from sft_dist.metrics import wandb_run
 from sft_dist.metrics.logger import RunLogger
+from sft_dist.metrics.tracker import MOST_WAITING, Feed, Lines
 from tests.helpers.offline_wandb import OfflineRun, offline_runs
 
-OFF = WandbConfig(mode="disabled")
+OFF = LoggingConfig(wandb=WandbConfig(mode="disabled"))
+
+
+def to_wandb(mode: Any = "offline") -> LoggingConfig:
+    return LoggingConfig(wandb=WandbConfig(mode=mode))
 
 
 def line(step: int, **more: float) -> dict[str, int | float]:
@@ -54,10 +64,42 @@ class FakeWandb(SimpleNamespace):
         self.finished.append(exit_code)
 
 
+def cores() -> list[psutil.Process]:
+    """W&B's own processes, as soon as there are some."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        found = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("W&B has no process")
+
+
+class FakeTracker:
+    """Does nothing."""
+
+    name, patience_s = "Fake", 1.0
+
+    def log(self, metrics: Mapping[str, Any], *, lines: Lines) -> None: ...
+
+    def replay(self, lines: list[str]) -> None: ...
+
+    def table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines
+    ) -> None: ...
+
+    def conclude(self, results: Mapping[str, Any], artefact: Path, *, lines: Lines) -> None: ...
+
+    def finish(self, *, code: int, is_preempted: bool, lines: Lines) -> None: ...
+
+    def give_up(self) -> None: ...
+
+
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(wandb_run, "PAUSE_S", 0.0)
     return fake
 
 
@@ -78,13 +120,13 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
 def test_a_failure_of_wandb_is_said_once_and_stops_nothing(
     tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=4) as logger:
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=4) as logger:
         for step in (1, 2, 3, 4):
             logger.training_step(line(step))
     assert [entry["step"] for entry in written(tmp_path)] == [1, 2, 3, 4]
     assert wandb.logged == [(1, 1.5)] * 2, "started again once, with all lines, and broken again"
     assert wandb.ids == [(None, None), ("first", None)]
-    assert capsys.readouterr().out.count("W&B stopped taking metrics (disk full)") == 1
+    assert capsys.readouterr().out.count("W&B takes nothing more (disk full)") == 1
 
 
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (KeyboardInterrupt, 1), (ValueError, 1)])
@@ -92,7 +134,7 @@ def test_wandb_is_told_how_the_run_ended(
     tmp_path: Path, wandb: FakeWandb, error: type[BaseException] | None, code: int
 ) -> None:
     def run() -> None:
-        with RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=1) as logger:
+        with RunLogger(tmp_path, to_wandb(), {}, num_steps=1) as logger:
             logger.training_step(line(1))
             if error is not None:
                 raise error
@@ -109,7 +151,7 @@ def test_wandb_is_told_how_the_run_ended(
 def test_wandb_is_told_that_the_run_was_preempted(tmp_path: Path, wandb: FakeWandb) -> None:
     with (
         pytest.raises(Preempted),
-        RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=1),
+        RunLogger(tmp_path, to_wandb(), {}, num_steps=1),
     ):
         raise Preempted("preempted", fix="go on")
     assert (wandb.is_preempting, wandb.finished) == (True, [1])
@@ -123,7 +165,7 @@ def test_wandb_that_does_not_start_is_a_mistake_in_the_config(
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError) as caught:
-        RunLogger(tmp_path, WandbConfig(mode="online"), {}, num_steps=1)
+        RunLogger(tmp_path, to_wandb("online"), {}, num_steps=1)
     assert caught.value.what == "logging.wandb.mode=online: W&B did not start (no API key)"
     assert "offline" in caught.value.fix
     assert not list(tmp_path.iterdir()), "the folder is not taken"
@@ -134,7 +176,7 @@ def test_a_resumed_run_is_the_same_run_for_wandb(
     tmp_path: Path, wandb: FakeWandb, mode: Any, resume: str | None
 ) -> None:
     for completed in (0, 3, 0):  # the last: one that was killed before it had saved
-        with RunLogger(tmp_path, WandbConfig(mode=mode), {}, num_steps=4, completed=completed):
+        with RunLogger(tmp_path, to_wandb(mode), {}, num_steps=4, completed=completed):
             pass
     assert wandb.ids == [(None, None), ("first", resume), ("first", resume)]
 
@@ -145,7 +187,7 @@ def test_wandb_gets_the_lines_of_earlier_starts_that_it_lacks(
 ) -> None:
     wandb.step = 4  # what a server knows: the first step that it lacks
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in (1, 3, 4, 9)))
-    with RunLogger(tmp_path, WandbConfig(mode=mode), {}, num_steps=9, completed=4) as logger:
+    with RunLogger(tmp_path, to_wandb(mode), {}, num_steps=9, completed=4) as logger:
         logger.training_step(line(5))
     assert [step for step, _ in wandb.logged] == logged
 
@@ -153,26 +195,105 @@ def test_wandb_gets_the_lines_of_earlier_starts_that_it_lacks(
 def test_a_process_of_wandb_that_is_gone_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
     """As a scheduler's SIGTERM to all processes of a job ends it, in mid-run and again before the end."""
 
-    def end_wandb() -> None:
-        ended = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
-        assert ended
+    def end_wandb(logger: RunLogger) -> None:
+        done = threading.Event()
+        logger._track(lambda _: done.set())
+        assert done.wait(30), "what came before is with W&B"
+        ended = cores()
         for child in ended:
             child.terminate()
         psutil.wait_procs(ended, timeout=10)
 
     def preempted() -> None:
-        with RunLogger(tmp_path, WandbConfig(mode="offline"), {}, num_steps=9, completed=1) as logger:
+        with RunLogger(tmp_path, to_wandb(), {}, num_steps=9, completed=1) as logger:
             logger.training_step(line(2, loss=math.nan))
-            end_wandb()
+            end_wandb(logger)
             logger.training_step(line(3))
-            end_wandb()
+            end_wandb(logger)
             raise Preempted("preempted", fix="go on")
 
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
     with pytest.raises(Preempted):
         preempted()
-    *_, last = offline_runs(tmp_path)
+    until = time.monotonic() + 20  # W&B writes on when it has answered that it is finished
+    while (last := offline_runs(tmp_path)[-1]).exit_code is None and time.monotonic() < until:
+        time.sleep(0.05)
     assert last == OfflineRun((tmp_path / "wandb/run_id").read_text(), [1, 2, 3], exit_code=1)
+
+
+def test_a_tracker_that_hangs_holds_up_neither_a_step_nor_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the process of W&B stands still."""
+    monkeypatch.setattr(wandb_run, "OFFLINE_S", 1.0)
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=2) as logger:
+        logger.training_step(line(1))
+        [core] = cores()
+        core.suspend()
+        began = time.monotonic()
+        for _ in range(2_000):
+            logger.training_step(line(2))
+        assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
+    assert "W&B takes nothing more (it has not ended within 1 s)" in capsys.readouterr().out
+    assert len(written(tmp_path)) == 2_001
+    psutil.wait_procs([core], timeout=10)
+    assert not core.is_running(), "Python would wait for it when it ends"
+
+
+def test_of_a_tracker_that_does_not_answer_no_more_waits_than_memory_allows() -> None:
+    stands, done = threading.Event(), threading.Event()
+
+    class Stuck(FakeTracker):
+        def log(self, metrics: Mapping[str, Any], *, lines: Lines) -> None:
+            stands.set()
+            done.wait(30)
+
+    feed = Feed(Stuck())
+    for _ in range(MOST_WAITING + 2):
+        feed.put(lambda tracker: tracker.log({}, lines=list))
+        stands.wait(10)
+    assert feed.news() == "it does not answer, and 10,000 lines wait for it"
+    assert feed.news() is None, "told once"
+    done.set()
+
+
+def test_trackers_get_tables_and_results_and_no_secret(tmp_path: Path) -> None:
+    settings = {"cluster": {"environment": {"HF_TOKEN": "hf_" + "a" * 30}}, "output_dir": "runs/x"}
+    logging = to_wandb().model_copy(update={"tensorboard": True})
+    (tmp_path / "final").mkdir()
+    with RunLogger(tmp_path, logging, settings, num_steps=2) as logger:
+        logger.training_step(line(1, loss=math.nan))
+        logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.6})
+        logger.table("samples", ["prompt", "answer"], [["日本の首都は?", "東京 | です\n。"]], step=1)
+        logger.conclude({"loss": 0.5}, tmp_path / "final")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hf_aaaaaaaa" in path.read_bytes()]
+    [offline] = tmp_path.glob("wandb/offline-run-*")
+    assert list(offline.glob("files/media/table/samples_*.table.json"))
+    [events] = (tmp_path / "tensorboard").iterdir()
+    seen = EventAccumulator(str(events)).Reload()
+    assert set(seen.Tags()["scalars"]) >= {"train/loss", "train/lr", "eval/loss", "eval/perplexity"}
+    assert [(event.step, event.value) for event in seen.Scalars("eval/loss")] == [(1, 0.5)]
+    assert math.isnan(seen.Scalars("train/loss")[0].value)
+    assert "東京 \\| です<br>。" in seen.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    on = OFF.model_copy(update={"tensorboard": True})
+    for completed, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        with RunLogger(tmp_path, on, {}, num_steps=4, completed=completed) as logger:
+            for step in steps:
+                logger.training_step(line(step, loss=10.0 * completed + step))
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in seen] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
+
+
+def test_tensorboard_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"logging\.tensorboard: TensorBoard cannot be imported") as caught:
+        RunLogger(tmp_path, OFF.model_copy(update={"tensorboard": True}), {}, num_steps=1)
+    assert "pip install 'sft-dist[tensorboard]'" in caught.value.fix
 
 
 @pytest.mark.parametrize(("completed", "kept"), [(0, []), (1, [0, 1, 1]), (2, [0, 1, 1, 2]), (9, [0, 1, 1, 2, 3])])
@@ -193,7 +314,9 @@ def test_a_run_that_goes_back_trains_the_steps_again(
     tmp_path: Path, wandb: FakeWandb, mode: Any, logged: list[int]
 ) -> None:
     """In one process: the lines of what is lost are gone, those of the start and of what stays are there."""
-    with RunLogger(tmp_path, WandbConfig(mode=mode), {}, num_steps=4) as logger:
+    logged_now: list[int] = []
+    wandb.log = lambda metrics, step: logged_now.append(step)
+    with RunLogger(tmp_path, to_wandb(mode), {}, num_steps=4) as logger:
         logger.evaluation({"step": 0, "eval_loss": 3.0, "eval_perplexity": 20.0})
         for step in (1, 2, 3):
             logger.training_step(line(step, loss=math.nan if step == 3 else 1.0))
@@ -206,7 +329,7 @@ def test_a_run_that_goes_back_trains_the_steps_again(
     assert written(tmp_path)[2] == {
         "step": 1, "event": "rolled_back", "of_step": 3, "of_loss": None, "ranks": [1], "non_finite": ["of_loss"]
     }  # fmt: skip
-    assert [step for step, _ in wandb.logged] == logged
+    assert logged_now == logged
 
 
 def test_a_run_that_goes_back_to_its_start_keeps_what_was_before_it(tmp_path: Path) -> None:

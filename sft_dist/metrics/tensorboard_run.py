@@ -1,0 +1,95 @@
+"""TensorBoard's files of a run, in ``tensorboard/`` of its directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sft_dist.errors import ConfigError
+from sft_dist.metrics.tracker import Lines
+
+FOLDER = "tensorboard"
+
+
+class TensorboardRun:
+    """Takes metrics as scalars: those of training below ``train/``, those of evaluations below ``eval/``.
+
+    Each start writes a file of its own, which takes back what an earlier one wrote of steps that are trained again.
+
+    Args:
+        folder: the run directory.
+        completed: steps behind a resumed run.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+
+    name = "TensorBoard"
+    patience_s = 20.0
+
+    def __init__(self, folder: Path, *, completed: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                f"logging.tensorboard: TensorBoard cannot be imported ({error})",
+                fix="pip install 'sft-dist[tensorboard]', or set logging.tensorboard to false",
+            ) from error
+        purge_step = completed + 1 if completed else None
+        self._new_writer = partial(SummaryWriter, str(folder / FOLDER))
+        self._writer = self._new_writer(purge_step=purge_step)  # type: ignore[no-untyped-call]
+
+    def log(self, metrics: Mapping[str, Any], *, lines: Lines) -> None:
+        for name, value in metrics.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(_tag(name), value, int(metrics["step"]))  # type: ignore[no-untyped-call]
+
+    def replay(self, lines: list[str]) -> None:
+        """Earlier starts have written their own; where the folder was deleted meanwhile they are written again."""
+        others = [file for file in Path(self._writer.log_dir).glob("events.*") if file.stat().st_size > _EMPTY_BYTES]
+        if others:
+            return
+        for line in lines:
+            metrics = json.loads(line)
+            names = metrics.pop("non_finite", [])
+            self.log(metrics | dict.fromkeys(names, math.nan), lines=lambda: lines)
+
+    def go_back(self, completed: int, lines: list[str]) -> None:
+        """A new file takes back what was written of later steps."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer = self._new_writer(purge_step=completed + 1)  # type: ignore[no-untyped-call]
+
+    def table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines
+    ) -> None:
+        """As Markdown, which is what TensorBoard shows texts as."""
+        table = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in table)
+        self._writer.add_text(name, text, step)  # type: ignore[no-untyped-call]
+
+    def conclude(self, results: Mapping[str, Any], artefact: Path, *, lines: Lines) -> None:
+        about = {**results, "artefact": str(artefact)}
+        text = "\n".join(f"- {name}: {value}" for name, value in about.items())
+        self._writer.add_text("results", text)  # type: ignore[no-untyped-call]
+
+    def finish(self, *, code: int, is_preempted: bool, lines: Lines) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+    def give_up(self) -> None:
+        """Its thread ends with this process."""
+
+
+# A file that has nothing but its own version in it.
+_EMPTY_BYTES = 100
+
+
+def _tag(name: str) -> str:
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", "<br>")
