@@ -162,6 +162,7 @@ class Zero(Strategy):
         set_lr(self.optimizer, lr)
         # Every stage looks at the norm before it updates, in fp32 and bf16 too, and drops a step without a finite one.
         self.engine.step()
+        self._forget_what_was_dropped()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64)
         return StepResult(norm, is_applied=self.engine.was_step_applied())
 
@@ -172,6 +173,14 @@ class Zero(Strategy):
         with told_norm(self.optimizer, infinite):
             self.engine.step()
         assert not self.engine.was_step_applied()
+        self._forget_what_was_dropped()
+
+    def _forget_what_was_dropped(self) -> None:
+        """Of a step that DeepSpeed has dropped, stages 1 and 2 keep the gradients in bf16 where the optimizer is
+        offloaded, and would add those of the next step to them."""
+        if not self.engine.was_step_applied() and self.stage < 3 and hasattr(self.optimizer, "averaged_gradients"):
+            for group in self.optimizer.averaged_gradients:
+                self.optimizer.averaged_gradients[group] = None
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
         for name, parameter in self.model.named_parameters():

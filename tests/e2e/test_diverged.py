@@ -54,7 +54,7 @@ def write_config(base: Path, folder: Path, strategy: str, **sections: Any) -> Pa
 
 
 @pytest.mark.parametrize(
-    "strategy", ["zero3", *(pytest.param(name, marks=pytest.mark.ci) for name in ("ddp", "fsdp2", "zero1"))]
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.ci) for name in ("fsdp2", "zero1", "zero3"))]
 )
 def test_one_rank_meets_nan_and_all_end(poisoned_base: Path, tmp_path: Path, strategy: str) -> None:
     config, log, output = write_config(poisoned_base, tmp_path, strategy), tmp_path / "run.log", tmp_path / "run"
@@ -85,14 +85,15 @@ def test_one_rank_meets_nan_and_all_end(poisoned_base: Path, tmp_path: Path, str
     (row,) = guilty["rows"]
     assert row["origin"] == f"{tmp_path}/rows.jsonl:{LINE}"
     assert row["supervised_text"] == [f"= {2 * LINE}~<|im_end|>"]
-    assert row["supervised"] == [[len(row["input_ids"]) - len(f"= {2 * LINE}~") - 1, len(row["input_ids"])]]
+    end = len(row["input_ids"]) - 1  # the line break behind a turn is not trained
+    assert row["supervised"] == [[end - len(f"= {2 * LINE}~<"), end]]
     assert about["largest_loss"] | {"loss": "nan", "loss_sum": "nan"} == about["largest_loss"]
     assert about["largest_loss"]["sequences"] == [guilty["sequence"]]
     finite = [each["loss"] for each in about["micro_batches"] if each["sequences"] != [guilty["sequence"]]]
     assert len(finite) == BATCH - 1
     assert all(isinstance(loss, float) for loss in finite)
     if strategy in ("ddp", "fsdp2"):
-        assert about["non_finite_gradients"][0].startswith("hf.model.layers.0.")
+        assert ".layers.0." in about["non_finite_gradients"][0]
     # What was saved before is good.
     newest = complete_checkpoints(output / "checkpoints")[-1]
     manifest = Manifest.read(newest)
