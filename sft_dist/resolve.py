@@ -72,6 +72,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         optim=config.optim,
         activation_checkpointing=config.activation_checkpointing,
         data=config.data,
+        spikes=config.spikes,
         eval=config.eval,
         early_stopping=config.early_stopping,
         checkpoint=config.checkpoint.model_copy(

@@ -19,6 +19,7 @@ from sft_dist.config.schema import (
     LoggingConfig,
     OptimConfig,
 )
+from sft_dist.config.spikes_schema import SpikesConfig
 from sft_dist.data.batch import BatchPlan
 from sft_dist.model.spec import Dtype, ModelSpec
 from sft_dist.runtime.world import WorldShape
@@ -54,10 +55,10 @@ class Precision:
 class Run:
     """One run on one world.
 
-    ``data``, ``eval``, ``early_stopping``, ``logging``, ``optim`` and ``activation_checkpointing`` are the user's own
-    sections: nothing in them is left to derive. In ``checkpoint``, ``final`` and ``keep_best`` are what they come to.
-    ``sharding`` likewise names one strategy and its options; ``deepspeed`` holds the knobs of a ZeRO strategy,
-    whichever file they come from.
+    ``data``, ``spikes``, ``eval``, ``early_stopping``, ``logging``, ``optim`` and ``activation_checkpointing`` are the
+    user's own sections: nothing in them is left to derive. In ``checkpoint``, ``final`` and ``keep_best`` are
+    what they come to. ``sharding`` likewise names one strategy and its options; ``deepspeed`` holds the knobs of a ZeRO
+    strategy, whichever file they come from.
     """
 
     model: ModelSpec
@@ -69,6 +70,7 @@ class Run:
     optim: OptimConfig
     activation_checkpointing: ActivationCheckpointingConfig
     data: DataConfig
+    spikes: SpikesConfig
     eval: EvalConfig
     early_stopping: EarlyStoppingConfig | None
     checkpoint: CheckpointConfig

@@ -108,7 +108,7 @@ class Position(_Record):
     """Where a run is.
 
     Args:
-        completed_steps: optimizer steps behind the state.
+        completed_steps: steps behind the state, those among them that were skipped.
         next_sequences: numbers of the sequences that the next step trains, empty at the end of the run.
         next_lr: of the next step; None at the end.
         next_rng: digest of what rank 0's generators draw in the next step.
@@ -116,6 +116,10 @@ class Position(_Record):
         eval_loss: of this very state, where it was evaluated.
         evaluation: what else that evaluation measured, by its key in ``metrics.jsonl``; finite values.
         waiting: None in a run without early stopping.
+        skipped_steps: 1-based numbers of steps whose update is not in the state; those behind ``completed_steps`` are
+            left out when they come.
+        roll_backs: how often the run has gone back to a checkpoint.
+        recent_losses: of the last steps, by which a spike is told.
     """
 
     completed_steps: int
@@ -126,11 +130,19 @@ class Position(_Record):
     eval_loss: float | None = None
     evaluation: dict[str, float] = {}
     waiting: Waiting | None = None
+    skipped_steps: tuple[int, ...] = ()
+    roll_backs: int = 0
+    recent_losses: tuple[float, ...] = ()
 
     def value_of(self, metric: str) -> float | None:
         """Of this very state; None where it was not evaluated, or the value is not finite."""
         value = self.eval_loss if metric == EVAL_LOSS else self.evaluation.get(metric)
         return value if value is not None and math.isfinite(value) else None
+
+    @property
+    def updates(self) -> int:
+        """Updates that are in the state; an optimizer counts them."""
+        return self.completed_steps - sum(step <= self.completed_steps for step in self.skipped_steps)
 
 
 class Manifest(_Record):

@@ -37,7 +37,7 @@ def restore(checkpoint: Path, strategy: Strategy, *, group: dist.ProcessGroup) -
         manifest = reader.manifest
         _refuse(checkpoint, _other_tensors(state, manifest), group)
         _refuse(checkpoint, _read(reader, state), group)
-    strategy.restored(completed_steps=manifest.completed_steps)
+    strategy.restored(completed_steps=manifest.position.updates)
     return manifest
 
 

@@ -18,6 +18,7 @@ from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.eval_schema import EvalConfig
 from sft_dist.config.hardware_schema import HardwareConfig
 from sft_dist.config.section import Section
+from sft_dist.config.spikes_schema import SpikesConfig
 from sft_dist.config.watchdog_schema import WatchdogConfig
 
 
@@ -429,6 +430,7 @@ class Config(Section):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     optim: OptimConfig = AdamWConfig()
     train: TrainConfig
+    spikes: SpikesConfig = SpikesConfig()
     eval: EvalConfig = EvalConfig()
     early_stopping: EarlyStoppingConfig | None = Field(
         None, description="End the run when its evaluations no longer improve; null: train all steps."

@@ -81,22 +81,26 @@ def micro_batches(
     Args:
         seed: of the step, in training; None: nothing is drawn.
     """
-    group, number_in_group = divmod(rank, batch.sequence_parallel)
-    part = Part(number_in_group, batch.sequence_parallel)
-    own = sequences[group :: batch.world_size]
-    passes = batch.micro_batches(len(sequences))
-    for number in range(passes):
-        chosen = own[number * batch.micro_batch_size : (number + 1) * batch.micro_batch_size]
+    part = Part(rank % batch.sequence_parallel, batch.sequence_parallel)
+    passes = passes_of(batch, sequences, rank)
+    for number, chosen in enumerate(passes):
         rows = [row for sequence in chosen for row in data.packs[sequence]]
         full = collate(data, rows, part) if rows else empty_micro_batch(part)
         if seed is not None:
             full = replace(full, row_seeds=tuple(_seed(seed, row) for row in rows))
-        yield full, number == passes - 1
+        yield full, number == len(passes) - 1
 
 
 def _seed(*numbers: int) -> int:
     """A seed of 63 bits; neighbours share nothing."""
     return xxhash.xxh3_64_intdigest(" ".join(map(str, numbers)).encode()) >> 1
+
+
+def passes_of(batch: BatchPlan, sequences: NDArray[np.int64], rank: int) -> list[NDArray[np.int64]]:
+    """Which of the sequences of a step this rank runs, by forward pass."""
+    own = sequences[rank // batch.sequence_parallel :: batch.world_size]
+    size = batch.micro_batch_size
+    return [own[number * size : (number + 1) * size] for number in range(batch.micro_batches(len(sequences)))]
 
 
 @dataclass(frozen=True)

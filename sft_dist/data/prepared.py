@@ -58,6 +58,7 @@ class PreparedData:
         digest: of everything that is trained.
         special: how often each special token stands in the stores, by id.
         sources: name of each store.
+        folder: that it was opened from; None: it is in memory alone.
     """
 
     stores: tuple[Tokens, ...]
@@ -66,6 +67,7 @@ class PreparedData:
     digest: str
     special: dict[int, int]
     sources: tuple[str, ...]
+    folder: Path | None = None
 
     @classmethod
     def of(cls, rows: Sequence[tuple[ArrayLike, ArrayLike]], packs: Packs | None = None) -> PreparedData:
@@ -136,6 +138,19 @@ def open_stores(folder: Path) -> list[TokenStore]:
     return [TokenStore.open(folder / place) for place in meta["stores"]]
 
 
+def origins(data: PreparedData, rows: Iterable[int]) -> dict[int, str]:
+    """File and line, or row of it, that each of ``rows`` comes from."""
+    if data.folder is None:
+        return {row: f"row {row}" for row in rows}
+    stores = open_stores(data.folder)
+    starts = [store.starts for store in stores]
+    found = {}
+    for row in rows:
+        store, start, _, _ = data.rows[row].item()
+        found[row] = stores[store].origin(int(np.searchsorted(starts[store], start, side="right")) - 1)
+    return found
+
+
 def open_prepared(folder: Path) -> PreparedData:
     """Maps a folder that ``prepare`` made. Raises ``FileNotFoundError``."""
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -153,4 +168,5 @@ def open_prepared(folder: Path) -> PreparedData:
         digest=meta["digest"],
         special=special,
         sources=tuple(meta["sources"]),
+        folder=folder,
     )

@@ -169,14 +169,32 @@ class RunLogger:
             self.say("  " + ", ".join(f"{name} {value:,.4g}" for name, value in others.items()))
         self._on_news()
 
-    def event(self, metrics: Metrics, text: str) -> None:
-        """Something that happened to the run: a line of metrics, and one for people, which is no markup."""
-        self._write(metrics)
-        self.say(f"[yellow]{escape(text)}")
+    def event(self, line: dict[str, Any], text: str) -> None:
+        """Something that happened to the run: a line with ``step``, ``event`` and what belongs to it, and one for
+        people, which is no markup; empty: none."""
+        self._write(line)
+        if text:
+            self.say(f"[yellow]{escape(text)}")
 
-    def _write(self, metrics: Metrics) -> None:
+    def go_back(self, completed: int) -> None:
+        """Removes the lines of steps behind the first ``completed``: they are trained again.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with self._writing:
+            waiting = [line for line in self._lines.waiting if _step_of(line.encode() + b"\n") <= completed]
+            self._lines.waiting.clear()
+            self._lines.close()
+            keep_lines(self._lines.path, completed=completed, began=True)
+            self._lines = LineFile(self._lines.path)
+            self._lines.waiting.extend(waiting)
+        left = self._all_lines()
+        self._track(lambda tracker: tracker.go_back(completed, left))
+
+    def _write(self, metrics: dict[str, Any]) -> None:
         # JSON has no NaN: the value becomes null, and its name is listed so that nobody takes it for missing.
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         broken = [k for k, v in finite.items() if v is None]
         had_problem = self._lines.problem is not None
         with self._writing:
@@ -230,8 +248,11 @@ def _trackers(folder: Path, logging: LoggingConfig, settings: dict[str, Any], *,
     return trackers
 
 
-def keep_lines(path: Path, *, completed: int) -> None:
+def keep_lines(path: Path, *, completed: int, began: bool = False) -> None:
     """Leaves of a ``metrics.jsonl`` what belongs to the first ``completed`` steps, and no line that was cut short.
+
+    Args:
+        began: what comes before the first step belongs to them; without it a run of no steps begins anew.
 
     Raises:
         OSError: it cannot be written.
@@ -240,7 +261,7 @@ def keep_lines(path: Path, *, completed: int) -> None:
         return
     before = path.read_bytes()
     lines = before.splitlines(keepends=True)
-    kept = b"".join(line for line in lines if completed and 0 <= _step_of(line) <= completed)
+    kept = b"".join(line for line in lines if (completed or began) and 0 <= _step_of(line) <= completed)
     if before.startswith(kept):
         os.truncate(path, len(kept))  # needs no room, also on a full disk
         return

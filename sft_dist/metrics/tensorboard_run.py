@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class TensorboardRun:
                 fix="pip install 'sft-dist[tensorboard]', or set logging.tensorboard to false",
             ) from error
         purge_step = completed + 1 if completed else None
-        self._writer = SummaryWriter(str(folder / FOLDER), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        self._new_writer = partial(SummaryWriter, str(folder / FOLDER))
+        self._writer = self._new_writer(purge_step=purge_step)  # type: ignore[no-untyped-call]
 
     def log(self, metrics: Mapping[str, Any], *, lines: Lines) -> None:
         for name, value in metrics.items():
@@ -55,6 +57,11 @@ class TensorboardRun:
             metrics = json.loads(line)
             names = metrics.pop("non_finite", [])
             self.log(metrics | dict.fromkeys(names, math.nan), lines=lambda: lines)
+
+    def go_back(self, completed: int, lines: list[str]) -> None:
+        """A new file takes back what was written of later steps."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer = self._new_writer(purge_step=completed + 1)  # type: ignore[no-untyped-call]
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines

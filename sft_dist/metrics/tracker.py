@@ -42,6 +42,14 @@ class Tracker(Protocol):
     def replay(self, lines: list[str]) -> None:
         """What earlier starts of the run have measured."""
 
+    def go_back(self, completed: int, lines: list[str]) -> None:
+        """The run is at an earlier step again, and trains those behind it once more.
+
+        Args:
+            completed: steps that stay.
+            lines: of them.
+        """
+
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines
     ) -> None:

@@ -117,6 +117,15 @@ class WandbRun:
             if metrics["step"] >= known:
                 self._run.log(metrics | dict.fromkeys(names, math.nan), step=int(metrics["step"]))
 
+    def go_back(self, completed: int, lines: list[str]) -> None:
+        """Offline it begins anew with the lines that are left. W&B's server takes no step twice: online the steps that
+        are trained again keep their first numbers."""
+        if self._config.mode == "offline":
+            self._surely(lambda: self._run.finish(exit_code=0), lambda: lines)
+            time.sleep(PAUSE_S)
+            self._run = self._start()
+            self.replay(lines)
+
     def _finish(self, code: int, *, is_preempted: bool) -> None:
         if is_preempted:
             self._run.mark_preempting()

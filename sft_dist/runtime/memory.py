@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import sys
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,14 @@ def least_memory_bytes(world: World, device: torch.device, store: dist.Store) ->
     """
     store.set(f"memory of {world.rank}", str(memory_bytes(world, device)))
     return min(int(store.get(f"memory of {rank}")) for rank in range(world.size))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: allocated on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def most_allocated_bytes(device: torch.device) -> int | None:

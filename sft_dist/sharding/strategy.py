@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +26,33 @@ from sft_dist.sharding.state import StateShard, shard_of
 
 
 @dataclass(frozen=True)
+class ParameterNorms:
+    """L2 norms of this rank's part of the gradients of parameters, on their device.
+
+    Args:
+        norms: [names].
+    """
+
+    names: tuple[str, ...]
+    norms: Tensor
+
+    def non_finite(self) -> list[str]:
+        """Names of those that are not; reads the device."""
+        return [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if not math.isfinite(norm)]
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """Args:
-    grad_norm: L2 norm of the gradient of the whole model before clipping, a scalar that may still be on the device.
+    """
+    Args:
+        grad_norm: L2 norm of the gradient of the whole model before clipping, a scalar that may still be on the device.
+        is_applied: whether parameters and optimizer have taken the step.
+        by_parameter: of the gradients before clipping; None where a strategy cannot tell.
     """
 
     grad_norm: Tensor
+    is_applied: bool = True
+    by_parameter: ParameterNorms | None = None
 
 
 class Strategy(ABC):
@@ -75,8 +97,17 @@ class Strategy(ABC):
         return self.infer(batch, logits=False)
 
     @abstractmethod
-    def step(self, lr: float) -> StepResult:
-        """Clips, updates the parameters with learning rate ``lr`` and clears the gradients."""
+    def step(self, lr: float, *, only_finite: bool = False) -> StepResult:
+        """Clips, updates the parameters with learning rate ``lr`` and clears the gradients.
+
+        Args:
+            only_finite: not if the gradient's norm is not finite; the host waits for it. ZeRO never does, with or
+                without.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Clears the gradients instead of ``step``: parameters and optimizer are as if there had been no pass."""
 
     @abstractmethod
     def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
@@ -147,9 +178,14 @@ class NativeStrategy(Strategy):
         (loss_sum * (self.world_size / supervised_in_step)).backward()
         return loss_sum.detach()
 
-    def step(self, lr: float) -> StepResult:
-        gradients = [local(p.grad) for p in self.trainable() if p.grad is not None]
-        norm = self._global_norm(gradients)
+    def step(self, lr: float, *, only_finite: bool = False) -> StepResult:
+        named = [(name, local(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
+        names, gradients = tuple(name for name, _ in named), [gradient for _, gradient in named]
+        norms = norms_of(gradients)
+        norm, by_parameter = self._global_norm(norms), ParameterNorms(names, norms)
+        if only_finite and not math.isfinite(float(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return StepResult(norm, is_applied=False, by_parameter=by_parameter)
         if self.max_grad_norm is not None:
             # The coefficient stays on the device: reading it would make the host wait.
             coefficient = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
@@ -157,15 +193,17 @@ class NativeStrategy(Strategy):
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm=norm)
+        return StepResult(norm, by_parameter=by_parameter)
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The L2 norm with fp64 accumulation: torch's fp32 norm on the CPU is off by 2e-3 at 33M elements."""
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-        squares = torch.stack(norms).square().sum()
+    def _global_norm(self, norms: Tensor) -> Tensor:
+        """The norm of all gradients, from the ``norms`` [parameters] of this rank's parts."""
+        squares = norms.square().sum()
         if self.shard_group is not None:
             dist.all_reduce(squares, group=self.shard_group)
         return squares.sqrt()
@@ -200,6 +238,11 @@ class NativeStrategy(Strategy):
             if parameter.requires_grad or not trainable_only:
                 full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 yield name, full.detach()
+
+
+def norms_of(gradients: list[Tensor]) -> Tensor:
+    """[gradients] L2 norms with fp64 accumulation: torch's fp32 norm on the CPU is off by 2e-3 at 33M elements."""
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
 
 
 def store_master(model: SftModel, run: Run) -> None:

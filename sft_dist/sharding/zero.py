@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -158,10 +158,29 @@ class Zero(Strategy):
             result: Tensor = self.engine(batch, logits=logits, cache=cache)
             return result
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, *, only_finite: bool = False) -> StepResult:
         set_lr(self.optimizer, lr)
+        # Every stage looks at the norm before it updates, in fp32 and bf16 too, and drops a step without a finite one.
         self.engine.step()
-        return StepResult(grad_norm=torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64))
+        self._forget_what_was_dropped()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64)
+        return StepResult(norm, is_applied=self.engine.was_step_applied())
+
+    def discard(self) -> None:
+        # Each stage keeps gradients in buffers of its own. All of them are cleared when the norm is not finite, so the
+        # stage is told such a one.
+        infinite = torch.tensor(math.inf, device=self.device)
+        with told_norm(self.optimizer, infinite):
+            self.engine.step()
+        assert not self.engine.was_step_applied()
+        self._forget_what_was_dropped()
+
+    def _forget_what_was_dropped(self) -> None:
+        """Of a step that DeepSpeed has dropped, stages 1 and 2 keep the gradients in bf16 where the optimizer is
+        offloaded, and would add those of the next step to them."""
+        if not self.engine.was_step_applied() and self.stage < 3 and hasattr(self.optimizer, "averaged_gradients"):
+            for group in self.optimizer.averaged_gradients:
+                self.optimizer.averaged_gradients[group] = None
 
     def local_parameters(self) -> Iterator[tuple[str, Tensor, bool]]:
         for name, parameter in self.model.named_parameters():
@@ -292,6 +311,22 @@ def _partition(partitioning: Any, meta: nn.Parameter) -> Iterator[Part]:
     yield Part(parameter, whole.view(-1)[start : start + size], start)
     partitioning._convert_to_deepspeed_param(parameter)
     parameter.partition()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def told_norm(optimizer: Any, norm: Tensor) -> Iterator[None]:
+    """Lets an optimizer of DeepSpeed find ``norm`` where it asks for that of the gradients."""
+    answers: dict[str, Callable[..., Any]] = {
+        "scaled_global_norm": lambda *_, **__: norm,  # stages 1 and 2
+        "get_grads_for_norm": lambda *_, **__: ([norm], {}),  # BF16_Optimizer
+        "_get_norm_groups": lambda *_, **__: [norm],  # stage 3
+    }
+    name = next(name for name in answers if hasattr(optimizer, name))
+    setattr(optimizer, name, answers[name])
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
 
 
 def gather_for_readers(model: nn.Module) -> None:

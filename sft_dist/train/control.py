@@ -98,9 +98,11 @@ class Control:
             return
         warning = None if self._watch is None else self._watch.evaluated(step, metrics[EVAL_LOSS])
         if self._watch is not None and warning is not None:
-            self._logger.event({"step": step, WARNED: 1, "best_eval_step": self._watch.best.step}, warning)
+            line = {"step": step, "event": WARNED, WARNED: 1, "best_eval_step": self._watch.best.step}
+            self._logger.event(line, warning)
         if self._stopping is not None and self._stopping.has_fired:
-            self._logger.event({"step": step, **self._stopping.metrics()}, self._stopping.told(step))
+            line = {"step": step, "event": "early_stopping", **self._stopping.metrics()}
+            self._logger.event(line, self._stopping.told(step))
 
     def saved(self) -> None:
         """The state as it is is on its way into a checkpoint."""

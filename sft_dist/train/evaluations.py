@@ -92,6 +92,12 @@ class EvaluationFiles:
         for note in () if findings is None else findings.notes:
             self._logger.say(f"  {escape(note)}")
 
+    def go_back(self, completed: int) -> None:
+        """Removes what was sampled behind the first ``completed`` steps: they are trained again."""
+        if (self._folder / SAMPLES).exists():
+            keep_lines(self._folder / SAMPLES, completed=completed, began=True)
+        self._table = [row for row in self._table if int(row[0] or 0) <= completed]
+
     def _write_samples(self, samples: tuple[Reply, ...], step: int) -> None:
         if not samples:
             return

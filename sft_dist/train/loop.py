@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import resource
 import signal
-import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.markup import escape
@@ -16,10 +14,11 @@ from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.manifest import Position
 from sft_dist.checkpoint.store import name_of
 from sft_dist.data.loader import Step, TrainingOrder
-from sft_dist.errors import Preempted, TrainingDiverged
+from sft_dist.errors import Preempted
 from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
+from sft_dist.runtime.memory import peak_memory_gib
 from sft_dist.runtime.seeding import seed_step
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World
@@ -31,6 +30,7 @@ from sft_dist.train.account import Account, TrainedStep
 from sft_dist.train.agreement import Agreement
 from sft_dist.train.control import Control
 from sft_dist.train.evaluations import EvaluationFiles, Evaluations
+from sft_dist.train.guard import GoBack, Guard
 from sft_dist.train.position import position_after
 from sft_dist.train.step import StepOutcome, train_step
 from sft_dist.train.stragglers import Forwards, Mark, RankTimes, Stragglers, seconds
@@ -62,6 +62,7 @@ class Training:
         signals: that this process notes.
         heartbeat: gets what it is doing.
         position: of the checkpoint that the run goes on from; None where it begins.
+        guard: judges every step.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Training:
         checkpointer: Checkpointer,
         signals: Signals,
         heartbeat: Heartbeat,
+        guard: Guard,
         *,
         num_steps: int,
         position: Position | None,
@@ -86,7 +88,7 @@ class Training:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
         self.order, self.evaluations, self.files, self.checkpointer = order, evaluations, files, checkpointer
         self.logger, self.account, self.signals, self.heartbeat = logger, account, signals, heartbeat
-        self.agreement = Agreement()
+        self.guard, self.agreement = guard, Agreement()
         self.num_steps, self.completed = num_steps, 0 if position is None else position.completed_steps
         self.control = Control(run, logger, checkpointer.best(), position)
         self._stragglers, self._forwards = Stragglers(world.rank, self.agreement), Forwards(strategy.model, device)
@@ -95,6 +97,7 @@ class Training:
         self._trained = 0  # by this process
         self._saved_at = time.monotonic()
         self._unread: _Finished | None = None
+        self._is_checked = False  # a step has moved parameters and left nothing gathered
 
     def train(self) -> None:
         """Trains to the last step.
@@ -123,11 +126,35 @@ class Training:
     def _all_steps(self) -> None:
         if self.run.eval.before_training and self.completed == 0:
             self._evaluate()
-        if not self._is_over:
+        if not self._is_over and self.guard.needs_start(self.completed):
+            self._save()
+        while not self._is_over or self._unread is not None:
+            try:
+                self._step()
+            except GoBack as back:
+                self._go_back(back)
+
+    def _step(self) -> None:
+        """The next step, or after the last one its numbers."""
+        if self._is_over:
+            self._read()
+            return
+        if self.guard.spikes.leaves_out(self.completed + 1):
+            self._read()
+            self.guard.left_out(self.completed + 1)
+        elif self._is_checked:
+            self._train_step()
+        else:
             self._first_step()
-        while not self._is_over:
-            self._step()
-        self._read()
+        self._after_step()
+
+    def _go_back(self, back: GoBack) -> None:
+        position = self.guard.go_back(back)
+        self._unread, self.completed = None, position.completed_steps
+        self.control = Control(self.run, self.logger, self.checkpointer.best(), position)
+        if self.files is not None:
+            self.files.go_back(self.completed)
+        self.heartbeat.at(self.completed, self.num_steps)
 
     @property
     def _is_over(self) -> bool:
@@ -140,14 +167,13 @@ class Training:
         must_move = self.completed == 0 or lr >= LARGE_SHARE * self.run.optim.lr
         check = MovementCheck(self.strategy) if must_move else None
         self._train_step()
+        self._read()
+        if self.guard.spikes.leaves_out(self.completed + 1):  # its update was not made
+            return
         if check is not None:
             check.verify(self.world.rank)
         verify_sharding(self.strategy, self.spec)
-        self._after_step()
-
-    def _step(self) -> None:
-        self._train_step()
-        self._after_step()
+        self._is_checked = True
 
     def _after_step(self) -> None:
         self.completed += 1
@@ -221,7 +247,8 @@ class Training:
     def _position(self) -> Position:
         position = position_after(self.run, self.order, self.completed, num_steps=self.num_steps)
         trained_s = 0.0 if self.account is None else self.account.trained_s
-        return position.model_copy(update={"trained_s": trained_s, **self.control.of_position()})
+        measured = {"trained_s": trained_s, **self.control.of_position()}
+        return position.model_copy(update=measured | self.guard.spikes.remembered())
 
     def _finish_saving(self) -> None:
         """Waits for what is being written, and says how it went, also when it went wrong."""
@@ -250,15 +277,19 @@ class Training:
         seed_step(self.run.seed, number, self.world.rank)
         step = self.order.step(number)
         lr = learning_rate(self.run.optim, number, self.num_steps)
+        admits = partial(self.guard.spikes.admits, number + 1) if self.guard.spikes.waits else None
         outcome = train_step(
-            self.strategy, self.order.data, self.run.batch, step, rank=self.world.rank, device=self.device, lr=lr
-        )
+            self.strategy, self.order.data, self.run.batch, step,
+            rank=self.world.rank, device=self.device, lr=lr, admits=admits,
+        )  # fmt: skip
         # Reading the numbers of this step would wait for it; those of the one before have arrived by now. Waiting for
         # them is part of the time of this step: the host runs one step ahead, so the average over steps is right.
-        is_steady = self._unread is not None or self.device.type == "cpu"
+        is_steady = self._unread is not None or admits is not None or self.device.type == "cpu"
         self._read()
         forwards = self._forwards.take()
         self._unread = _Finished(number, step, outcome, forwards, lr, time.perf_counter() - started, is_steady)
+        if admits is not None:
+            self._read()  # what was waited for; the next step is judged by it
 
     def _read(self) -> None:
         """Reads and reports the step whose numbers were left on the device."""
@@ -271,6 +302,8 @@ class Training:
         self._stragglers.add(
             data_wait_s=done.outcome.data_wait_s, forward_s=seconds(done.forwards), step_s=done.elapsed_s
         )
+        known_norm = grad_norm if done.outcome.is_admitted else None
+        trouble = self.guard.spikes.trouble(done.number + 1, loss, known_norm)
         if self.logger is not None and self.account is not None:
             metrics = self._metrics(done, loss, grad_norm)
             of_account, bill = self.account.trained(
@@ -283,13 +316,12 @@ class Training:
                     is_steady=done.is_steady,
                 )
             )
-            self.logger.training_step(metrics | of_account, bill=bill)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingDiverged(
-                f"step {done.number + 1}: loss {loss}, gradient norm {grad_norm}",
-                fix="lower optim.lr or set optim.max_grad_norm; the sequences of the step were "
-                + ", ".join(str(s) for s in done.step.sequences[:8].tolist()),
-            )
+            if trouble is None or trouble.remedy != "skip":
+                self.logger.training_step(metrics | of_account, bill=bill)
+        if trouble is not None:
+            self.guard.react(trouble, done.step, done.lr, done.outcome)
+        if done.outcome.is_applied:
+            self.guard.spikes.trained(loss)
 
     def _metrics(self, done: _Finished, loss: float, grad_norm: float) -> Metrics:
         tokens_per_s = done.step.num_tokens / done.elapsed_s
@@ -320,11 +352,3 @@ class Training:
         if self.files is not None:
             self.files.write(result)
         self.control.evaluated(step, result.metrics)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: allocated on its GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.errors import PlanError, SftError
 from sft_dist.plan.units import gib
+from sft_dist.runtime.memory import peak_memory_gib
 from sft_dist.runtime.process_group import from_main, gathered
 from sft_dist.train.hardest import hardest_steps
-from sft_dist.train.loop import peak_memory_gib
 from sft_dist.train.rehearsal_items import Items, Stage, Trained
 from sft_dist.train.rehearsal_report import Item, Measured, Report, Saving, due
 from sft_dist.train.rehearsed import FOLDER, note_rehearsed

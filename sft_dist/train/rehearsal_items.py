@@ -52,7 +52,7 @@ class Stage:
         checkpointer: of the run.
         outlook: on rank 0; None elsewhere.
         write_final: exports and proves an artefact; every rank calls it.
-        completed: steps behind the state.
+        position: of the state.
     """
 
     run: Run
@@ -66,7 +66,12 @@ class Stage:
     outlook: Outlook | None
     write_final: Callable[[Path], None]
     num_steps: int
-    completed: int
+    position: Position
+
+    @property
+    def completed(self) -> int:
+        """Steps behind the state."""
+        return self.position.completed_steps
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Items:
 
     def save_start(self) -> tuple[Path, dict[str, str], str]:
         """The checkpoint, digests of what is in it, and what is said."""
-        self.checkpointer.save(self.strategy, Position(completed_steps=self.stage.completed))
+        self.checkpointer.save(self.strategy, self.stage.position)
         before = state_digests(self.strategy)
         outcome = self._ended()
         size = folder_bytes(outcome.checkpoint)
@@ -214,7 +219,10 @@ class Items:
         """Saves as the run will, while its next step is trained."""
         expected = state_digests(self.strategy)
         started = time.perf_counter()
-        self.checkpointer.save(self.strategy, Position(completed_steps=self.stage.completed + self.trained))
+        self.checkpointer.save(
+            self.strategy,
+            self.stage.position.model_copy(update={"completed_steps": self.stage.completed + self.trained}),
+        )
         blocked_s = time.perf_counter() - started
         beside = self._train(self.stage.order.step(self.stage.completed))
         outcome = self._ended()

@@ -92,7 +92,11 @@ def recorded_steps(folder: Path) -> dict[int, tuple[float, float]]:
         lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / METRICS} cannot be read: {error}", fix="give the folder of a run") from error
-    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
+    return {
+        line["step"]: (line["loss"], line["grad_norm"])
+        for line in lines
+        if line.get("loss") is not None and line["grad_norm"] is not None
+    }
 
 
 def with_steps_behind(checkpoints: list[Path], records: dict[int, tuple[float, float]]) -> list[Path]:

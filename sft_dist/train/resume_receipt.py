@@ -23,6 +23,11 @@ def resume_receipt(checkpoint: Path, manifest: Manifest, run: Run, now: Position
         f"resumed   {checkpoint}: {completed:,} steps and {duration(then.trained_s)} are behind it; "
         f"its shards of {_place(manifest.strategy, manifest.world_size)} go to {_place(run.strategy, run.world.size)}"
     ]
+    if then.skipped_steps:
+        shown = ", ".join(f"{step:,}" for step in then.skipped_steps[-MAX_SHOWN_SEQUENCES:])
+        lines.append(
+            f"without   {len(then.skipped_steps):,} steps that were left out (spikes), the last of them {shown}"
+        )
     if now.next_lr is None:
         return [*lines, f"next      nothing: all {num_steps:,} steps are trained"]
     shown = ", ".join(map(str, now.next_sequences[:MAX_SHOWN_SEQUENCES]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ from sft_dist.train.early_stopping import has_fired
 from sft_dist.train.evaluations import EvaluationFiles, Evaluations
 from sft_dist.train.final_state import take_final_state
 from sft_dist.train.from_mirror import replace_damaged
+from sft_dist.train.guard import Guard
 from sft_dist.train.loading import loading
 from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
@@ -191,10 +193,11 @@ def train(
         settings=dump_config(config),
     )
     manifest = None if start is None else checkpointer.load(start, strategy)
+    position = Position(completed_steps=0) if manifest is None else manifest.position
     if rehearsing != "no" and completed < num_steps and not was_rehearsed():
         stage = Stage(
             run, world, process.device, strategy, spec, order, inputs.eval_data, checkpointer, outlook,
-            lambda folder: write_artefact(folder, run, config, process, inputs, strategy), num_steps, completed,
+            lambda folder: write_artefact(folder, run, config, process, inputs, strategy), num_steps, position,
         )  # fmt: skip
         with heartbeat.phase("rehearsing"):
             rehearsed_s = rehearse(stage)
@@ -216,10 +219,14 @@ def train(
             on_news()
         evaluations = _evaluations(run, config, process, inputs, logger)
         files = None if logger is None else EvaluationFiles(Path(run.output_dir), logger, completed=completed)
+        guard = Guard(
+            run, order, strategy, checkpointer, logger,
+            partial(inputs.renderer.tokenizer.decode, skip_special_tokens=False), position,
+        )  # fmt: skip
         training = Training(
             run, world, process.device, strategy, spec, order, evaluations, logger, files,
-            None if books is None else books.account, checkpointer, signals, heartbeat,
-            num_steps=num_steps, position=None if manifest is None else manifest.position,
+            None if books is None else books.account, checkpointer, signals, heartbeat, guard,
+            num_steps=num_steps, position=position,
         )  # fmt: skip
         try:
             with heartbeat.phase("training"), signals.while_training():

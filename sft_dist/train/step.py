@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from sft_dist.data.batch import BatchPlan
 from sft_dist.data.loader import Step, micro_batches
 from sft_dist.data.prepared import PreparedData
 from sft_dist.runtime import progress
-from sft_dist.sharding.strategy import Strategy
+from sft_dist.sharding.strategy import ParameterNorms, StepResult, Strategy
 
 T = TypeVar("T")
 
@@ -44,13 +44,21 @@ class StepOutcome:
 
     Args:
         loss: mean over the step's supervised tokens, over all ranks.
-        grad_norm: of that mean's gradient, before clipping.
+        grad_norm: of that mean's gradient, before clipping; NaN where the loss was not admitted.
         data_wait_s: seconds this rank waited for its micro-batches.
+        is_admitted: whether the loss was; else the gradients were cleared unseen.
+        is_applied: whether the update was made.
+        loss_sums: of each of this rank's micro-batches.
+        by_parameter: see ``StepResult``.
     """
 
     loss: Tensor
     grad_norm: Tensor
     data_wait_s: float
+    is_admitted: bool = True
+    is_applied: bool = True
+    loss_sums: tuple[Tensor, ...] = ()
+    by_parameter: ParameterNorms | None = None
 
 
 @dataclass(frozen=True)
@@ -94,17 +102,36 @@ def train_step(
     rank: int,
     device: torch.device,
     lr: float,
+    admits: Callable[[float], bool] | None = None,
 ) -> StepOutcome:
-    """Forward and backward over this rank's share of the step, then the update. No value is read from the device."""
+    """Forward and backward over this rank's share of the step, then the update. No value is read from the device.
+
+    Args:
+        admits: asked with the step's loss whether to make the update, and must answer alike on every rank; then the
+            host waits for the loss and for the norm, without a finite one of which there is no update either.
+    """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sums = []
     batches = Timed(micro_batches(data, plan, step.sequences, rank, step.seed))
     for batch, is_last in batches:
-        loss_sum += strategy.forward_backward(
-            batch.to(device), supervised_in_step=step.supervised_tokens, is_last_micro_batch=is_last
+        loss_sums.append(
+            strategy.forward_backward(
+                batch.to(device), supervised_in_step=step.supervised_tokens, is_last_micro_batch=is_last
+            )
         )
-    result = strategy.step(lr)
+        loss_sum += loss_sums[-1]
     dist.all_reduce(loss_sum)
-    return StepOutcome(loss=loss_sum / step.supervised_tokens, grad_norm=result.grad_norm, data_wait_s=batches.waited_s)
+    loss = loss_sum / step.supervised_tokens
+    is_admitted = admits is None or admits(float(loss))
+    if is_admitted:
+        result = strategy.step(lr, only_finite=admits is not None)
+    else:
+        strategy.discard()
+        result = StepResult(torch.tensor(math.nan), is_applied=False)
+    return StepOutcome(
+        loss=loss, grad_norm=result.grad_norm, data_wait_s=batches.waited_s, is_admitted=is_admitted,
+        is_applied=result.is_applied, loss_sums=tuple(loss_sums), by_parameter=result.by_parameter,
+    )  # fmt: skip
 
 
 def evaluate(

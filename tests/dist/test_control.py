@@ -138,7 +138,7 @@ def test_an_overfitting_run_stops_and_ends_as_its_best_state(
     assert last == best + 2 * 3
     (fired,) = lines(run, "early_stopping/fired")
     assert fired == {
-        "step": last, "early_stopping/fired": 1, "early_stopping/evaluations": 3,
+        "step": last, "event": "early_stopping", "early_stopping/fired": 1, "early_stopping/evaluations": 3,
         "early_stopping/best": losses[best], "early_stopping/best_step": best,
     }  # fmt: skip
     assert loss_of_final(run) == pytest.approx(losses[best], rel=1e-5)

@@ -150,7 +150,9 @@ def test_a_run_checks_itself_on_every_rank(
 
 def message_of_divergence(cfg_yaml: str) -> str:
     """What a run says whose only step has a finite loss and an infinite gradient."""
-    outcome = StepOutcome(loss=torch.tensor(1.5), grad_norm=torch.tensor(torch.inf), data_wait_s=0.0)
+    outcome = StepOutcome(
+        loss=torch.tensor(1.5), grad_norm=torch.tensor(torch.inf), data_wait_s=0.0, loss_sums=(torch.tensor(1.5),) * 2
+    )
     steps = patch.object(loop, "train_step", lambda *_, **__: outcome)
     with steps, patch.object(loop.MovementCheck, "verify"), pytest.raises(TrainingDiverged) as caught:
         train(cfg_yaml)
@@ -161,8 +163,13 @@ def message_of_divergence(cfg_yaml: str) -> str:
 def test_an_infinite_gradient_is_a_divergence(world: Worlds, tiny_base: Path, tmp_path: Path, method: str) -> None:
     """Also in the last step, after which no loss would show it."""
     cfg = config(tiny_base, tmp_path / "run", method, "ddp", train={"max_steps": 1})
-    assert set(world(2).run(message_of_divergence, cells.dump(cfg))) == {"step 1: loss 1.5, gradient norm inf"}
-    assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["non_finite"] == ["grad_norm"]
+    assert set(world(2).run(message_of_divergence, cells.dump(cfg))) == {
+        "step 1: loss 1.5, gradient norm inf, every loss is finite, the gradient is not; "
+        f"its batch is in {tmp_path}/run/diverged/step-00000001/"
+    }
+    step, event = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert step["non_finite"] == ["grad_norm"]
+    assert (event["event"], event["step"], event["non_finite"]) == ("non_finite", 1, ["of_grad_norm"])
     assert not (tmp_path / "run/final").exists()
     assert not (tmp_path / "run/checkpoints").exists(), "a state that diverged is not worth keeping"
 

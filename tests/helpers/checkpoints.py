@@ -31,11 +31,12 @@ def edit_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], object]) 
 
 
 def numbers_of(output: Path) -> list[dict[str, float]]:
-    """Of each step in a run's metrics.jsonl what its resumed twin must have, too; a dying process may leave half a line."""
+    """Of each step that a run's metrics.jsonl has what its resumed twin must have, too; a dying process may leave half a
+    line."""
     if not (output / "metrics.jsonl").exists():
         return []
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    return [{key: line[key] for key in ("step", "loss", "grad_norm", "lr")} for line in lines]
+    return [{key: line[key] for key in ("step", "loss", "grad_norm", "lr")} for line in lines if "event" not in line]
 
 
 def final_bytes(output: Path) -> dict[str, bytes]:

@@ -198,7 +198,7 @@ def test_wrong_override(error: Callable[..., tuple[str, str]], override: str, wh
             "3: 4",
             "run.yaml: 3 is not a key",
             "remove it; the keys here are model, method, data, sharding, precision, activation_checkpointing, optim, "
-            "train, eval, early_stopping, checkpoint, logging, watchdog, hardware, cluster, output_dir",
+            "train, spikes, eval, early_stopping, checkpoint, logging, watchdog, hardware, cluster, output_dir",
         ),
     ],
 )

@@ -307,3 +307,34 @@ def test_a_resumed_run_goes_on_after_the_lines_of_its_checkpoint(
     with RunLogger(tmp_path, OFF, {}, num_steps=10, completed=completed) as logger:
         logger.training_step(line(completed + 1))
     assert [entry["step"] for entry in written(tmp_path)] == [*kept, completed + 1]
+
+
+@pytest.mark.parametrize(("mode", "logged"), [("offline", [0, 1, 2, 3, 0, 1, 1, 2]), ("online", [0, 1, 2, 3, 1, 2])])
+def test_a_run_that_goes_back_trains_the_steps_again(
+    tmp_path: Path, wandb: FakeWandb, mode: Any, logged: list[int]
+) -> None:
+    """In one process: the lines of what is lost are gone, those of the start and of what stays are there."""
+    logged_now: list[int] = []
+    wandb.log = lambda metrics, step: logged_now.append(step)
+    with RunLogger(tmp_path, to_wandb(mode), {}, num_steps=4) as logger:
+        logger.evaluation({"step": 0, "eval_loss": 3.0, "eval_perplexity": 20.0})
+        for step in (1, 2, 3):
+            logger.training_step(line(step, loss=math.nan if step == 3 else 1.0))
+        logger.go_back(1)
+        logger.event({"step": 1, "event": "rolled_back", "of_step": 3, "of_loss": math.nan, "ranks": [1]})
+        logger.training_step(line(2))
+    assert [(entry["step"], entry.get("event")) for entry in written(tmp_path)] == [
+        (0, None), (1, None), (1, "rolled_back"), (2, None)
+    ]  # fmt: skip
+    assert written(tmp_path)[2] == {
+        "step": 1, "event": "rolled_back", "of_step": 3, "of_loss": None, "ranks": [1], "non_finite": ["of_loss"]
+    }  # fmt: skip
+    assert logged_now == logged
+
+
+def test_a_run_that_goes_back_to_its_start_keeps_what_was_before_it(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=4) as logger:
+        logger.evaluation({"step": 0, "eval_loss": 3.0, "eval_perplexity": 20.0})
+        logger.training_step(line(1))
+        logger.go_back(0)
+    assert [entry["step"] for entry in written(tmp_path)] == [0]

@@ -21,7 +21,7 @@ from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import ShardingMismatch
 from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
 from sft_dist.sharding.shard_optimizer import local
-from sft_dist.sharding.strategy import NativeStrategy
+from sft_dist.sharding.strategy import NativeStrategy, norms_of
 from sft_dist.sharding.verify import MovementCheck
 from sft_dist.train.step import evaluate, train_step
 from tests.helpers.cells import CPU, config, start, synthetic_data
@@ -160,7 +160,9 @@ def test_the_norm_of_many_elements_is_exact(tiny_base: Path) -> None:
     _, strategy = started(tiny_base, "ddp")
     gradient = torch.randn(2**23, generator=torch.Generator().manual_seed(0))
     exact = float(gradient.double().square().sum().sqrt())
-    assert float(strategy._global_norm([gradient[: 2**22], gradient[2**22 :]])) == pytest.approx(exact, rel=1e-9)
+    assert float(strategy._global_norm(norms_of([gradient[: 2**22], gradient[2**22 :]]))) == pytest.approx(
+        exact, rel=1e-9
+    )
 
 
 def test_an_optimizer_that_moves_nothing_is_noticed(tiny_base: Path) -> None:
