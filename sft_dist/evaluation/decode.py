@@ -21,6 +21,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.evaluation.continuation import Cached, Continuation, Recomputed
 from sft_dist.evaluation.room import depends_on_neighbours, num_positions
 from sft_dist.model.build import SftModel
+from sft_dist.runtime import progress
 from sft_dist.sharding.strategy import Strategy
 
 T = TypeVar("T")
@@ -149,6 +150,7 @@ def _answer(
         said = torch.tensor([len(going_on), sum(row.has_ended and row.limit > 0 for row in rows)], device=device)
         dist.all_reduce(said)
         num_going_on, num_ended = said.tolist()
+        progress.tick()
         yield num_ended
         if not num_going_on:
             return

@@ -20,6 +20,7 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.data.loader import empty_micro_batch, micro_batch_of
 from sft_dist.errors import ConfigError
 from sft_dist.evaluation.room import depends_on_neighbours, num_positions
+from sft_dist.runtime import progress
 from sft_dist.sharding.strategy import Strategy
 
 Row = NDArray[np.int32] | NDArray[np.int64]
@@ -99,6 +100,7 @@ def windowed_loss(
     # and 0 on the others, so that adding them up rounds nothing.
     sums = torch.zeros(len(of_row), dtype=torch.float64, device=device)
     for start in range(0, len(of_row), world_size):
+        progress.tick()
         number = start + rank
         if number >= len(of_row):
             strategy.evaluate(empty_micro_batch().to(device))

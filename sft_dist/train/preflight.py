@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.deepspeed import load_knobs
 from sft_dist.config.schema import Config, LoraMethod, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.data.jinja_template import JinjaTemplate
@@ -68,8 +69,24 @@ def check_inputs(config: Config) -> None:
             + ("has no adapter_config.json" if Path(adapter).is_dir() else "is no folder here"),
             fix="give the folder of an adapter in PEFT's format, e.g. the final/ of an earlier run",
         )
-    for source in (*config.data.train, *config.data.eval):
+    texts = config.eval.long_texts
+    long_texts = [] if texts is None else [SourceConfig(path=path, format="text") for path in texts.paths]
+    for source in (*config.data.train, *config.data.eval, *long_texts):
         check_source(source)
+    for key, file in _files_of_evaluations(config):
+        if not Path(file).is_file():
+            raise ConfigError(f"{key}: {file} is no file here", fix="correct the path, from where the run is started")
+
+
+def _files_of_evaluations(config: Config) -> Iterator[tuple[str, str]]:
+    """Keys and files that the first evaluation will read."""
+    scores, samples = config.eval.scores, config.eval.samples
+    if scores is not None and scores.json_schema is not None:
+        yield "eval.scores.json_schema", scores.json_schema
+    if scores is not None and scores.custom is not None:
+        yield "eval.scores.custom", scores.custom.rpartition(":")[0]
+    if samples is not None and samples.file is not None:
+        yield "eval.samples.file", samples.file
 
 
 def is_first_to_look() -> bool:

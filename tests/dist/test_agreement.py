@@ -16,9 +16,7 @@ World = Callable[[int], WorldPool]
 def agree(said: list[list[tuple[int, bool, bool]]]) -> list[Agreed]:
     """Agreements, one after the other; ``said`` is by agreement, then by rank."""
     agreement, rank = Agreement(), dist.get_rank()
-    return [
-        agreement.reached(signal=of[rank][0], save_is_due=of[rank][1], save_failed=of[rank][2]) for of in said
-    ]
+    return [agreement.reached(signal=of[rank][0], save_is_due=of[rank][1], save_failed=of[rank][2]) for of in said]
 
 
 def test_what_one_rank_knows_all_do(world: World) -> None:

@@ -16,6 +16,7 @@ H100 = find_gpu("h100")
 
 SMALL = Effort(shapes=((64, 64, 64), (96, 128, 64)), copy_bytes=2**20, ring_bytes=2**18, repeats=3)
 
+
 def rates_of_this_process() -> MeasuredRates:
     return measure(H100, cells.CPU, num_gpus=dist.get_world_size(), effort=SMALL)
 

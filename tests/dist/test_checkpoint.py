@@ -84,7 +84,9 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def started(cfg_yaml: str, folder: str, steps: int, *, asynchronous: bool = False) -> tuple[Any, Checkpointer, TrainingOrder]:
+def started(
+    cfg_yaml: str, folder: str, steps: int, *, asynchronous: bool = False
+) -> tuple[Any, Checkpointer, TrainingOrder]:
     """A strategy after some steps, and the checkpointer of its run."""
     cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
     run, strategy = cells.start(cfg)
@@ -93,8 +95,11 @@ def started(cfg_yaml: str, folder: str, steps: int, *, asynchronous: bool = Fals
     for number in range(steps):
         train_step(strategy, data, run.batch, order.step(number), rank=dist.get_rank(), device=cells.CPU, lr=3e-3)
     checkpointer = Checkpointer(
-        Path(folder), rules=CheckpointConfig(keep_last=2, asynchronous=asynchronous), identity=identity_of(run, data),
-        strategy_name=run.strategy, settings=cfg_yaml,
+        Path(folder),
+        rules=CheckpointConfig(keep_last=2, asynchronous=asynchronous),
+        identity=identity_of(run, data),
+        strategy_name=run.strategy,
+        settings=cfg_yaml,
     )
     return strategy, checkpointer, order
 
@@ -257,9 +262,7 @@ def test_a_full_disk_is_told_on_every_rank_and_costs_no_checkpoint(
     world: Worlds, tiny_base: Path, tmp_path: Path, moment: str, asynchronous: bool
 ) -> None:
     text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
-    for goes_on, what, fix, next_one in world(2).run(
-        save_on_a_full_disk, text, str(tmp_path), moment, asynchronous, 2
-    ):
+    for goes_on, what, fix, next_one in world(2).run(save_on_a_full_disk, text, str(tmp_path), moment, asynchronous, 2):
         assert (goes_on, next_one) == (True, True)
         assert what == f"cannot write {tmp_path / 'step-00000003'}: No space left on device"
         assert fix == "make room on the disk, or see who may write there; then go on with --resume auto"
@@ -287,7 +290,9 @@ def test_one_that_cannot_be_deleted_is_no_failure_of_the_next(world: Worlds, tin
     text = cells.dump(cells.config(str(tiny_base), "lora", "fsdp2"))
     for first, second in world(2).run(save_beside_one_that_stays, text, str(tmp_path)):
         assert first.error is not None
-        assert first.error.startswith(f"{tmp_path / 'step-00000003'} is saved, but an older checkpoint cannot be deleted: ")
+        assert first.error.startswith(
+            f"{tmp_path / 'step-00000003'} is saved, but an older checkpoint cannot be deleted: "
+        )
         assert (first.is_fatal, second.error) == (False, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
@@ -375,7 +380,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "bytes instead of",
     ),
     "a missing shard": (lambda folder: shard(folder, 1).unlink(), "is missing"),
-    "a shard too many": (lambda folder: shutil.copy(shard(folder, 1), folder / shard_file.file_name(2, 3)), "does not belong to it"),
+    "a shard too many": (
+        lambda folder: shutil.copy(shard(folder, 1), folder / shard_file.file_name(2, 3)),
+        "does not belong to it",
+    ),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "is no checkpoint: it has no manifest.json"),
     "half a manifest": (
         lambda folder: (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:400]),

@@ -53,7 +53,10 @@ def train(cfg_yaml: str, start: str | None = None) -> None:
     world = World(rank, rank, WorldShape(1, dist.get_world_size()))
     run = resolve(cfg, world.shape)
     inputs = ready.Inputs(
-        cells.synthetic_data(rows=10, seed=5, packing=False), held_out(), load_renderer(run.model.path, None, None), None
+        cells.synthetic_data(rows=10, seed=5, packing=False),
+        held_out(),
+        load_renderer(run.model.path, None, None),
+        None,
     )
     seen = look_ahead(cfg, run, cells.CPU, inputs.train_data, inputs.eval_data) if world.is_main else None
     with Signals(is_main=world.is_main) as signals:
@@ -177,9 +180,7 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(world: Worlds, tin
     assert loss_of_final(tmp_path / "b") == pytest.approx(lines(tmp_path / "b", "eval_loss")[-1]["eval_loss"], rel=1e-5)
 
 
-def test_a_run_that_stopped_stays_so_until_it_may_wait_longer(
-    world: Worlds, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_stopped_stays_so_until_it_may_wait_longer(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     world(1).run(train, config(tiny_base, run, "full", "ddp", early_stopping={"patience": 1}))
     (fired,) = lines(run, "early_stopping/fired")
@@ -222,5 +223,5 @@ def test_overfitting_is_told_once(world: Worlds, tiny_base: Path, tmp_path: Path
     losses = {line["step"]: line["eval_loss"] for line in lines(run, "eval_loss")}
     (told,) = lines(run, "overfitting")
     best = min((step for step in losses if step <= told["step"]), key=lambda step: losses[step])
-    assert told == {"step": told["step"], "overfitting": 1, "best_eval_step": best}
+    assert told == {"step": told["step"], "event": "overfitting", "overfitting": 1, "best_eval_step": best}
     assert losses[told["step"]] > losses[told["step"] - 2] > losses[told["step"] - 4]

@@ -89,7 +89,11 @@ def test_what_was_learned_by_heart_is_answered_and_scored(
     before, _, after = evaluations(run)
     assert (before["step"], after["step"]) == (0, 60)
     assert before["eval_scores/exact_match"] == 0
-    assert (after["eval_scores/exact_match"], after["eval_scores/chrf"], after["eval_scores/rougeL"]) == (1.0, pytest.approx(100.0), 1.0)
+    assert (after["eval_scores/exact_match"], after["eval_scores/chrf"], after["eval_scores/rougeL"]) == (
+        1.0,
+        pytest.approx(100.0),
+        1.0,
+    )
     samples = lines(run / "samples.jsonl")
     assert [(line["step"], line["sample"]) for line in samples] == [(s, n) for s in (0, 30, 60) for n in (0, 1)]
     assert samples[-2] == {

@@ -103,9 +103,7 @@ LORA: dict[str, tuple[dict[str, Any], str]] = {
 QUICK = ("ddp pissa", "zero3 qlora", "fsdp2 tokens")
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(cell, marks=() if cell in QUICK else pytest.mark.ci) for cell in LORA]
-)
+@pytest.mark.parametrize("cell", [pytest.param(cell, marks=() if cell in QUICK else pytest.mark.ci) for cell in LORA])
 def test_an_adapter_is_exported_and_merged(run_of: Callable[..., Path], tmp_path: Path, cell: str) -> None:
     method, strategy = LORA[cell]
     run = run_of(method, strategy)

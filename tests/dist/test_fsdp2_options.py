@@ -60,7 +60,10 @@ def test_the_same_losses_as_one_process(
 ) -> None:
     """Clipped, accumulated over two micro-batches a rank, with evaluations in between."""
     cfg = fsdp2(tiny_base, method, sharding, **sections)
-    trained, reference = world(2).run(cells.train, cells.dump(cfg), None, 2), alone(world, tiny_base, method, **sections)
+    trained, reference = (
+        world(2).run(cells.train, cells.dump(cfg), None, 2),
+        alone(world, tiny_base, method, **sections),
+    )
     assert max(reference.grad_norms) > 0.5, "clipping must be active in this test"
     assert_equal_runs(trained, reference)
     np.testing.assert_allclose(trained[0].eval_losses, reference.eval_losses, rtol=1e-5)
@@ -136,9 +139,7 @@ def test_what_did_not_happen_is_found(world: World, tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize("sharding", [OFFLOADED, REPLICATED])
-def test_resumed_equals_uninterrupted(
-    world: World, tiny_base: Path, tmp_path: Path, sharding: dict[str, Any]
-) -> None:
+def test_resumed_equals_uninterrupted(world: World, tiny_base: Path, tmp_path: Path, sharding: dict[str, Any]) -> None:
     """Bit for bit; and the checkpoint of replicas is whole and holds everything once."""
     whole = world(2).run(run_part, whole_run(tiny_base, tmp_path / "a", "full", "fsdp2", sharding=sharding), None)[0]
     text = whole_run(tiny_base, tmp_path / "b", "full", "fsdp2", sharding=sharding)
@@ -164,14 +165,10 @@ def goes_on(world: World, base: Path, tmp_path: Path, chain: list[tuple[dict[str
     assert max(sizes) - min(sizes) < 0.1 * min(sizes)
 
 
-def test_replicas_plain_shards_and_offload_go_on_with_each_other(
-    world: World, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_replicas_plain_shards_and_offload_go_on_with_each_other(world: World, tiny_base: Path, tmp_path: Path) -> None:
     goes_on(world, tiny_base, tmp_path, [(REPLICATED, 2), ({"strategy": "fsdp2"}, 3), (OFFLOADED, 2)])
 
 
 @pytest.mark.ci
-def test_two_replicas_of_two_shards_go_on_as_two_shards_and_back(
-    world: World, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_two_replicas_of_two_shards_go_on_as_two_shards_and_back(world: World, tiny_base: Path, tmp_path: Path) -> None:
     goes_on(world, tiny_base, tmp_path, [(REPLICATED, 4), ({"strategy": "fsdp2"}, 2), (REPLICATED, 4)])

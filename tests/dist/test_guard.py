@@ -37,7 +37,6 @@ from sft_dist.model.build import SftModel
 from sft_dist.resolve import resolve
 from sft_dist.runtime.seeding import seed_step
 from sft_dist.runtime.world import World, WorldShape
-from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.strategy import NativeStrategy
 from sft_dist.train import loop, outlook, ready
@@ -214,7 +213,6 @@ def test_what_is_left_out_was_never_there(
     assert (about["because"], about["remedy"], about["ranks"]) == (kind, remedy, [1])
 
 
-
 @pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero1", marks=CI), pytest.param("zero3", marks=CI)])
 def test_waiting_for_the_loss_changes_nothing(world: Worlds, tiny_base: Path, tmp_path: Path, strategy: str) -> None:
     """Without trouble a run that may skip or go back is the run that may not, bit for bit."""
@@ -234,7 +232,7 @@ def test_a_spike_is_told_and_trained(world: Worlds, tiny_base: Path, tmp_path: P
     assert (event["step"], event["event"], event["ranks"]) == (5, "spike", [1])
     assert event["of_loss"] == dict(losses(tmp_path / "run"))[5] > 4 * event["median_loss"]
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, STEPS + 1))
-    expected, weights = world(2).run(without, cfg, SPIKE, ())[0]
+    _, weights = world(2).run(without, cfg, SPIKE, ())[0]
     same_weights(tmp_path / "run", weights)
 
 
@@ -263,7 +261,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         end = 4 if (remedy, stopped_after) == ("roll_back", 5) else stopped_after
         assert said.startswith(f"preempted by SIGTERM at step {end}")
     assert world(2).run(resumed, runs["parts"], planted) == ["done"] * 2
-    whole, parts = ([line for line in lines(tmp_path / name)] for name in runs)
+    whole, parts = (list(lines(tmp_path / name)) for name in runs)
     same = ("step", "loss", "grad_norm", "lr")
     numbers = [[tuple(line[key] for key in same) for line in each if "loss" in line] for each in (whole, parts)]
     assert numbers[0] == numbers[1]
@@ -297,7 +295,9 @@ def test_more_than_is_allowed_ends_the_run(
     assert "the 2 steps before it were left out, too (spikes.max_in_a_row)" in said
     newest = Manifest.read(complete_checkpoints(tmp_path / "run/checkpoints")[-1])
     assert newest.completed_steps == 3
-    assert sorted(path.name for path in (tmp_path / "run/diverged").iterdir()) == [f"step-0000000{n}" for n in (4, 5, 6)]
+    assert sorted(path.name for path in (tmp_path / "run/diverged").iterdir()) == [
+        f"step-0000000{n}" for n in (4, 5, 6)
+    ]
     assert not (tmp_path / "run/final").exists()
 
 
@@ -352,7 +352,7 @@ def test_a_gradient_that_is_not_finite_is_named(world: Worlds, tiny_base: Path, 
     for remedy in ("skip", "roll_back"):
         cfg = config(tiny_base, tmp_path / remedy, strategy, non_finite=remedy)
         assert world(2).run(with_an_infinite_gradient, cfg) == ["done", "done"]
-        expected, weights = world(2).run(without, cfg, Planted(1.0), (5,))[0]
+        _, weights = world(2).run(without, cfg, Planted(1.0), (5,))[0]
         same_weights(tmp_path / remedy, weights)
 
 

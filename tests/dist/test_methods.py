@@ -83,7 +83,10 @@ def test_what_is_trained(tiny_base: Path) -> None:
     lora = {"type": "lora", "target_modules": "attention"}
     assert trainable(lora) == {f"{m}.lora_{k}.default.weight" for m in attention for k in "AB"}
     lora["target_modules"] = ["layers.1", "re:.*0.mlp.(up|down)_proj"]
-    names = [f"model.layers.1.self_attn.{m}_proj" for m in "qkvo"] + ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
+    names = [f"model.layers.1.self_attn.{m}_proj" for m in "qkvo"] + [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.down_proj",
+    ]
     names += [f"model.layers.1.mlp.{m}_proj" for m in ("up", "down", "gate")]
     assert trainable(lora) == {f"{m}.lora_{k}.default.weight" for m in names for k in "AB"}
     whole = trainable({"type": "lora", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
@@ -126,7 +129,12 @@ def first_loss(cfg_yaml: str) -> float:
 def test_where_an_adapter_starts(world: World, tiny_base: Path) -> None:
     """From the base model as it is stored, but for LoftQ."""
     losses = {}
-    for name, method in {"full": {"type": "full"}, "qlora": {"type": "qlora"}, "lora": {"type": "lora"}, **VARIANTS}.items():
+    for name, method in {
+        "full": {"type": "full"},
+        "qlora": {"type": "qlora"},
+        "lora": {"type": "lora"},
+        **VARIANTS,
+    }.items():
         losses[name] = world(2).run(first_loss, cells.dump(cells.config(str(tiny_base), method, "fsdp2")))[0]
     for name in ("lora", "dora", "pissa", "frozen"):
         assert losses[name] == pytest.approx(losses["full"], rel=1e-5), name
@@ -181,7 +189,9 @@ def test_another_adapter_is_refused(adapter: Path, tiny_base: Path, tmp_path: Pa
 
     assert str(problem(r=8)).startswith(f"method.r is 8, and the adapter in method.init_from ({adapter}) has 4")
     assert str(problem(rslora=True)).startswith("method.rslora is true, and")
-    assert str(problem(alpha=8)).startswith(f"method.alpha is 8.0, and the adapter in method.init_from ({adapter}) has 16")
+    assert str(problem(alpha=8)).startswith(
+        f"method.alpha is 8.0, and the adapter in method.init_from ({adapter}) has 16"
+    )
     assert str(problem(dora=True)).startswith("method.dora is true, and")
     fewer = str(problem(target_modules=["q_proj"]))
     assert "differs in 24 tensors" in fewer
@@ -218,7 +228,9 @@ def test_loftq_takes_the_most_of_the_error(world: World, tiny_base: Path) -> Non
     error = (base - bnb.functional.dequantize_4bit(quantized, state)).numpy()
     layer = "hf.base_model.model.model.layers.0.mlp.up_proj"
     a, b = weights[f"{layer}.lora_A.default.weight"], weights[f"{layer}.lora_B.default.weight"]
-    least = np.linalg.norm(np.linalg.svd(error, compute_uv=False)[4:])  # what no matrix of rank 4 can take (Eckart-Young)
+    least = np.linalg.norm(
+        np.linalg.svd(error, compute_uv=False)[4:]
+    )  # what no matrix of rank 4 can take (Eckart-Young)
     assert np.linalg.norm(error - 16 / 4 * (b @ a)) == pytest.approx(least, rel=2e-3)
 
 

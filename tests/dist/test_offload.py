@@ -107,7 +107,10 @@ def message_of_mismatch(described: str, applied: str) -> str:
 
 @pytest.mark.parametrize("strategy", OFFLOADS)
 def test_an_offload_that_did_not_happen_is_found(world: World, tiny_base: Path, strategy: str) -> None:
-    texts = [cells.dump(offloaded(tiny_base, "full", strategy)), cells.dump(cells.config(str(tiny_base), "full", strategy))]
+    texts = [
+        cells.dump(offloaded(tiny_base, "full", strategy)),
+        cells.dump(cells.config(str(tiny_base), "full", strategy)),
+    ]
     for message in world(2).run(message_of_mismatch, *texts):
         assert "rank 0: nothing is kept in host memory, described ['optimizer'" in message
     for message in world(2).run(message_of_mismatch, *reversed(texts)):

@@ -94,7 +94,9 @@ def test_bf16_moments_under_deepspeed(world: World, tiny_base: Path, strategy: s
     trained = world(2).run(cells.train, cells.dump(cfg))
     exact = cells.config(str(tiny_base), "full", strategy, precision={"compute": compute})
     np.testing.assert_allclose(
-        trained[0].losses, world(2).run(cells.train, cells.dump(exact))[0].losses, rtol=5e-3 if compute == "fp32" else 1e-2
+        trained[0].losses,
+        world(2).run(cells.train, cells.dump(exact))[0].losses,
+        rtol=5e-3 if compute == "fp32" else 1e-2,
     )
     assert_sharded_as_described(cfg, trained)
 

@@ -123,7 +123,9 @@ def test_bf16_gradients_are_added_up_in_fp32(world: World, tiny_base: Path, stra
     """The same four bf16 micro-batches a rank as under DDP, so the norm of their sum is the same far beyond bf16."""
     train = {"global_batch_size": 8, "micro_batch_size": 1, "max_steps": 1, "seed": 3}
     norms = [
-        world(2).run(cells.train, cells.dump(cells.config(str(tiny_base), "full", s, train=train, **BF16)))[0].grad_norms
+        world(2)
+        .run(cells.train, cells.dump(cells.config(str(tiny_base), "full", s, train=train, **BF16)))[0]
+        .grad_norms
         for s in ("ddp", strategy)
     ]
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
@@ -149,7 +151,8 @@ def train_with_tiny_layers_kept(text: str) -> Trained:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "method"), [("fsdp2", "full"), ("fsdp2", "qlora"), ("zero3", "lora"), ("zero3", "qlora"), ("ddp", "lora")]
+    ("strategy", "method"),
+    [("fsdp2", "full"), ("fsdp2", "qlora"), ("zero3", "lora"), ("zero3", "qlora"), ("ddp", "lora")],
 )
 def test_selective_and_offloaded_checkpoints_change_nothing(
     world: World, alone: Callable[..., Trained], tiny_base: Path, strategy: str, method: str

@@ -39,7 +39,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_base(tmp_path_factory.mktemp("four-layers"), num_layers=4)
 
 
-def cell(base: Path, size: int, strategy: str, method: str | dict[str, Any], micro_batches: int, **sections: Any) -> Any:
+def cell(
+    base: Path, size: int, strategy: str, method: str | dict[str, Any], micro_batches: int, **sections: Any
+) -> Any:
     sharding: dict[str, Any] = {"strategy": strategy, **sections.pop("sharding", {})}
     if strategy in ("zero2", "zero3"):  # overlapping is for CUDA
         sharding["deepspeed_config"] = {"zero_optimization": {"overlap_comm": False}}
@@ -101,7 +103,13 @@ def test_the_highest_moment(
 ) -> None:
     checkpointing = {"mode": mode}
     cfg = cell(
-        base, size, strategy, method, micro_batches, precision={"compute": compute}, activation_checkpointing=checkpointing
+        base,
+        size,
+        strategy,
+        method,
+        micro_batches,
+        precision={"compute": compute},
+        activation_checkpointing=checkpointing,
     )
     run, kept, highest, real = planned_and_real(world, size, cfg)
     assert kept == real.saved
@@ -119,7 +127,9 @@ def test_offloaded_inputs_are_not_on_the_device(world: World, base: Path) -> Non
 
 
 ZERO = [
-    pytest.param(size, strategy, method, micro_batches, marks=() if few else pytest.mark.ci if some else pytest.mark.full)
+    pytest.param(
+        size, strategy, method, micro_batches, marks=() if few else pytest.mark.ci if some else pytest.mark.full
+    )
     for size, strategy, method, micro_batches in itertools.product((1, 2, 4), ZERO_STAGES, METHODS, (1, 3))
     for few in [size == 2 and method != "qlora" and micro_batches == 1]
     for some in [(size, micro_batches) in {(2, 1), (4, 3)}]
@@ -127,14 +137,14 @@ ZERO = [
 
 
 @pytest.mark.parametrize(("size", "strategy", "method", "micro_batches"), ZERO)
-def test_zero_is_bounded(
-    world: World, base: Path, size: int, strategy: str, method: str, micro_batches: int
-) -> None:
+def test_zero_is_bounded(world: World, base: Path, size: int, strategy: str, method: str, micro_batches: int) -> None:
     """DeepSpeed decides while it runs what is gathered and when a gradient is freed: no step takes more than planned."""
     settings = {"precision": {"compute": "bf16"}, "activation_checkpointing": {"mode": "full"}}
     cfg = cell(base, size, strategy, method, micro_batches, **settings)
     run, kept, highest, real = planned_and_real(world, size, cfg)
     assert kept == real.saved
     check_held(run, real)
-    figures.lines.append(f"{strategy} {method} on {size}, {micro_batches} micro-batches: planned {highest}, real {real.peak}")
+    figures.lines.append(
+        f"{strategy} {method} on {size}, {micro_batches} micro-batches: planned {highest}, real {real.peak}"
+    )
     assert real.peak <= highest + SCALARS

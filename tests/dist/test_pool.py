@@ -50,7 +50,7 @@ def test_a_rank_that_fails_ends_its_cell_soon(two: WorldPool) -> None:
     """Rank 0, which is asked first, waits in a collective for the one that failed."""
     processes = two.run(cell, "nothing", 0)
     started = time.monotonic()
-    with pytest.raises(AssertionError, match="rank 1:\nTraceback[^$]*broken on purpose"):
+    with pytest.raises(AssertionError, match=r"rank 1:\nTraceback[^$]*broken on purpose"):
         two.run(cell, "raise", 1)
     assert time.monotonic() - started < 10
     assert not two.alive

@@ -163,7 +163,9 @@ def test_quantised_before_or_now_is_the_same_training(
         np.testing.assert_array_equal(before.weights[name], weight)
 
 
-@pytest.mark.parametrize(("ranks", "strategy", "compute"), [(3, "fsdp2", "bf16"), (3, "zero3", "fp32"), (2, "zero3", "bf16")])
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "compute"), [(3, "fsdp2", "bf16"), (3, "zero3", "fp32"), (2, "zero3", "bf16")]
+)
 def test_int8_bytes_are_those_of_bitsandbytes(
     world: World, tiny_base: Path, ranks: int, strategy: str, compute: str
 ) -> None:

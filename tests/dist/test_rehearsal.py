@@ -23,8 +23,7 @@ from sft_dist.errors import SftError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
-from sft_dist.train import rehearsal_items
-from sft_dist.train import ready
+from sft_dist.train import ready, rehearsal_items
 from sft_dist.train import run as train_run
 from sft_dist.train.outlook import look_ahead
 from sft_dist.train.rehearsed import FOLDER, remove_leftovers

@@ -24,8 +24,7 @@ from sft_dist.errors import SftError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
-from sft_dist.train import loop
-from sft_dist.train import ready
+from sft_dist.train import loop, ready
 from sft_dist.train import run as train_run
 from sft_dist.train import step as train_step
 from sft_dist.train.outlook import look_ahead
@@ -68,7 +67,10 @@ def run_part(cfg_yaml: str, start: str | None, allowed: tuple[str, ...] = ()) ->
 
     with patch.object(train_step, "micro_batches", watched):
         inputs = ready.Inputs(
-            cells.synthetic_data(rows=60, packing=run.data.packing != "none"), held_out, load_renderer(run.model.path, None, None), None
+            cells.synthetic_data(rows=60, packing=run.data.packing != "none"),
+            held_out,
+            load_renderer(run.model.path, None, None),
+            None,
         )
         process = ready.Process(world, cells.CPU, cells.store())
         outlook = look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
@@ -80,7 +82,14 @@ def run_part(cfg_yaml: str, start: str | None, allowed: tuple[str, ...] = ()) ->
 
 
 def config(
-    base: Path, folder: Path, method: str, strategy: str, *, dropout: float = 0.0, every_steps: int = STOP, **sections: Any
+    base: Path,
+    folder: Path,
+    method: str,
+    strategy: str,
+    *,
+    dropout: float = 0.0,
+    every_steps: int = STOP,
+    **sections: Any,
 ) -> str:
     folder.mkdir()
     train = {"global_batch_size": 8, "micro_batch_size": 1, "max_steps": STEPS}
@@ -213,7 +222,9 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(world: Worlds, ti
     assert (again.ids, again.metrics) == ([], whole.metrics)
     shutil.rmtree(tmp_path / "a/final")
     (again,) = world(1).run(run_part, text, checkpoint(tmp_path / "a", STEPS))
-    assert (again.ids, final_bytes(tmp_path / "a")) == ([], before), "ended between its last checkpoint and its artefact"
+    assert (again.ids, final_bytes(tmp_path / "a")) == ([], before), (
+        "ended between its last checkpoint and its artefact"
+    )
     longer = yaml.safe_load(text)
     longer["train"]["max_steps"] = STEPS + 1
     (more,) = world(1).run(run_part, yaml.safe_dump(longer), checkpoint(tmp_path / "a", STEPS))
@@ -221,7 +232,11 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(world: Worlds, ti
     assert final_bytes(tmp_path / "a") != before
     receipt = json.loads((tmp_path / "a/receipt.json").read_text())
     # One session found everything done: it began nothing.
-    assert [(s["first_step"], s["ended"]) for s in receipt["sessions"]] == [(1, True), (STEPS + 1, True), (STEPS + 1, True)]
+    assert [(s["first_step"], s["ended"]) for s in receipt["sessions"]] == [
+        (1, True),
+        (STEPS + 1, True),
+        (STEPS + 1, True),
+    ]
     paid = [s["cost_usd"] for s in receipt["sessions"]]
     assert paid == pytest.approx([s["elapsed_s"] for s in receipt["sessions"]]), "a dollar a second"
     actual = receipt["actual"]
@@ -298,7 +313,9 @@ def best_and_others(cfg_yaml: str) -> list[tuple[int, float | None]]:
     run_part(cfg_yaml, None)
     return [
         (manifest.completed_steps, manifest.position.eval_loss)
-        for _, manifest in store.readable_checkpoints(Path(Config.model_validate(yaml.safe_load(cfg_yaml)).output_dir) / "checkpoints")
+        for _, manifest in store.readable_checkpoints(
+            Path(Config.model_validate(yaml.safe_load(cfg_yaml)).output_dir) / "checkpoints"
+        )
     ]
 
 

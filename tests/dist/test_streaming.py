@@ -13,8 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from sft_dist.config.schema import Config
@@ -133,7 +131,9 @@ def whole_weights(cfg_yaml: str) -> dict[str, np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("compute", ["bf16", "fp32"])
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "fsdp2"), (2, "zero3"), (3, "zero3"), (2, "zero2")])
-def test_nf4_bytes_are_those_of_bitsandbytes(world: World, tiny_base: Path, ranks: int, strategy: str, compute: str) -> None:
+def test_nf4_bytes_are_those_of_bitsandbytes(
+    world: World, tiny_base: Path, ranks: int, strategy: str, compute: str
+) -> None:
     """Three ranks cut through blocks and through scales that are quantised together."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[compute]
     cfg = cells.config(str(tiny_base), "qlora", strategy, precision={"compute": compute})
@@ -155,7 +155,9 @@ def test_nf4_bytes_are_those_of_bitsandbytes(world: World, tiny_base: Path, rank
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(3, "fsdp2"), (3, "zero3"), (2, "ddp")])
 @pytest.mark.parametrize("base", ["tiny_base", "tied_base"])
-def test_weights_are_those_of_the_files(world: World, base: str, ranks: int, strategy: str, request: pytest.FixtureRequest) -> None:
+def test_weights_are_those_of_the_files(
+    world: World, base: str, ranks: int, strategy: str, request: pytest.FixtureRequest
+) -> None:
     path: Path = request.getfixturevalue(base)
     ours = world(ranks).run(whole_weights, cells.dump(cells.config(str(path), "full", strategy)))
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -215,9 +217,7 @@ def plain_loss_2b(base_2b: Path) -> float:
 def test_a_rank_takes_its_shard_of_2b(
     world: World, base_2b: Path, plain_loss_2b: float, ranks: int, strategy: str, method: str
 ) -> None:
-    loaded = assert_streamed(
-        world, base_2b, LLAMA_2B, ranks=ranks, strategy=strategy, method=method, spare_bytes=3e8
-    )
+    loaded = assert_streamed(world, base_2b, LLAMA_2B, ranks=ranks, strategy=strategy, method=method, spare_bytes=3e8)
     for one in loaded:
         if method == "lora":
             assert one.loss == pytest.approx(plain_loss_2b, rel=1e-5)

@@ -29,8 +29,7 @@ from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
-from sft_dist.train import loop, outlook
-from sft_dist.train import artefact, ready
+from sft_dist.train import artefact, loop, outlook, ready
 from sft_dist.train import run as train_run
 from sft_dist.train.step import StepOutcome
 from tests.helpers import cells

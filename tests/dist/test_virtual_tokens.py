@@ -91,7 +91,9 @@ def test_bf16_stays_near_one_process(
 def test_they_learn(world: World, tiny_base: Path, method: str) -> None:
     """The rows that they are trained on, on a model of random weights that stays what it is."""
     train = {"global_batch_size": 14, "micro_batch_size": 14, "max_steps": 31}
-    cfg = cells.config(str(tiny_base), method, "ddp", train=train, activation_checkpointing={"mode": "none"}, **LEARNING)
+    cfg = cells.config(
+        str(tiny_base), method, "ddp", train=train, activation_checkpointing={"mode": "none"}, **LEARNING
+    )
     (trained,) = world(1).run(cells.train, cells.dump(cfg), {"rows": 14, "seed": 99}, 30, 14)
     before, after = trained.eval_losses
     assert after < 0.95 * before
