@@ -19,6 +19,7 @@ from sft_dist.cli.cluster import submit
 from sft_dist.cli.config import config_app
 from sft_dist.cli.data import data_app
 from sft_dist.cli.doctor import doctor
+from sft_dist.cli.evaluating import evaluate
 from sft_dist.cli.export import export
 from sft_dist.cli.lr_find import lr_find
 from sft_dist.cli.model import model_app
@@ -69,6 +70,7 @@ app.command()(resume)
 app.command(short_help="Before training: the model, and the data in tokens and packs.")(prepare)
 app.command(short_help="The dry run: does it fit, how long, how much money.")(plan)
 app.command(short_help="Try rising learning rates, and suggest one.")(lr_find)
+app.command("eval", short_help="Evaluate a run beside its base, or a model.")(evaluate)
 app.command(short_help="Measure this machine's GPU for plans.")(calibrate)
 app.command(short_help="Check machines and network before a run.")(doctor)
 app.command(short_help="How a run stands, also while it runs elsewhere.")(status)

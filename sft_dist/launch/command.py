@@ -95,11 +95,11 @@ def check_training(command: Sequence[str]) -> None:
 
 
 def measures_with_all(command: Sequence[str]) -> bool:
-    """Whether a command other than ``train`` runs in all processes: ``resume``, ``plan --probe N``, ``calibrate``."""
+    """Whether a command other than ``train`` runs in all processes: ``resume``, ``eval``, ``lr-find`` and so on."""
     if "--help" in command:
         return False
     probes = any(word.partition("=")[0] == PROBE for word in command)
-    return command[0] in ("calibrate", "resume") or (command[0] == "plan" and probes)
+    return command[0] in ("calibrate", "eval", "lr-find", "resume") or (command[0] == "plan" and probes)
 
 
 def _launched(arguments: list[str], prepare: Callable[[], int], launch: Callable[[list[str]], int]) -> int:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.markup import escape
 
+from sft_dist.config.schema import Config
 from sft_dist.data.prepared import PreparedData
 from sft_dist.evaluation.examiner import Examiner, Findings, Reply
+from sft_dist.evaluation.prompt import prompter_of
 from sft_dist.metrics.line_file import LineFile
 from sft_dist.metrics.logger import Metrics, RunLogger, keep_lines
 from sft_dist.run import Run
 from sft_dist.sharding.strategy import Strategy
+from sft_dist.train.ready import Inputs, Process
 from sft_dist.train.step import evaluate
 
 # In the run directory: a line for each reply to a fixed prompt, {"step", "sample", "prompt", "answer", "reference",
@@ -120,3 +124,26 @@ class EvaluationFiles:
             for number, reply in enumerate(findings.judged):
                 scores = {name: values[number] for name, values in per_example.items()}
                 file.write(json.dumps(asdict(reply) | {"scores": scores}, ensure_ascii=False) + "\n")
+
+
+def evaluations_of(
+    run: Run, config: Config, process: Process, inputs: Inputs, *, say: Callable[[str], None]
+) -> Evaluations | None:
+    """What a run is asked at an evaluation; None where no rows are held out. Every rank must call it.
+
+    Args:
+        say: gets notes, on rank 0.
+
+    Raises:
+        ConfigError, DataError: as ``Examiner``.
+    """
+    if inputs.eval_data is None:
+        return None
+    asked, tokenizer, examiner = run.eval, inputs.renderer.tokenizer, None
+    if asked.scores is not None or asked.samples is not None or asked.long_texts is not None:
+        examiner = Examiner(
+            asked, inputs.eval_data, tokenizer, prompter_of(tokenizer, config), max_seq_len=run.data.max_seq_len,
+            seed=run.seed, rank=process.world.rank, world_size=process.world.size, device=process.device,
+            say=say,
+        )  # fmt: skip
+    return Evaluations(run, inputs.eval_data, examiner, rank=process.world.rank, device=process.device)

@@ -18,8 +18,6 @@ from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import Preempted
-from sft_dist.evaluation.examiner import Examiner
-from sft_dist.evaluation.prompt import prompter_of
 from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.metrics.logger import RunLogger
 from sft_dist.run import Run
@@ -33,7 +31,7 @@ from sft_dist.train.artefact import proven, write_artefact
 from sft_dist.train.books import Books
 from sft_dist.train.control import require_metrics
 from sft_dist.train.early_stopping import has_fired
-from sft_dist.train.evaluations import EvaluationFiles, Evaluations
+from sft_dist.train.evaluations import EvaluationFiles, evaluations_of
 from sft_dist.train.final_state import take_final_state
 from sft_dist.train.from_mirror import replace_damaged
 from sft_dist.train.guard import Guard
@@ -217,7 +215,7 @@ def train(
                     logger.say(f"{final} is of the shorter run, until this one ends")
             books.begin(logger)
             on_news()
-        evaluations = _evaluations(run, config, process, inputs, logger)
+        evaluations = evaluations_of(run, config, process, inputs, say=warn if logger is None else logger.say)
         files = None if logger is None else EvaluationFiles(Path(run.output_dir), logger, completed=completed)
         guard = Guard(
             run, order, strategy, checkpointer, logger,
@@ -248,21 +246,6 @@ def train(
                 books.close(logger, state, peak_allocated_bytes=peak_bytes, ranks=training.ranks)
             _require_metrics(process, logger)
     strategy.close()
-
-
-def _evaluations(
-    run: Run, config: Config, process: Process, inputs: Inputs, logger: RunLogger | None
-) -> Evaluations | None:
-    if inputs.eval_data is None:
-        return None
-    asked, tokenizer, examiner = run.eval, inputs.renderer.tokenizer, None
-    if asked.scores is not None or asked.samples is not None or asked.long_texts is not None:
-        examiner = Examiner(
-            asked, inputs.eval_data, tokenizer, prompter_of(tokenizer, config), max_seq_len=run.data.max_seq_len,
-            seed=run.seed, rank=process.world.rank, world_size=process.world.size, device=process.device,
-            say=warn if logger is None else logger.say,
-        )  # fmt: skip
-    return Evaluations(run, inputs.eval_data, examiner, rank=process.world.rank, device=process.device)
 
 
 def _finished(run: Run, completed: int, num_steps: int) -> str:

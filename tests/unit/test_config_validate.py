@@ -299,6 +299,37 @@ WRONG = [
         "eval.every_steps is 5, but data.eval is empty",
         "add held-out sources to data.eval, set data.eval_split, or remove eval.every_steps",
     ),
+    (
+        {"eval": {"samples": {"prompts": ["x"]}}},
+        "eval.samples is set, but there is no evaluation: data.eval is empty",
+        "add held-out sources to data.eval, set data.eval_split, or remove eval.samples",
+    ),
+    (
+        {"data": {"train": [{"path": "a"}], "eval": [{"path": "b"}]}, "eval": {"samples": {}}},
+        "eval.samples has no prompt",
+        "set eval.samples.prompts, eval.samples.file or eval.samples.from_eval, or remove eval.samples",
+    ),
+    (
+        {
+            "data": {"train": [{"path": "a"}], "eval": [{"path": "b"}]},
+            "eval": {"samples": {"from_eval": 1, "system": "x"}},
+        },
+        "eval.samples.system has no effect on rows of data.eval, which have their own",
+        "remove eval.samples.system, or set eval.samples.prompts",
+    ),
+    (
+        {"eval": {"answers": {"max_new_tokens": 5}}},
+        "eval.answers has no effect: nothing is answered",
+        "set eval.scores or eval.samples, or remove eval.answers",
+    ),
+    (
+        {
+            "data": {"train": [{"path": "a"}], "eval": [{"path": "b"}], "max_seq_len": 64},
+            "eval": {"long_texts": {"paths": ["x.txt"], "stride": 64}},
+        },
+        "eval.long_texts.stride is 64, and the window has 64 tokens: some would have no context",
+        "set eval.long_texts.stride to less than 64",
+    ),
     ({"output_dir": " "}, "output_dir is empty", "set output_dir to a path"),
     ({"model": {"path": ""}}, "model.path is empty", "set model.path to a path"),
     (

@@ -1,0 +1,119 @@
+"""``sft-dist eval``: a run beside its base, and a model alone, under any launcher and strategy."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft_dist.errors import ConfigError
+from sft_dist.train.evaluating import evaluate_subject, subject_of
+from tests.helpers.taught import PAIRS, conversation, write_rows
+from tests.helpers.trained_run import train_run
+
+SCORES = "eval.scores={metrics: [exact_match, chrf]}"
+ANSWERS = "eval.answers={max_new_tokens: 40, rows_at_once: 2}"
+LORA = {"type": "lora", "r": 16, "alpha": 32, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("held-out") / "rows.jsonl", [conversation(*pair) for pair in PAIRS])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """It knows the answers by heart."""
+    return train_run(tiny_base, tmp_path_factory.mktemp("evaluated"), method=LORA)
+
+
+def evaluate(path: Path, rows: Path, out: Path, *overrides: str, with_base: bool = True) -> dict[str, Any]:
+    subject = subject_of(str(path), [SCORES, ANSWERS, *overrides], data=[str(rows)], checkpoint=None, out=out)
+    evaluate_subject(subject, with_base=with_base)
+    found: dict[str, Any] = json.loads((out / "eval.json").read_text())
+    return found
+
+
+def test_a_run_beside_its_base(trained: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # What was trained on need not be here any more.
+    kept = (trained.parent / "train.jsonl").rename(trained.parent / "gone.jsonl")
+    try:
+        found = evaluate(trained, rows, tmp_path / "out")
+    finally:
+        kept.rename(trained.parent / "train.jsonl")
+    assert found["checkpoint"] == str(trained / "checkpoints/step-00000060")
+    base, tuned = found["metrics"]["base"], found["metrics"]["tuned"]
+    assert (base["eval_scores/exact_match"], tuned["eval_scores/exact_match"]) == (0.0, 1.0)
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert tuned["eval_loss"] == pytest.approx(last["loss"], rel=1e-3) < base["eval_loss"]
+    one = found["compared"]["exact_match"]
+    assert (one["difference"], one["difference_interval"], one["tuned_better"]) == (1.0, [1.0, 1.0], 1.0)
+    lines = [json.loads(line) for line in (tmp_path / "out/answers-tuned.jsonl").read_text().splitlines()]
+    assert [(line["answer"], line["finish_reason"]) for line in lines] == [(answer, "stop") for _, answer in PAIRS]
+    shown = capsys.readouterr().out
+    assert "+1.0000  (+1.0000 to +1.0000)" in shown
+    assert not (trained / "eval").exists()
+
+
+def test_a_model_alone_has_the_perplexity_of_a_plain_loop(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    found = evaluate(tiny_base, rows, tmp_path / "out", "precision.compute=fp32")
+    assert list(found["metrics"]) == ["base"]
+    assert found["compared"] == {}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    total, count = 0.0, 0
+    for pair in PAIRS:
+        messages = conversation(*pair)["messages"]
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        asked = tokenizer.apply_chat_template(
+            messages[:1], tokenize=True, return_dict=False, add_generation_prompt=True
+        )
+        # The template may end a turn with white space, which is no part of the answer.
+        end = max(place for place, id in enumerate(ids) if tokenizer.decode([id]).strip()) + 1
+        labels = torch.full((1, end), -100)
+        labels[0, len(asked) :] = torch.tensor(ids[len(asked) : end])
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids[:end]]), labels=labels).loss
+        total, count = total + float(loss) * (end - len(asked)), count + end - len(asked)
+    assert found["metrics"]["base"]["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+@pytest.mark.ci
+def test_two_processes_find_what_one_finds(trained: Path, rows: Path, tmp_path: Path) -> None:
+    alone = evaluate(trained, rows, tmp_path / "alone")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "sft_dist.launch", "torchrun", "--nproc-per-node", "2", "eval", str(trained), SCORES,
+            ANSWERS, "sharding={strategy: fsdp2}", "--data", str(rows), "--out", str(tmp_path / "two"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads((tmp_path / "two/eval.json").read_text())
+    for name in ("answers-base.jsonl", "answers-tuned.jsonl"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "alone" / name).read_text()
+    assert two["compared"] == alone["compared"]
+    for state in ("base", "tuned"):
+        assert two["metrics"][state]["eval_loss"] == pytest.approx(alone["metrics"][state]["eval_loss"], rel=1e-5)
+
+
+def test_mistakes(trained: Path, tiny_base: Path, tmp_path: Path) -> None:
+    for path, data, what in (
+        (tiny_base, [], "is a model, and no rows are given"),
+        (trained / "final", ["x.jsonl"], "is an adapter without its run"),
+        (trained, [], "the run has held out no rows"),
+        (tmp_path / "nowhere", ["x.jsonl"], "nowhere"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            subject_of(str(path), [], data=data, checkpoint=None, out=tmp_path / "out")
+        assert what in caught.value.what
+    with pytest.raises(ConfigError, match="no complete checkpoint of step 7"):
+        subject_of(str(trained), [], data=["x.jsonl"], checkpoint="7", out=None)
