@@ -110,8 +110,11 @@ def test_what_was_learned_by_heart_is_answered_and_scored(
 def test_one_process_and_three_say_the_same(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
     """Before training all have the same weights: what they generate is the same to the last token."""
     runs = []
+    (tmp_path / "long.txt").write_text("東京は日本の首都です。" * 20, encoding="utf-8")
+    long_texts = {"paths": [str(tmp_path / "*.txt")], "length": 64, "stride": 24}
+    asked = {**EVAL, "every_steps": None, "long_texts": long_texts}
     for strategy, size in (("ddp", 1), ("fsdp2", 3), ("zero3", 3)):
-        cfg = config(tiny_base, tmp_path / strategy, strategy, steps=1, eval={**EVAL, "every_steps": None})
+        cfg = config(tiny_base, tmp_path / strategy, strategy, steps=1, eval=asked)
         world(size).run(train, cells.dump(cfg))
         runs.append(tmp_path / strategy / "run")
     first, *others = [
@@ -123,6 +126,23 @@ def test_one_process_and_three_say_the_same(world: Worlds, tiny_base: Path, tmp_
         for run in runs
     ]
     assert all(other == first for other in others)
+    assert first[2]["eval_long_perplexity"] > 100
+
+
+@pytest.mark.ci
+def test_a_run_may_stop_by_a_score(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """What rank 0 has judged, every rank has to know."""
+    cfg = config(
+        tiny_base, tmp_path / "stops", "fsdp2", steps=120,
+        early_stopping={"metric": "eval_scores/exact_match", "patience": 1}, checkpoint={"keep_best": True},
+    )  # fmt: skip
+    world(2).run(train, cells.dump(cfg))
+    run = tmp_path / "stops/run"
+    scores = {line["step"]: line["eval_scores/exact_match"] for line in evaluations(run)}
+    last = max(scores)
+    assert last < 120
+    assert scores[last] <= max(score for step, score in scores.items() if step < last)
+    assert json.loads((run / "receipt.json").read_text())["final"]["stopped_early"]
 
 
 def test_questions_alone_change_no_step(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
