@@ -112,6 +112,11 @@ def plan_run(
             f"data.train is not here: planned for {STAND_IN.rows:,} examples of {STAND_IN.tokens_per_row:g} tokens; "
             "say --examples N --tokens-per-example T"
         )
+    if data.basis == "estimated":
+        warnings.append(
+            f"the model's tokenizer is not here: tokens, times and prices are estimated from the text ({data.source}); "
+            "`sft-dist model fetch CONFIG --no-weights` brings it, or say --examples N --tokens-per-example T"
+        )
     if data.lost_share > LOST_SHARE:
         warnings.append(
             f"{data.lost_share:.0%} of the data's tokens are not trained: data.over_length is {run.data.over_length}, "

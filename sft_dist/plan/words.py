@@ -70,6 +70,7 @@ BASES: dict[Basis, str] = {
 DATA_BASES = {
     "prepared": "counted in the prepared data",
     "sampled": "estimated from a sample",
+    "estimated": "estimated from the text; the tokenizer is not here",
     "assumed": "as stated, not counted",
 }
 
