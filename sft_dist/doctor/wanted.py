@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config.schema import Config
+from sft_dist.errors import UnknownHardware
+from sft_dist.plan.machines import machines_of
 from sft_dist.plan.to_json import PLAN
 
 # Resident in a process that has imported torch, transformers and DeepSpeed, on a CPU; with CUDA's libraries and context
@@ -66,15 +68,21 @@ def wanted_of(config: Config | None) -> Wanted:
 
 
 def _planned_memory(file: Path, config: Config) -> dict[str, Any] | None:
-    """Of the plan in the run directory, if it is of this model and method; a plan of something else says nothing.
+    """Of the plan in the run directory, if it is of this model, method and machines; that of another run says nothing.
 
     Its fields are those of docs/plan_schema.json.
     """
+    if config.hardware.gpu is None:
+        return None
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
         subject = plan["subject"]
-        is_of_this = subject["model"].startswith(f"{config.model.path},") and subject["method"] == config.method.type
+        is_of_this = (
+            subject["model"].startswith(f"{config.model.path},")
+            and subject["method"] == config.method.type
+            and subject["machines"] == machines_of(config.hardware).description
+        )
         memory: dict[str, Any] = plan["memory"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, UnknownHardware):
         return None
     return memory if is_of_this else None
