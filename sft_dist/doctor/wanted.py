@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Wanted:
         network: between nodes, as the configuration calls it.
         host_bytes, disk_parts: what the plan says of a node's memory, and of the disk by what takes it; None: no plan
             of this run is there.
+        config: None: what training reads is not known.
+        words: of the command line that name it, for what is to be done.
     """
 
     output_dir: Path | None = None
@@ -42,9 +45,11 @@ class Wanted:
     network: str | None = None
     host_bytes: int | None = None
     disk_parts: dict[str, int] | None = None
+    config: Config | None = None
+    words: tuple[str, ...] = ()
 
 
-def wanted_of(config: Config | None) -> Wanted:
+def wanted_of(config: Config | None, words: Sequence[str] = ()) -> Wanted:
     """What a configuration asks for, with the figures of the plan that was written for it."""
     if config is None:
         return Wanted()
@@ -64,6 +69,8 @@ def wanted_of(config: Config | None) -> Wanted:
         network=hardware.network,
         host_bytes=None if memory is None else sum(memory["host_parts"].values()),
         disk_parts=None if memory is None else dict(memory["disk_parts"]),
+        config=config,
+        words=tuple(words),
     )
 
 

@@ -36,8 +36,8 @@ def plan_data(
     """What ``run`` trains on. Writes nothing and asks no network.
 
     What is stated (``assumed``) is taken as it is. Else a prepared set in the run's cache is counted: rows, tokens and
-    steps are those of the trainer. Else some rows of the files are tokenised; where the tokenizer is not here, as before
-    the model is fetched, their tokens are estimated from the text.
+    steps are those of the trainer. Else some rows of the files are tokenised; where the tokenizer is not here, as
+    before the model is fetched, their tokens are estimated from the text.
 
     Args:
         config: that ``run`` was resolved from.
@@ -54,7 +54,8 @@ def plan_data(
         return assumed_plan(run, assumed)
     if max_sample_rows < 1:
         raise ValueError(f"a sample has at least one row, got {max_sample_rows}")
-    files = {side: source_files(run, side) for side in ("train", "eval")}
+    sides: tuple[Side, ...] = ("train", "eval")
+    files = {side: source_files(run, side) for side in sides}
     try:
         load = renderer_of(config.model, run.data)
         renderer = load()
@@ -68,7 +69,7 @@ def plan_data(
         return prepared
     if files["train"] is None:
         return None
-    return sampled_plan(run, renderer, files, max_sample_rows=max_sample_rows, seed=seed)  # type: ignore[arg-type]
+    return sampled_plan(run, renderer, files, max_sample_rows=max_sample_rows, seed=seed)
 
 
 def source_files(run: Run, side: Side) -> list[list[str]] | None:

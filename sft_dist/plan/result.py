@@ -104,9 +104,9 @@ class DataPlan:
     """What is trained on, counted or estimated.
 
     Args:
-        basis: ``prepared``: counted in the prepared cache; ``sampled``: a sample was tokenised; ``estimated``: rows were
-            counted and tokens told from the text, because the tokenizer is not here; ``assumed``: stated by the user,
-            because the files are not here.
+        basis: ``prepared``: counted in the prepared cache; ``sampled``: a sample was tokenised; ``estimated``: rows
+            were counted and tokens told from the text, because the tokenizer is not here; ``assumed``: stated by the
+            user, because the files are not here.
         rows, tokens, supervised_tokens: of the training set after mixing.
         sequences: packs, or rows where nothing is packed; one epoch.
         sum_squared_lengths: over the segments of one epoch, of their squared token counts: what attention costs.

@@ -80,6 +80,12 @@ def headline(plan: Plan) -> str:
     return f"{VERDICTS[plan.memory.verdict]} on {plan.num_gpus} x {plan.gpu}"
 
 
+def subject_line(plan: Plan) -> str:
+    """What is planned, each part by itself but for the mode of activation checkpointing, which is a bare word."""
+    label = {"recomputed": "activation checkpointing "}
+    return " · ".join(f"{label.get(name, '')}{value}" for name, value in plan.subject.items())
+
+
 def peak_line(memory: MemoryPlan) -> str:
     """The highest allocation against what can be used. What is left is what CUDA and NCCL leave too."""
     spare = memory.usable_bytes - memory.peak.total_bytes

@@ -75,8 +75,8 @@ class Probe:
 def probe(config: Config, *, steps: int, stated: AssumedData | None, views: Views) -> None:
     """Plans a configuration for the hardware that is here, trains ``steps`` steps after two that warm up, and compares.
 
-    Writes ``plan.json`` where the GPU is known and no run has begun, and nothing else into ``output_dir``; on a GPU of the table also the
-    calibration that the next plan starts from.
+    Writes ``plan.json`` where the GPU is known and no run has begun, and nothing else into ``output_dir``; on a GPU of
+    the table also the calibration that the next plan starts from.
 
     Args:
         stated: what the data is like, for the plan; the steps train what is here.

@@ -15,6 +15,7 @@ from sft_dist.doctor import machine
 from sft_dist.doctor.disks import Disk, check_disk, check_shared, disks_of
 from sft_dist.doctor.finding import Finding, Verdict, blamed, odd_ones
 from sft_dist.doctor.gpus import DriverState, GpuState, check_gpus, check_torch, read_driver
+from sft_dist.doctor.inputs import check_inputs
 from sft_dist.doctor.names import check_clocks, check_names
 from sft_dist.doctor.place import find_place
 from sft_dist.doctor.report import render
@@ -317,11 +318,33 @@ def test_a_disk_with_little_room_is_said_to_have_little(tmp_path: Path, size: st
         assert {path.name for path in disk.folder.iterdir()} <= {"filler"}
 
 
+def test_a_model_and_data_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+    def levels(env: dict[str, str], **sections: Any) -> list[tuple[str, str, str]]:
+        return keys(check_inputs("n1", config(tmp_path, **sections), env))
+
+    assert levels({}) == [("n1", "model", "failed"), ("n1", "data", "failed")]
+    assert levels({}, cluster={"partition": "gpu"}) == [("n1", "model", "warning"), ("n1", "data", "warning")]
+    assert levels({"SLURM_JOB_ID": "7"}) == [("n1", "model", "warning"), ("n1", "data", "warning")]
+    model, data = check_inputs("n1", config(tmp_path), {})
+    assert "some/model is not in the local hub cache" in model.what
+    assert model.fix == "sft-dist model fetch CONFIG"
+    assert "rows.jsonl does not exist" in data.what
+    assert blamed([model, data], ["n1"]) == (), "no node is left out for it"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    assert levels({}) == [("n1", "model", "ok"), ("n1", "data", "ok")]
+
+
 def test_figures_of_a_plan_count_if_it_is_of_this_run(tmp_path: Path) -> None:
     here = {"gpu": "h100-80gb", "gpus_per_node": 8, "nodes": 2}
     plan = {
         "subject": {
-            "model": "some/model, 8B parameters, 8B trained", "method": "full", "machines": "2 nodes of 8 x H100-SXM",
+            "model": "some/model, 8B parameters, 8B trained",
+            "method": "full",
+            "machines": "2 nodes of 8 x H100-SXM",
         },
         "memory": {"host_parts": {"processes": 3 * GIB, "saving": GIB}, "disk_parts": {"cache": 5, "checkpoints": 70}},
     }
