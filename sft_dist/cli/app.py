@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +42,14 @@ EPILOG = (
 )
 
 
+@dataclass(frozen=True)
+class _Given:
+    """The command line: its words, and whether ``--debug`` was among them."""
+
+    words: list[str]
+    debug: bool
+
+
 class _Commands(TyperGroup):
     """Turns a failure of any command into its message and exit code, in one place."""
 
@@ -48,7 +57,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except SftError as error:
-            report(error, debug=ctx.obj)
+            report(error, debug=ctx.obj.debug, words=ctx.obj.words)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             report_interrupt()
@@ -113,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     rest = [argument for argument in given if argument != "--debug"]
     try:
-        app(args=rest, prog_name="sft-dist", obj=len(rest) < len(given))
+        app(args=rest, prog_name="sft-dist", obj=_Given(rest, debug=len(rest) < len(given)))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:

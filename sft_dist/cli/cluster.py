@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +12,12 @@ from sft_dist.cli.options import ConfigPath, Examples, Overrides, TokensPerExamp
 from sft_dist.cli.prepare import Sweep
 from sft_dist.errors import ConfigError, PlanError
 from sft_dist.runtime.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sft_dist.cluster.sweep import Sweep as SweepPlan
+    from sft_dist.cluster.wanted import Wanted
+    from sft_dist.config.schema import Config
+    from sft_dist.plan.assumed import AssumedData
 
 
 def submit(
@@ -58,7 +65,7 @@ def submit(
     if configs[0].cluster.then is not None:
         _check_then(configs[0].cluster.then.command, configs[0].output_dir)
     from sft_dist.cluster import submit as jobs
-    from sft_dist.cluster.wanted import wanted, wanted_sweep
+    from sft_dist.cluster.snapshot import empty_folders_removed
 
     assumed = None
     if examples is not None or tokens_per_example is not None:
@@ -66,30 +73,46 @@ def submit(
         from sft_dist.plan.command import stated_data
 
         assumed = stated_data(examples, tokens_per_example)
-    if not dry_run:
-        jobs.check_run_directories(configs, resume=resume)
-    if points is None:
-        what = wanted(configs[0], prepares=prepares, assumed=assumed)
-    else:
-        what = wanted_sweep(points, max_parallel=max_parallel, prepares=prepares, assumed=assumed)
     if dry_run:
+        jobs.check_hold_no_runs(configs, resume=resume)
+        what = _wanted(configs[0], points, max_parallel=max_parallel, prepares=prepares, assumed=assumed)
         jobs.show(what, Console())
         if not what.fits and not anyway:
             raise typer.Exit(PlanError.exit_code)
         return
-    for line in jobs.verdict_lines(what):
-        typer.echo(line)
-    if not anyway:
-        jobs.check_fit(what)
-    if test_only:
-        for line in jobs.would_run(what):
+    folders = [Path(each.output_dir) for each in configs] + ([] if points is None else [points.folder])
+    with empty_folders_removed(folders):
+        jobs.check_run_directories(configs, resume=resume)
+        what = _wanted(configs[0], points, max_parallel=max_parallel, prepares=prepares, assumed=assumed)
+        for line in jobs.verdict_lines(what):
             typer.echo(line)
-        return
-    ids = jobs.submit(what, source=config, overrides=overrides or [], say=typer.echo)
+        if not anyway:
+            jobs.check_fit(what)
+        if test_only:
+            for line in jobs.would_run(what):
+                typer.echo(line)
+            return
+        ids = jobs.submit(what, source=config, overrides=overrides or [], say=typer.echo)
     typer.echo(f"\nsubmitted {jobs.told(ids)}; to follow it:")
     folder = configs[0].output_dir if points is None else str(points.folder)
     for line in jobs.how_to_follow(folder, ids, points=len(what.points)):
         typer.echo(f"  {line}")
+
+
+def _wanted(
+    config: Config,
+    points: SweepPlan | None,
+    *,
+    max_parallel: int | None,
+    prepares: bool,
+    assumed: AssumedData | None,
+) -> Wanted:
+    """Of a run, or of the points of a sweep."""
+    from sft_dist.cluster.wanted import wanted, wanted_sweep
+
+    if points is None:
+        return wanted(config, prepares=prepares, assumed=assumed)
+    return wanted_sweep(points, max_parallel=max_parallel, prepares=prepares, assumed=assumed)
 
 
 # What typer's parser raises, wherever that comes from.

@@ -41,7 +41,8 @@ def doctor(
     from sft_dist.doctor.wanted import wanted_of
 
     place = find_place(port=port)
-    wanted = wanted_of(None if config is None else checked_config(config, overrides))
+    words = () if config is None else (str(config), *(overrides or ()))
+    wanted = wanted_of(None if config is None else checked_config(config, overrides), words)
     code = examine(place, wanted, effort=Effort(seconds=seconds, measure=speed), json_file=json_file)
     if code:
         raise typer.Exit(code)

@@ -68,7 +68,8 @@ def plan(
 ) -> None:
     """The dry run: does it fit, how long does it take, what does it cost. Needs no GPU, no weights and no network.
 
-    Prints the plan and writes plan.json into output_dir. Ends with 3 where the run does not fit.
+    Prints the plan and writes plan.json into output_dir, unless a run has begun there. Ends with 3 where the run does
+    not fit.
 
     With --search, or an option of it, also plans other ways to do the same training: on hardware.gpu, or on all GPUs
     that have a price where that is null. Ends with 3 where nothing fits, or nothing under the budget or the deadline.
@@ -118,10 +119,15 @@ def show_plan(
     """
     quiet_libraries()
     from sft_dist.plan.command import Views, make_plan, stated_data, wishes
+    from sft_dist.train.resume import holds_a_run
 
     views = Views(html=html, as_json=as_json, verbose=verbose)
     wished = None if asked is None else wishes(**asked)
-    made = make_plan(config, stated=stated_data(examples, tokens_per_example), views=views, wished=wished)
+    begun = holds_a_run(Path(config.output_dir))
+    stated = stated_data(examples, tokens_per_example)
+    made = make_plan(config, stated=stated, views=views, wished=wished, keeps=not begun)
+    if begun:
+        typer.echo(f"{config.output_dir} holds a run: its plan.json stays as it is", err=True)
     if made.memory.verdict == "does not fit" and wished is None:
         raise typer.Exit(PlanError.exit_code)
 

@@ -18,6 +18,8 @@ TIMEOUT_S = 30.0
 NO_SUCH_JOB = "Invalid job id specified"
 # What the commands say where they have not reached the controller.
 NO_ANSWER = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Transport endpoint")
+# Where SLURM's programs find no slurm.conf, in no file and from no controller.
+NO_CONFIGURATION = "Could not establish a configuration source"
 
 # States that a job does not leave any more by itself.
 ENDED = frozenset(
@@ -259,6 +261,11 @@ def _run(*command: str, accepted: str | None = None) -> str:
     if accepted is not None and accepted in done.stdout:
         return ""
     said = "; ".join(line.strip() for line in done.stdout.splitlines() if line.strip()) or "(nothing)"
+    if NO_CONFIGURATION in said:
+        raise ConfigError(
+            f"this machine is not attached to a cluster: SLURM is installed here and has no configuration ({said})",
+            fix="run this on a node of the cluster, such as its login node, or set SLURM_CONF to its slurm.conf",
+        )
     if any(words in said for words in NO_ANSWER):
         raise MachineError(f"SLURM's controller does not answer: {said}", fix=_ASK)
     raise ConfigError(

@@ -10,7 +10,8 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -90,6 +91,19 @@ def last_submission(run: Path) -> int:
     """The highest number; 0 where there is none."""
     found = (folder.name.partition("-")[2] for folder in (run / FOLDER).glob("submission-*"))
     return max((int(number) for number in found if number.isdecimal()), default=0)
+
+
+@contextmanager
+def empty_folders_removed(runs: Sequence[Path]) -> Iterator[None]:
+    """Removes what is made of these folders and those above them within, and is empty at the end."""
+    wanted = [folder for run in runs for folder in (run / FOLDER, run, *run.parents)]
+    made = [folder for folder in dict.fromkeys(wanted) if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in sorted(made, key=lambda folder: len(folder.parts), reverse=True):
+            with suppress(OSError):  # it is not there, or not empty
+                folder.rmdir()
 
 
 def new_submission(run: Path) -> Path:

@@ -34,7 +34,7 @@ from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from sft_dist.plan import words
 from sft_dist.plan.to_json import PLAN, plan_text
-from sft_dist.train.preflight import preflight
+from sft_dist.train.preflight import check_holds_no_run, preflight
 from sft_dist.train.resume import AUTO, NEVER
 from sft_dist.train.run_files import keep_file
 
@@ -121,11 +121,7 @@ def check_run_directory(config: Config, *, resume: str) -> None:
     Raises:
         ConfigError: the run directory is used; as ``preflight``.
     """
-    if resume not in (AUTO, NEVER):
-        raise ConfigError(
-            f"--resume {resume}: a job that is started again goes on from the newest checkpoint of its own output_dir",
-            fix="give --resume auto, or none for a new run",
-        )
+    _check_resume(resume)
     run = Path(config.output_dir)
     for name, job_id in jobs_of(run, last_submission(run)).items():
         job = slurm.show_job(job_id)
@@ -136,6 +132,25 @@ def check_run_directory(config: Config, *, resume: str) -> None:
                 fix=f"let it end, end it by `scancel {job_id}`, or set another output_dir",
             )
     preflight(config, resume=resume)
+
+
+def check_hold_no_runs(configs: Sequence[Config], *, resume: str) -> None:
+    """Of ``check_run_directories`` what needs neither SLURM nor the data, for a dry run; writes nothing.
+
+    Raises:
+        ConfigError: a run has begun in one of them, and is not to be gone on with.
+    """
+    _check_resume(resume)
+    for config in configs if resume == NEVER else ():
+        check_holds_no_run(Path(config.output_dir))
+
+
+def _check_resume(resume: str) -> None:
+    if resume not in (AUTO, NEVER):
+        raise ConfigError(
+            f"--resume {resume}: a job that is started again goes on from the newest checkpoint of its own output_dir",
+            fix="give --resume auto, or none for a new run",
+        )
 
 
 def jobs_of(run: Path, number: int) -> dict[str, str]:

@@ -126,10 +126,11 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
 
 
 def _fix_missing_file(path: Path) -> str:
-    siblings = [file.name for file in path.parent.glob("*.y*ml")]  # empty where the folder is missing too
-    near = difflib.get_close_matches(path.name, siblings, n=1)
+    # By what stands before the ending, which all of them share. Empty where the folder is missing too.
+    siblings = {file.stem: file for file in path.parent.glob("*.y*ml")}
+    near = difflib.get_close_matches(path.stem, list(siblings), n=1)
     if near:
-        return f"did you mean {path.parent / near[0]}?"
+        return f"did you mean {siblings[near[0]]}?"
     return f"give an existing YAML file; the current directory is {Path.cwd()}"
 
 

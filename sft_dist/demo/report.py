@@ -17,9 +17,11 @@ from sft_dist.demo.house_format import Row, prompt_of
 MAX_SHOWN_CHARACTERS = 160
 
 # The run's own resolved configuration has the data's full paths, so that this works from any folder.
-NEXT_COMMAND = (
-    "{python} -m sft_dist.launch.torchrun --nproc-per-node {processes} train {config} "
-    "model.path=Qwen/Qwen2.5-0.5B-Instruct optim.lr=1e-5 train.max_steps=50 output_dir={output}"
+NEXT_MODEL = "model.path=Qwen/Qwen2.5-0.5B-Instruct"
+NEXT_COMMANDS = (
+    "{python} -m sft_dist model fetch {config} {model}",
+    "{python} -m sft_dist.launch.torchrun --nproc-per-node {processes} train {config} {model} optim.lr=1e-5 "
+    "train.max_steps=50 output_dir={output}",
 )
 
 
@@ -62,14 +64,16 @@ def show_places(console: Console, output: Path, picture: Path, *, processes: int
     console.print(f"model:   {output / 'final'}   (Hugging Face layout: from_pretrained loads it)")
     console.print(f"curve:   {picture}")
     console.print(f"metrics: {output / 'metrics.jsonl'}")
-    command = NEXT_COMMAND.format(
-        python=_from_here(Path(sys.executable)),
-        processes=processes,
-        config=output / "config.yaml",
-        output=output.with_name(output.name + "-qwen"),
-    )
-    console.print("\nNext, the same data with a real model (downloads 1 GB; better with GPUs):")
-    console.print(Text("  " + command, style="bold"), soft_wrap=True)
+    console.print("\nNext, the same data with a real model (the first command downloads 1 GB; better with GPUs):")
+    for command in NEXT_COMMANDS:
+        said = command.format(
+            python=_from_here(Path(sys.executable)),
+            model=NEXT_MODEL,
+            processes=processes,
+            config=output / "config.yaml",
+            output=output.with_name(output.name + "-qwen"),
+        )
+        console.print(Text("  " + said, style="bold"), soft_wrap=True)
 
 
 def _from_here(program: Path) -> Path:

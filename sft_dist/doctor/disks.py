@@ -15,11 +15,14 @@ from pathlib import Path
 
 from sft_dist.doctor.finding import Finding, odd_ones
 from sft_dist.doctor.wanted import Wanted
+from sft_dist.plan.units import gib
 
 GIB, MIB = 2**30, 2**20
 
 # What is written to find the rate: so much, or for so long; each part forced to the disk.
 PROBE_BYTES, PROBE_PART_BYTES, PROBE_S = 32 * MIB, 4 * MIB, 1.0
+# And at most one such part of what is free.
+PROBE_SHARE = 8
 
 # Where no plan says what a run takes.
 LEAST_FREE_BYTES, USUAL_FREE_BYTES = 64 * MIB, 10 * GIB
@@ -84,19 +87,25 @@ def check_disk(node: str, disk: Disk) -> tuple[list[Finding], float | None]:
 
     try:
         usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
-        rate = _write_rate(folder, PROBE_BYTES if disk.speed else PROBE_PART_BYTES)
     except OSError as error:
         return [finding("failed", f"{folder} cannot be written: {error.strerror}", _fix(error, disk))], None
-    free = f"{usage.free / GIB:,.1f} GiB free in {folder}"
-    if usage.free < disk.needed_bytes:
-        what = f"{free}; {disk.needed_bytes / GIB:,.1f} GiB needed"
+    free = f"{gib(usage.free)} free in {folder}"
+    has_room, rate = usage.free >= disk.needed_bytes, None
+    try:
+        # Where little is free, less is written: what is wrong is that, not that a probe does not fit.
+        rate = _write_rate(folder, min(PROBE_BYTES if disk.speed else PROBE_PART_BYTES, usage.free // PROBE_SHARE))
+    except OSError as error:
+        if has_room or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return [finding("failed", f"{folder} cannot be written: {error.strerror}", _fix(error, disk))], None
+    if not has_room or rate is None:
+        what = f"{free}, {gib(disk.needed_bytes)} needed"
         return [finding("failed", what, _room(disk), usage.free / GIB)], rate
     # Some file systems make inodes as they need them, and say 0 of 0.
     if inodes.f_files and inodes.f_favail < LEAST_INODES:
         what = f"{folder}: only {inodes.f_favail} more files can be made there"
         return [finding("failed", what, "remove files that are no longer needed", inodes.f_favail)], rate
     if usage.free < disk.enough_bytes:
-        what = f"{free}; {disk.enough_bytes / GIB:,.1f} GiB may be needed"
+        what = f"{free}, {gib(disk.enough_bytes)} may be needed"
         return [finding("warning", what, _room(disk), usage.free / GIB)], rate
     if disk.speed and rate < SLOW_BYTES_PER_S:
         what = f"{folder} takes {rate / 1e6:.1f} MB/s: a checkpoint of 1 GiB takes {GIB / rate:,.0f} s"
@@ -110,10 +119,11 @@ def _write_rate(folder: Path, size_bytes: int) -> float:
 
     The file has no name: it goes with this process, however that ends.
     """
-    block, best = os.urandom(PROBE_PART_BYTES), 0.0
+    part_bytes = max(1, min(PROBE_PART_BYTES, size_bytes))
+    block, best = os.urandom(part_bytes), 0.0
     with tempfile.TemporaryFile(dir=folder) as file:
         until = time.perf_counter() + PROBE_S
-        for _ in range(size_bytes // PROBE_PART_BYTES):
+        for _ in range(max(1, size_bytes // part_bytes)):
             started = time.perf_counter()
             file.write(block)
             file.flush()

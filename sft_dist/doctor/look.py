@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sft_dist.config.schema import Config
 from sft_dist.doctor.deadline import Overdue, all_within
 from sft_dist.doctor.disks import Disk, check_disk, check_hub_cache, disks_of
 from sft_dist.doctor.finding import Finding
 from sft_dist.doctor.gpus import DriverState, check_gpus
+from sft_dist.doctor.inputs import check_inputs
 from sft_dist.doctor.machine import check_cores, check_limits, check_memory, check_shared_memory
 from sft_dist.doctor.names import check_port, resolve
 from sft_dist.doctor.place import Place
 from sft_dist.doctor.versions import installed
 from sft_dist.doctor.wanted import Wanted
+from sft_dist.runtime.failure import with_config
 
 DRIVER_FIX = "drain and restart the node; dmesg says what happened (Xid)"
 
@@ -53,6 +56,8 @@ def look(
         "versions": lambda: ([], {"versions": installed()}),
         "host names": lambda: ([], {"names": resolve(hosts) if len(hosts) > 1 else {}}),
     }
+    if wanted.config is not None:
+        calls["inputs"] = partial(_only, partial(_inputs, node, wanted.config, wanted.words))
     for disk in disks_of(wanted):
         calls[disk.what] = partial(_disk, node, disk)
     if place.index == 0:
@@ -69,6 +74,10 @@ def look(
             findings += answer[0]
             facts |= answer[1]
     return {"findings": [asdict(finding) for finding in findings], "facts": facts}
+
+
+def _inputs(node: str, config: Config, words: Sequence[str]) -> list[Finding]:
+    return [replace(each, fix=with_config(each.fix, words)) for each in check_inputs(node, config)]
 
 
 def _only(check: Callable[[], list[Finding]]) -> Found:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_dist.config.schema import Config
+from sft_dist.errors import UnknownHardware
+from sft_dist.plan.machines import machines_of
 from sft_dist.plan.to_json import PLAN
 
 # Resident in a process that has imported torch, transformers and DeepSpeed, on a CPU; with CUDA's libraries and context
@@ -28,6 +31,8 @@ class Wanted:
         network: between nodes, as the configuration calls it.
         host_bytes, disk_parts: what the plan says of a node's memory, and of the disk by what takes it; None: no plan
             of this run is there.
+        config: None: what training reads is not known.
+        words: of the command line that name it, for what is to be done.
     """
 
     output_dir: Path | None = None
@@ -40,9 +45,11 @@ class Wanted:
     network: str | None = None
     host_bytes: int | None = None
     disk_parts: dict[str, int] | None = None
+    config: Config | None = None
+    words: tuple[str, ...] = ()
 
 
-def wanted_of(config: Config | None) -> Wanted:
+def wanted_of(config: Config | None, words: Sequence[str] = ()) -> Wanted:
     """What a configuration asks for, with the figures of the plan that was written for it."""
     if config is None:
         return Wanted()
@@ -62,19 +69,27 @@ def wanted_of(config: Config | None) -> Wanted:
         network=hardware.network,
         host_bytes=None if memory is None else sum(memory["host_parts"].values()),
         disk_parts=None if memory is None else dict(memory["disk_parts"]),
+        config=config,
+        words=tuple(words),
     )
 
 
 def _planned_memory(file: Path, config: Config) -> dict[str, Any] | None:
-    """Of the plan in the run directory, if it is of this model and method; a plan of something else says nothing.
+    """Of the plan in the run directory, if it is of this model, method and machines; that of another run says nothing.
 
     Its fields are those of docs/plan_schema.json.
     """
+    if config.hardware.gpu is None:
+        return None
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
         subject = plan["subject"]
-        is_of_this = subject["model"].startswith(f"{config.model.path},") and subject["method"] == config.method.type
+        is_of_this = (
+            subject["model"].startswith(f"{config.model.path},")
+            and subject["method"] == config.method.type
+            and subject["machines"] == machines_of(config.hardware).description
+        )
         memory: dict[str, Any] = plan["memory"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, UnknownHardware):
         return None
     return memory if is_of_this else None

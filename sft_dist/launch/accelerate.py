@@ -36,6 +36,7 @@ from sft_dist.launch.meeting import (
     meeting_of,
     step_of_launcher,
 )
+from sft_dist.launch.wrong_words import refused
 from sft_dist.runtime.quiet import name_accelerator
 from sft_dist.runtime.slurm_step import Step
 
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process by default.
     """
     given, debug = split_debug(arguments)
+    if (code := refused("accelerate", given, debug=debug)) is not None:
+        return code
     options, command = _parse(given)
     meeting: Meeting | None = None
 

@@ -63,7 +63,7 @@ def start(
         check_training(command)
         return _launched(arguments, prepare, launch)
     except SftError as error:
-        report(error, debug=debug)
+        report(error, debug=debug, words=command)
         return error.exit_code
 
 

@@ -30,6 +30,7 @@ from sft_dist.launch.meeting import (
     tell_processes,
 )
 from sft_dist.launch.outcome import code_of_signal, exit_code, report_killed
+from sft_dist.launch.wrong_words import refused
 from sft_dist.runtime.failure import LAUNCH_FOLDER, noted_exit_codes
 from sft_dist.runtime.network import free_port
 from sft_dist.runtime.quiet import name_accelerator
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default.
     """
     words, debug = split_debug(arguments)
+    if (code := refused("deepspeed", words, debug=debug)) is not None:
+        return code
     sys.argv[0] = PROGRAM  # DeepSpeed's parser names it in what it says
     if words[0] in ("-h", "--help"):
         print(DESCRIPTION)

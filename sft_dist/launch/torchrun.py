@@ -33,6 +33,7 @@ from sft_dist.launch.meeting import (
     meeting_of,
     step_of_launcher,
 )
+from sft_dist.launch.wrong_words import refused
 
 PROGRAM = "launch/torchrun.sh"
 DESCRIPTION = f"""\
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default.
     """
     given, debug = split_debug(arguments)
+    if (code := refused("torchrun", given, debug=debug)) is not None:
+        return code
     options, command = _parse(given)
     meeting: Meeting | None = None
 

@@ -69,6 +69,7 @@ def choose(
     memory_bytes: int,
     accelerate: AccelerateChoice | None = None,
     describe: Describe | None = None,
+    on_cpu: bool = False,
 ) -> Choice:
     """Decides what the configuration leaves open; a function of its arguments and the model's ``config.json``.
 
@@ -78,13 +79,14 @@ def choose(
         memory_bytes: of one process's device; the same number on all ranks, or they would choose differently.
         accelerate: what ``accelerate launch`` said, where it started the processes.
         describe: as for ``resolve``.
+        on_cpu: the processes train on CPUs.
 
     Raises:
         ConfigError: the model's configuration or accelerate's DeepSpeed file cannot be read, or what accelerate chose
             does not go with another key.
         NothingFits: not even fsdp2's share of the states fits.
     """
-    room = Room(shape, memory_bytes, described_once(describe))
+    room = Room(shape, memory_bytes, described_once(describe), on_cpu)
     reasons: list[str] = []
     if isinstance(config.sharding, AutoSharding):
         sharding, reason = _strategy(config, room, accelerate)

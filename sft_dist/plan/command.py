@@ -103,10 +103,13 @@ def wishes(
     )
 
 
-def make_plan(config: Config, *, stated: AssumedData | None, views: Views, wished: Wishes | None = None) -> Plan:
+def make_plan(
+    config: Config, *, stated: AssumedData | None, views: Views, wished: Wishes | None = None, keeps: bool = True
+) -> Plan:
     """Plans a configuration, shows the plan and writes it to ``plan.json`` in the run directory.
 
     Args:
+        keeps: whether ``plan.json`` is written; not where a run has begun, whose plan it is.
         wished: searches for other ways to do the same training too.
 
     Raises:
@@ -123,7 +126,7 @@ def make_plan(config: Config, *, stated: AssumedData | None, views: Views, wishe
             answer = read_config(said, source="the configuration", overrides=found.picks[0].point.overrides)
             plan = dry_run(answer, machines_of(answer.hardware), assumed=stated).plan
         plan = replace(plan, search=found)
-    show(plan, Path(config.output_dir), views)
+    show(plan, Path(config.output_dir) if keeps else None, views)
     if plan.search is not None and wished is not None:
         check_wishes(plan.search.front, budget=wished.budget, deadline_s=wished.deadline_s)
     return plan
@@ -149,12 +152,17 @@ def _searched(config: Config, plan: Plan, wished: Wishes) -> Search:
     return replace(found, picks=picks)
 
 
-def show(plan: Plan, folder: Path, views: Views) -> None:
-    """Prints a plan and writes its files."""
+def show(plan: Plan, folder: Path | None, views: Views) -> None:
+    """Prints a plan and writes its files.
+
+    Args:
+        folder: for ``plan.json``; None: that is not written.
+    """
     text = plan_text(plan)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / PLAN).write_text(text + "\n", encoding="utf-8")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PLAN).write_text(text + "\n", encoding="utf-8")
         if views.html is not None:
             views.html.parent.mkdir(parents=True, exist_ok=True)
             points = () if plan.search is None else plan.search.points

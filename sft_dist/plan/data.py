@@ -1,4 +1,6 @@
-"""What a run trains on, for a dry run: counted where it is prepared, else estimated from a sample, else as stated."""
+"""What a run trains on, for a dry run: counted where it is prepared, else estimated from a sample or from the text
+alone, else as stated.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,12 @@ from sft_dist.data.mixing import Side
 from sft_dist.data.prepare import Cache, cache_path, find_set, sources_of
 from sft_dist.data.prepared import PreparedData, open_prepared, open_stores
 from sft_dist.data.sources import files_here
-from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.errors import CheckpointError
 from sft_dist.model.hub import ModelNotHere
 from sft_dist.model.renderer import renderer_of
 from sft_dist.plan.assumed import AssumedData, assumed_plan
 from sft_dist.plan.epoch import Epoch, data_plan, tokens_of_run
+from sft_dist.plan.estimated import estimated_plan
 from sft_dist.plan.result import DataPlan, Range
 from sft_dist.plan.sampled import sampled_plan
 from sft_dist.run import Run
@@ -33,7 +36,8 @@ def plan_data(
     """What ``run`` trains on. Writes nothing and asks no network.
 
     What is stated (``assumed``) is taken as it is. Else a prepared set in the run's cache is counted: rows, tokens and
-    steps are those of the trainer. Else some rows of the files are tokenised.
+    steps are those of the trainer. Else some rows of the files are tokenised; where the tokenizer is not here, as
+    before the model is fetched, their tokens are estimated from the text.
 
     Args:
         config: that ``run`` was resolved from.
@@ -44,32 +48,28 @@ def plan_data(
         None where files are missing, or behind a URL, and nothing is stated.
 
     Raises:
-        ConfigError: the files are here and the tokenizer is not.
         DataError: what is here cannot be trained on, as training would find.
     """
     if assumed is not None:
         return assumed_plan(run, assumed)
     if max_sample_rows < 1:
         raise ValueError(f"a sample has at least one row, got {max_sample_rows}")
-    files = {side: source_files(run, side) for side in ("train", "eval")}
+    sides: tuple[Side, ...] = ("train", "eval")
+    files = {side: source_files(run, side) for side in sides}
     try:
         load = renderer_of(config.model, run.data)
         renderer = load()
-    except (ModelNotHere, CheckpointError) as e:
+    except (ModelNotHere, CheckpointError):
         if files["train"] is None:
             return None
-        raise ConfigError(
-            f"the tokens of data.train cannot be counted: {e.what}",
-            fix="bring the tokenizer here by `sft-dist model fetch CONFIG --no-weights`, or state what the data has: "
-            "--examples N --tokens-per-example T",
-        ) from e
+        return estimated_plan(config, run, files, max_sample_rows=max_sample_rows, seed=seed)
     cache = Cache(cache_path(run.data, run.output_dir), renderer, load)
     prepared = _prepared(run, cache)
     if prepared is not None:
         return prepared
     if files["train"] is None:
         return None
-    return sampled_plan(run, renderer, files, max_sample_rows=max_sample_rows, seed=seed)  # type: ignore[arg-type]
+    return sampled_plan(run, renderer, files, max_sample_rows=max_sample_rows, seed=seed)
 
 
 def source_files(run: Run, side: Side) -> list[list[str]] | None:

@@ -112,6 +112,11 @@ def plan_run(
             f"data.train is not here: planned for {STAND_IN.rows:,} examples of {STAND_IN.tokens_per_row:g} tokens; "
             "say --examples N --tokens-per-example T"
         )
+    if data.basis == "estimated":
+        warnings.append(
+            f"the model's tokenizer is not here: tokens, times and prices are estimated from the text ({data.source}); "
+            "`sft-dist model fetch CONFIG --no-weights` brings it, or say --examples N --tokens-per-example T"
+        )
     if data.lost_share > LOST_SHARE:
         warnings.append(
             f"{data.lost_share:.0%} of the data's tokens are not trained: data.over_length is {run.data.over_length}, "
@@ -184,12 +189,11 @@ def memory_plan(config: Config, run: Run, gpu: Gpu, data: DataPlan | None) -> Me
 
 def _subject(run: Run, machines: Machines) -> dict[str, str]:
     model, batch, precision = run.model, run.batch, run.precision
-    where = f"{machines.gpus_per_node} x {machines.gpu.name}"
     return {
         "model": f"{model.path}, {count(model.num_parameters)} parameters, {count(model.num_trainable)} trained",
         "method": model.method.type,
         "strategy": run.strategy,
-        "machines": where if machines.nodes == 1 else f"{machines.nodes} nodes of {where}",
+        "machines": machines.description,
         "batch": f"{batch.global_batch_size} sequences of at most {batch.max_seq_len:,} tokens, "
         f"{batch.micro_batch_size} a micro-batch, {batch.gradient_accumulation_steps} of them a step",
         "precision": f"{precision.compute}, master {precision.master}, states {precision.optimizer_state}",

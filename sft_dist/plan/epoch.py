@@ -46,7 +46,7 @@ def data_plan(
     run: Run,
     epoch: Epoch,
     *,
-    basis: Literal["prepared", "sampled", "assumed"],
+    basis: Literal["prepared", "sampled", "estimated", "assumed"],
     tokens: Range,
     eval_tokens: float,
     cache_bytes: float,

@@ -42,6 +42,12 @@ class Machines:
         return WorldShape(self.nodes, self.gpus_per_node)
 
     @property
+    def description(self) -> str:
+        """``2 nodes of 8 x H100-SXM``, as a plan says it."""
+        node = f"{self.gpus_per_node} x {self.gpu.name}"
+        return node if self.nodes == 1 else f"{self.nodes} nodes of {node}"
+
+    @property
     def num_gpus(self) -> int:
         return self.nodes * self.gpus_per_node
 

@@ -104,8 +104,9 @@ class DataPlan:
     """What is trained on, counted or estimated.
 
     Args:
-        basis: ``prepared``: counted in the prepared cache; ``sampled``: a sample was tokenised; ``assumed``: stated by
-            the user, because the files are not here.
+        basis: ``prepared``: counted in the prepared cache; ``sampled``: a sample was tokenised; ``estimated``: rows
+            were counted and tokens told from the text, because the tokenizer is not here; ``assumed``: stated by the
+            user, because the files are not here.
         rows, tokens, supervised_tokens: of the training set after mixing.
         sequences: packs, or rows where nothing is packed; one epoch.
         sum_squared_lengths: over the segments of one epoch, of their squared token counts: what attention costs.
@@ -119,7 +120,7 @@ class DataPlan:
         lost_share: of all tokens, that ``data.over_length`` cuts off or drops with their rows; 0 where preparing told.
     """
 
-    basis: Literal["prepared", "sampled", "assumed"]
+    basis: Literal["prepared", "sampled", "estimated", "assumed"]
     rows: int
     tokens: Range
     supervised_tokens: float

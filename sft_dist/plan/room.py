@@ -13,7 +13,7 @@ where their size is open too; full where none does, and training will show. What
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from sft_dist.config.schema import RECOMPUTATION, Config, Recomputation, VirtualTokensMethod
@@ -43,16 +43,25 @@ class Room:
         shape: of the processes.
         memory_bytes: of one process's device.
         describe: the model; called for every candidate.
+        on_cpu: the device is the machine itself, where there is no CUDA that takes memory of its own.
     """
 
     shape: WorldShape
     memory_bytes: int
     describe: Describe
+    on_cpu: bool = False
 
     @property
     def allowed(self) -> str:
         """How much a peak may take, in words."""
         return f"{percent(TIGHT_SHARE)} of {gib(self.memory_bytes)}"
+
+    def peak(self, run: Run) -> Phase:
+        """The phase that takes most, planned."""
+        peak = peak_of(run)
+        if not self.on_cpu:
+            return peak
+        return replace(peak, parts={part: size for part, size in peak.parts.items() if part != "context"})
 
     def holds(self, peak: Phase) -> bool:
         return peak.total_bytes <= TIGHT_SHARE * self.memory_bytes
@@ -100,7 +109,7 @@ def least_recomputation(config: Config, room: Room) -> tuple[Recomputation, str]
             refusals.append(refusal)
             passed[mode] = f"{mode} is refused ({refusal.what})"
             continue
-        peak = peak_of(run)
+        peak = room.peak(run)
         last = mode, peak
         if room.holds(peak):
             return mode, "; ".join([f"{mode}: {_in_parts(peak)}, within {room.allowed}", *passed.values()])
@@ -127,7 +136,7 @@ def largest_micro_batch_size(config: Config, room: Room) -> tuple[int, str]:
     def peak(size: int) -> Phase | None:
         """None where the run is refused."""
         try:
-            return peak_of(room.run(with_micro_batch_size(config, size)))
+            return room.peak(room.run(with_micro_batch_size(config, size)))
         except ConfigError:
             return None
 

@@ -58,7 +58,7 @@ def _headline(plan: Plan) -> RenderableType:
     style = STYLES[plan.memory.verdict]
     said = [Text(words.headline(plan), style), Text(words.peak_line(plan.memory), "bold")]
     said.append(Text(words.run_line(plan), "bold"))
-    said.append(Text(" · ".join(plan.subject.values()), "dim", overflow="fold"))
+    said.append(Text(words.subject_line(plan), "dim", overflow="fold"))
     return Group(*said)
 
 

@@ -137,8 +137,12 @@ def run_time(
     phases = _phases(work, rates, seconds.value)
     rest = sum(phases.values()) - phases["train"]
     share = phases["train"] / seconds.value if seconds.value else 0.0
+    tokens = work.data.tokens
+    fewer, more = (tokens.low / tokens.value, tokens.high / tokens.value) if tokens.value else (1.0, 1.0)
     # What is beside training is assumed: half or twice of it.
-    total = Range(phases["train"] + rest, seconds.low * share + rest / 2, seconds.high * share + rest * 2)
+    total = Range(
+        phases["train"] + rest, seconds.low * share * fewer + rest / 2, seconds.high * share * more + rest * 2
+    )
     return RunTime(step, seconds, phases, total, found)
 
 

@@ -70,6 +70,7 @@ BASES: dict[Basis, str] = {
 DATA_BASES = {
     "prepared": "counted in the prepared data",
     "sampled": "estimated from a sample",
+    "estimated": "estimated from the text; the tokenizer is not here",
     "assumed": "as stated, not counted",
 }
 
@@ -77,6 +78,12 @@ DATA_BASES = {
 def headline(plan: Plan) -> str:
     """``Fits on 4 x A100 SXM 80 GB``."""
     return f"{VERDICTS[plan.memory.verdict]} on {plan.num_gpus} x {plan.gpu}"
+
+
+def subject_line(plan: Plan) -> str:
+    """What is planned, each part by itself but for the mode of activation checkpointing, which is a bare word."""
+    label = {"recomputed": "activation checkpointing "}
+    return " · ".join(f"{label.get(name, '')}{value}" for name, value in plan.subject.items())
 
 
 def peak_line(memory: MemoryPlan) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shlex
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -28,8 +31,26 @@ NOTE, SAID = "failed-", "said-"
 SIBLING_GRACE_S = 3.0
 
 
-def report(error: SftError, *, debug: bool) -> None:
+def with_config(fix: str, words: Sequence[str]) -> str:
+    """A fix whose ``CONFIG`` is the file of a command line and its overrides; of a model's those of the model alone.
+
+    Args:
+        words: of the command line; without a YAML file among them the fix stays as it is.
+    """
+    place = next((n for n, word in enumerate(words) if word.endswith((".yaml", ".yml")) and word[0] != "-"), None)
+    if place is None:
+        return fix
+    only = "model." if "model fetch CONFIG" in fix else ""
+    overrides = (word for word in words[place + 1 :] if "=" in word and word[0] != "-" and word.startswith(only))
+    given = shlex.join([words[place], *overrides])
+    return re.sub(r"\bCONFIG\b", lambda _: given, fix)
+
+
+def report(error: SftError, *, debug: bool, words: Sequence[str] = ()) -> None:
     """Prints what went wrong and how to fix it, with the stack trace before it if ``debug``.
+
+    Args:
+        words: of the command line, for fixes that name a configuration.
 
     What all processes of a launch meet, such as a mistake in the configuration, is printed once on each node. Other
     errors differ between processes: each is printed, with the rank that met it.
@@ -49,7 +70,7 @@ def report(error: SftError, *, debug: bool) -> None:
     first, *rest = error.what.splitlines() or [""]
     lines = [Text.assemble(("error: ", "bold red"), first)]
     lines += [Text(" " * len("error: ") + line) for line in rest]
-    lines.append(Text.assemble(("  fix: ", "bold green"), error.fix))
+    lines.append(Text.assemble(("  fix: ", "bold green"), with_config(error.fix, words)))
     for stream in _screens():
         # soft_wrap: a terminal may wrap a line, but a log file and `grep` see it whole.
         console = Console(file=stream, soft_wrap=True, highlight=False)

@@ -109,18 +109,28 @@ def take_run_directory(folder: Path, *, may_hold_a_run: bool, say: Callable[[str
     check_run_directory(folder, may_hold_a_run=may_hold_a_run)
 
 
+def check_holds_no_run(folder: Path) -> None:
+    """Writes nothing.
+
+    Raises:
+        ConfigError: a run has begun in the folder.
+    """
+    if holds_a_run(folder):
+        marks = [name for name in MARKS_OF_A_RUN if (folder / name).exists()]
+        raise ConfigError(
+            f"output_dir: {folder} already holds a run (it has {marks[0]})",
+            fix="go on with it by --resume auto, or set another output_dir",
+        )
+
+
 def check_run_directory(folder: Path, *, may_hold_a_run: bool) -> None:
     """Makes the folder, and proves that it can be written and holds no other run.
 
     Raises:
         ConfigError: it is used, or cannot be written.
     """
-    if not may_hold_a_run and holds_a_run(folder):
-        marks = [name for name in MARKS_OF_A_RUN if (folder / name).exists()]
-        raise ConfigError(
-            f"output_dir: {folder} already holds a run (it has {marks[0]})",
-            fix="go on with it by --resume auto, or set another output_dir",
-        )
+    if not may_hold_a_run:
+        check_holds_no_run(folder)
     with writing_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

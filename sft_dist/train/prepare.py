@@ -13,9 +13,12 @@ from pathlib import Path
 from rich.console import Console
 
 from sft_dist.config.schema import Config
+from sft_dist.data.audit.report_terminal import verdict
 from sft_dist.data.hub_dataset import is_dataset_id, named
-from sft_dist.data.prepare import cache_path
+from sft_dist.data.mixing import Side
+from sft_dist.data.prepare import Cache, cache_path, find_set, sources_of
 from sft_dist.data.sources import files_here
+from sft_dist.errors import RowError
 from sft_dist.model.describe import describe_model
 from sft_dist.model.hub import ModelNotHere, fetch, model_folder
 from sft_dist.model.renderer import renderer_of
@@ -83,8 +86,21 @@ def _prepare_data(config: Config, say: Say) -> None:
     load = renderer_of(config.model, config.data)
     model, method = config.model, config.method
     spec = describe_model(model.path, model.revision, method, config.precision.compute, model.add_tokens)
-    sets, _ = prepare_inputs(config, spec, load(), load)
+    renderer = load()
+    was_there = _is_prepared(config, Cache(cache_path(config.data, config.output_dir), renderer, load))
+    try:
+        sets, found = prepare_inputs(config, spec, renderer, load)
+    except RowError as error:
+        raise RowError(error.what, fix=f"{error.fix}; `sft-dist data audit CONFIG` lists all such rows") from error
     for name, folder in (("train", sets.train), ("eval", sets.eval)):
         if folder is not None:
             console.print(table_of(f"data.{name}", folder, config.data))
-    say(f"data      in {cache_path(config.data, config.output_dir)}")
+    say(f"audit     {verdict(found)}" + ("; `sft-dist data audit CONFIG` tells which rows" if found.findings else ""))
+    all_there = ": all of it was prepared before" if was_there else ""
+    say(f"data      in {cache_path(config.data, config.output_dir)}{all_there}")
+
+
+def _is_prepared(config: Config, cache: Cache) -> bool:
+    """Whether each set of the run is there already."""
+    sides: tuple[Side, ...] = ("train", "eval") if sources_of(config.data, "eval") else ("train",)
+    return all(find_set(config.data, cache, side=side, seed=config.train.seed) is not None for side in sides)

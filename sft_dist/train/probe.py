@@ -47,6 +47,7 @@ from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.account import WARM_UP_STEPS, StepFigures
 from sft_dist.train.ready import Process, decide
 from sft_dist.train.receipt import calibrate
+from sft_dist.train.resume import holds_a_run
 from sft_dist.train.step import train_step
 
 # What a probe goes through.
@@ -74,8 +75,8 @@ class Probe:
 def probe(config: Config, *, steps: int, stated: AssumedData | None, views: Views) -> None:
     """Plans a configuration for the hardware that is here, trains ``steps`` steps after two that warm up, and compares.
 
-    Writes ``plan.json`` where the GPU is known, and nothing else into ``output_dir``; on a GPU of the table also the
-    calibration that the next plan starts from.
+    Writes ``plan.json`` where the GPU is known and no run has begun, and nothing else into ``output_dir``; on a GPU of
+    the table also the calibration that the next plan starts from.
 
     Args:
         stated: what the data is like, for the plan; the steps train what is here.
@@ -93,7 +94,8 @@ def probe(config: Config, *, steps: int, stated: AssumedData | None, views: View
         machines = machines_here(config.hardware, world.shape, torch.cuda.get_device_name(process.device))
         if world.is_main:
             plan = plan_run(config, run, machines, plan_data(config, run, assumed=stated))
-            show(plan, Path(config.output_dir), views)
+            folder = Path(config.output_dir)
+            show(plan, None if holds_a_run(folder) else folder, views)
     check_weights(run.model)
     data, source = probe_data(config, run)
     # Before there is a process group: a plan of ranks that share sequences makes one of its own.

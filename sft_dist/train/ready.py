@@ -150,7 +150,8 @@ def decide(config: Config, process: Process) -> tuple[Config, Run]:
     world, device = process.world, process.device
     accelerate = read_accelerate_environment()
     memory_bytes = least_memory_bytes(world, device, process.store)
-    choice = choose(config, world.shape, memory_bytes=memory_bytes, accelerate=accelerate)
+    on_cpu = device.type == "cpu"
+    choice = choose(config, world.shape, memory_bytes=memory_bytes, accelerate=accelerate, on_cpu=on_cpu)
     run = resolve(choice.config, world.shape)
     reason = unsupported_on(run, device.type)
     if reason is not None:

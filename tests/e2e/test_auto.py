@@ -49,8 +49,9 @@ def test_the_choice_is_told_and_kept(train: Train, tmp_path: Path) -> None:
     assert code == 0, err
     first, second, third = (line for line in out.splitlines() if " auto -> " in line)
     assert first.startswith("sharding.strategy auto -> ddp: one process; parameters, gradients and optimizer take ")
-    assert second.startswith("activation_checkpointing.mode auto -> none: CUDA and NCCL 1.1 GiB + ")
-    assert third.startswith("train.micro_batch_size auto -> 4: CUDA and NCCL 1.1 GiB + ")
+    assert second.startswith("activation_checkpointing.mode auto -> none: ")
+    assert third.startswith("train.micro_batch_size auto -> 4: ")
+    assert "CUDA" not in out, "which a CPU has not"
     assert third.endswith("; a rank has 6 of a step's 6 sequences")
     assert out.index(third) < out.index("sharding  ddp on 1 rank, verified")
     assert "micro-batch of up to 4" in out

@@ -64,7 +64,7 @@ class Site:
     def write_config(self, **sections: Any) -> None:
         (self.folder / "rows.jsonl").write_text("{}")
         content = {
-            "model": {"path": "some/model"},
+            "model": {"path": str(self.folder)},
             "data": {"train": [{"path": str(self.folder / "rows.jsonl")}]},
             "train": {"global_batch_size": 1, "max_steps": 1},
             "output_dir": str(self.output_dir),

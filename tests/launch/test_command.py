@@ -13,6 +13,8 @@ import pytest
 
 from sft_dist.launch import accelerate, deepspeed, torchrun
 from sft_dist.launch.command import _share_cores, measures_with_all, split_debug, split_resume, start
+from sft_dist.launch.wrong_words import refused
+from sft_dist.runtime.failure import with_config
 from tests.helpers.checkpoints import make_checkpoint
 from tests.launch.conftest import REPOSITORY, SMALLEST
 
@@ -145,3 +147,53 @@ def test_the_commands_of_the_page_are_understood() -> None:
     for name, words in commands:
         _, command = parsers[name](shlex.split(words.replace(" N ", " 1 ")))
         assert command == ["train", "run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "what", "fix"),
+    [
+        ("torchrun", "--num_processes 2 train c.yaml", "has no option --num_processes", "it is called --nproc-per-node"),
+        ("torchrun", "--num-gpus=2 train c.yaml", "has no option --num-gpus", "it is called --nproc-per-node here"),
+        ("accelerate", "--nproc-per-node 2 train c.yaml", "has no option --nproc-per-node", "--num_processes here (of"),
+        ("accelerate", "--nnodes 2 train c.yaml", "has no option --nnodes", "it is called --num_machines here"),
+        ("deepspeed", "--nproc_per_node 2 train c.yaml", "has no option --nproc_per_node", "it is called --num_gpus"),
+        ("deepspeed", "--num_gpus 2 c.yaml a.b=1", "c.yaml stands where the command belongs",
+         "write train before it: launch/deepspeed.sh --num_gpus 2 train c.yaml a.b=1"),
+        ("torchrun", "c.yaml", "c.yaml stands where the command belongs", "launch/torchrun.sh train c.yaml"),
+    ],
+)  # fmt: skip
+def test_words_of_another_launcher(
+    launcher: str, words: str, what: str, fix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    main = {"torchrun": torchrun.main, "accelerate": accelerate.main, "deepspeed": deepspeed.main}[launcher]
+    assert main(words.split()) == 2
+    out, err = capfd.readouterr()
+    first, second = err.splitlines()
+    assert (out, first.startswith(f"error: launch/{launcher}.sh")) == ("", True)
+    assert what in first
+    assert fix in second
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        ("torchrun", "--nproc-per-node 2 --nnodes 1 --master-addr a --node_rank 0 train c.yaml a.num_gpus=1"),
+        ("accelerate", "--config_file c.yaml --num_processes 2 train c.yaml"),
+        ("deepspeed", "--num_gpus 2 --node_rank 0 --master_addr a train c.yaml --nnodes"),
+        ("torchrun", "plan c.yaml --probe 5"),
+        ("torchrun", "--help"),
+    ],
+)
+def test_a_launchers_own_words_pass(launcher: str, words: str) -> None:
+    assert refused(launcher, words.split(), debug=False) is None
+
+
+def test_a_fix_names_the_configuration() -> None:
+    fetch = "sft-dist model fetch CONFIG"
+    words = ["train", "my run.yaml", "model.path=a/b", "optim.lr=1", "--resume", "auto"]
+    assert with_config(fetch, words) == "sft-dist model fetch 'my run.yaml' model.path=a/b"
+    assert (
+        with_config("see `sft-dist plan CONFIG`", ["submit", "c.yaml", "a.b=1"]) == "see `sft-dist plan c.yaml a.b=1`"
+    )
+    assert with_config(fetch, ["chat", "runs/x"]) == fetch
+    assert with_config("write CONFIGS", words) == "write CONFIGS"

@@ -320,6 +320,16 @@ def test_the_reason_lists_the_parts_of_the_peak(llama: dict[str, Path]) -> None:
     assert rest == f"{gib(peak.total_bytes)} at the peak (forward, backward: {peak.moment}), within 90% of 79.1 GiB"
 
 
+def test_a_cpu_has_no_cuda_that_takes_memory(tiny_base: Path) -> None:
+    given = {"memory_bytes": H100}
+    on_gpu = choose(auto(tiny_base), WorldShape(1, 2), **given)
+    on_cpu = choose(auto(tiny_base), WorldShape(1, 2), on_cpu=True, **given)
+    assert on_cpu.config == on_gpu.config
+    assert "CUDA and NCCL 2.0 GiB" in " ".join(on_gpu.reasons)
+    assert "CUDA" not in " ".join(on_cpu.reasons)
+    assert " MiB at the peak" in on_cpu.reasons[1]
+
+
 def test_a_mode_that_is_refused_is_passed_over(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {"none"}
 

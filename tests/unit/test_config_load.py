@@ -322,6 +322,10 @@ def test_missing_file_suggests_its_neighbour(load: Load) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("runn.yaml")
     assert (caught.value.what, caught.value.fix) == ("runn.yaml: no such file", "did you mean run.yaml?")
+    for unrelated in ("s.yaml", "support.yaml", "rest.yaml", "other.yml"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(unrelated)
+        assert caught.value.fix.startswith("give an existing YAML file"), "an ending alone is no resemblance"
 
 
 def test_missing_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

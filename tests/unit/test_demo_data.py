@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
-from sft_dist.demo import base_model, dataset
+from sft_dist.demo import base_model, dataset, report
 from sft_dist.demo.curve import draw, read_curve
 from sft_dist.demo.house_format import KEYS, answer_of, house_format_ok, kind_of, prompt_of
 from sft_dist.demo.phrasebook import FAMILIES, LANGUAGES
@@ -153,3 +155,16 @@ def test_the_curve_is_read_from_the_metrics_and_drawn(tmp_path: Path) -> None:
     assert curve.tokens_per_s == 500.0
     draw(curve, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_next_commands_fetch_before_they_train(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    report.show_places(console, tmp_path / "demo", tmp_path / "curve.png", processes=2)
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    config = tmp_path / "demo" / "config.yaml"
+    fetch, train = (line for line in lines if str(config) in line)
+    model = "model.path=Qwen/Qwen2.5-0.5B-Instruct"
+    assert fetch.endswith(f" -m sft_dist model fetch {config} {model}")
+    assert f" --nproc-per-node 2 train {config} {model} " in train
+    assert lines.index(fetch) < lines.index(train)

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from sft_dist.config.schema import Config
 from sft_dist.doctor import machine
-from sft_dist.doctor.disks import check_shared, disks_of
+from sft_dist.doctor.disks import Disk, check_disk, check_shared, disks_of
 from sft_dist.doctor.finding import Finding, Verdict, blamed, odd_ones
 from sft_dist.doctor.gpus import DriverState, GpuState, check_gpus, check_torch, read_driver
+from sft_dist.doctor.inputs import check_inputs
 from sft_dist.doctor.names import check_clocks, check_names
 from sft_dist.doctor.place import find_place
 from sft_dist.doctor.report import render
@@ -23,6 +24,7 @@ from sft_dist.doctor.versions import check_versions, installed
 from sft_dist.doctor.wanted import GPU_PROCESS_BYTES, Wanted, wanted_of
 from sft_dist.doctor.worker import rounds
 from sft_dist.errors import ConfigError
+from tests.helpers.small_disk import Tmpfs, small_disk
 
 GIB = 2**30
 FOUR = ("n1", "n2", "n3", "n4")
@@ -302,18 +304,59 @@ def test_what_a_configuration_wants(tmp_path: Path) -> None:
     assert wanted_of(config(tmp_path)).gpus is None
 
 
+@pytest.mark.parametrize(("size", "filled", "said"), [("8m", False, "8.0 MiB free"), ("2m", True, "0.0 MiB free")])
+def test_a_disk_with_little_room_is_said_to_have_little(tmp_path: Path, size: str, filled: bool, said: str) -> None:
+    with small_disk(tmp_path / "disk", size=size) as disk:
+        if not isinstance(disk, Tmpfs):
+            pytest.skip("nothing may be mounted here")
+        if filled:
+            disk.fill(disk.folder / "growing")
+        for wanted in (Disk("output_dir", disk.folder, 64 * 2**20, GIB), Disk("TMPDIR", disk.folder, 16 * 2**20, GIB)):
+            (found,), _ = check_disk("n1", wanted)
+            assert found.level == "failed"
+            assert found.what == f"{said} in {disk.folder}, {wanted.needed_bytes / 2**20:.1f} MiB needed"
+        assert {path.name for path in disk.folder.iterdir()} <= {"filler"}
+
+
+def test_a_model_and_data_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+    def levels(env: dict[str, str], **sections: Any) -> list[tuple[str, str, str]]:
+        return keys(check_inputs("n1", config(tmp_path, **sections), env))
+
+    assert levels({}) == [("n1", "model", "failed"), ("n1", "data", "failed")]
+    assert levels({}, cluster={"partition": "gpu"}) == [("n1", "model", "warning"), ("n1", "data", "warning")]
+    assert levels({"SLURM_JOB_ID": "7"}) == [("n1", "model", "warning"), ("n1", "data", "warning")]
+    model, data = check_inputs("n1", config(tmp_path), {})
+    assert "some/model is not in the local hub cache" in model.what
+    assert model.fix == "sft-dist model fetch CONFIG"
+    assert "rows.jsonl does not exist" in data.what
+    assert blamed([model, data], ["n1"]) == (), "no node is left out for it"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    assert levels({}) == [("n1", "model", "ok"), ("n1", "data", "ok")]
+
+
 def test_figures_of_a_plan_count_if_it_is_of_this_run(tmp_path: Path) -> None:
+    here = {"gpu": "h100-80gb", "gpus_per_node": 8, "nodes": 2}
     plan = {
-        "subject": {"model": "some/model, 8B parameters, 8B trained", "method": "full"},
+        "subject": {
+            "model": "some/model, 8B parameters, 8B trained",
+            "method": "full",
+            "machines": "2 nodes of 8 x H100-SXM",
+        },
         "memory": {"host_parts": {"processes": 3 * GIB, "saving": GIB}, "disk_parts": {"cache": 5, "checkpoints": 70}},
     }
     file = tmp_path / "runs" / "x" / "plan.json"
     file.parent.mkdir(parents=True)
     file.write_text(__import__("json").dumps(plan))
-    wanted = wanted_of(config(tmp_path))
+    wanted = wanted_of(config(tmp_path, hardware=here))
     assert (wanted.host_bytes, wanted.disk_parts) == (4 * GIB, {"cache": 5, "checkpoints": 70})
     assert disks_of(wanted, {})[0].needed_bytes == 70
-    assert wanted_of(config(tmp_path, method={"type": "lora"})).host_bytes is None
+    assert wanted_of(config(tmp_path, hardware=here, method={"type": "lora"})).host_bytes is None
+    for others in ({}, here | {"nodes": 1}, here | {"gpus_per_node": 4}, here | {"gpu": "a100-80gb"}):
+        assert wanted_of(config(tmp_path, hardware=others)).disk_parts is None, others
 
 
 def test_memory_of_the_plan_and_of_limits(monkeypatch: pytest.MonkeyPatch) -> None:

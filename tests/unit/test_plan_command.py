@@ -66,6 +66,18 @@ def test_what_is_printed_is_written(plan: Called, tmp_path: Path) -> None:
     assert load_plan(json.loads(out)) == written
 
 
+def test_the_plan_of_a_run_that_has_begun_stays(plan: Called, tmp_path: Path) -> None:
+    stated = ["--examples", "10k", "--tokens-per-example", "400"]
+    assert plan(QLORA_7B, *stated)[0] == 0
+    folder = tmp_path / "runs/7b_qlora_1xa100_40"
+    before = (folder / "plan.json").read_text()
+    (folder / "config.yaml").touch()
+    code, out, err = plan(QLORA_7B, *stated, "--gpu", "h100")
+    assert (code, "Fits on 1 x H100-SXM" in out) == (0, True)
+    assert err == "runs/7b_qlora_1xa100_40 holds a run: its plan.json stays as it is\n"
+    assert (folder / "plan.json").read_text() == before
+
+
 def test_what_does_not_fit_ends_with_3(plan: Called) -> None:
     code, out, _ = plan(QLORA_7B, "method={type: full}", "--gpu", "rtx4090")
     assert code == 3

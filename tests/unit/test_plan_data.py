@@ -323,10 +323,55 @@ def test_what_is_not_here(tiny_base: Path, tmp_path: Path) -> None:
         path.unlink()
     cfg, run = configured(tiny_base, tmp_path, here)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(bare)})})
-    with pytest.raises(ConfigError, match="cannot be counted") as caught:
-        plan_data(cfg, run)
-    assert "--examples N --tokens-per-example T" in caught.value.fix
+    assert planned(cfg, run).basis == "estimated"
     assert planned(cfg, run, assumed=stated).basis == "assumed"
+
+
+def unfetched(base: Path, folder: Path, *paths: Path, **sections: Any) -> tuple[Config, Run]:
+    """The same configuration before its model was fetched."""
+    cfg, run = configured(base, folder, *paths, **sections)
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": "org/not-fetched"})}), run
+
+
+def test_without_the_tokenizer_rows_are_counted_and_tokens_told_from_the_text(tiny_base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("four" * 10, "漢字かなカナ。", "дважды")))
+    plan = planned(*unfetched(tiny_base, tmp_path, rows))
+    ends = 3  # of a document
+    assert (plan.basis, plan.rows) == ("estimated", 3)
+    assert plan.tokens.value == 10 + 7 + 3 + ends
+    assert plan.tokens.low < 0.7 * plan.tokens.value < 1.3 * plan.tokens.value < plan.tokens.high
+    assert "4 characters a token, 1 of Chinese, Japanese or Korean" in plan.source
+
+
+@pytest.mark.parametrize("template", [None, "llama3", "plain"])
+def test_an_estimate_has_the_rows_that_training_has(tiny_base: Path, tmp_path: Path, template: str | None) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", mixed_lengths(300))
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    chat.write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    data = {"chat_template": template}
+    plan = planned(*unfetched(tiny_base, tmp_path, path, chat, data=data), max_sample_rows=200)
+    assert plan.rows == pytest.approx(340, abs=1)
+    assert "rows read, 4 characters" in plan.source
+    sequences = 300 * 65 / 4 / 128
+    assert sequences < plan.sequences < 2.5 * sequences, "they are packed"
+
+
+def test_no_estimate_refuses_a_row(tiny_base: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", np.array([900] * 9))
+    for rule in ("error", "drop", "truncate", "split"):
+        plan = planned(*unfetched(tiny_base, tmp_path, path, data={"over_length": rule, "max_seq_len": 100}))
+        assert plan.basis == "estimated", rule
+        assert plan.tokens.value >= 9, rule
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text('{"input_ids": [5, 900, 7], "labels": [-100, 900, 7]}\n' * 20)
+    plan = planned(*unfetched(tiny_base, tmp_path, ids))
+    assert (plan.basis, plan.rows) == ("estimated", 20)
+    with path.open("a") as file:
+        file.write('{"prompt": "no end\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:10: "):
+        planned(*unfetched(tiny_base, tmp_path, path))
 
 
 FAULTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -461,3 +461,9 @@ def test_the_views_come_without_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_line_below_the_headline_names_what_is_a_bare_word() -> None:
+    plan = lora_70b()
+    mode = plan.subject["recomputed"]
+    assert f" · activation checkpointing {mode}\n" in shown(plan, 300)

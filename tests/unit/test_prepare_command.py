@@ -69,6 +69,26 @@ def test_training_finds_all_of_it_and_makes_nothing(config: Config, capsys: pyte
     assert json.loads((output / "receipt.json").read_text())["identity"]["data.train"] == identity
 
 
+def test_what_the_audit_found_and_what_was_there_is_told(config: Config) -> None:
+    said: list[str] = []
+    prepare([config], say=said.append)
+    (audit,) = (line for line in said if line.startswith("audit     "))
+    assert re.fullmatch(r"audit     (nothing was found|\d+ (note|warning)s?.*; `sft-dist data audit CONFIG` .*)", audit)
+    assert not any("prepared before" in line for line in said)
+    again: list[str] = []
+    prepare([config], say=again.append)
+    assert audit in again
+    assert any(line.startswith("data      in ") and line.endswith(": all of it was prepared before") for line in again)
+
+
+def test_a_bad_row_points_to_the_audit(config: Config, tmp_path: Path) -> None:
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("{no row\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:\d+: ") as caught:
+        prepare([config], say=lambda line: None)
+    assert caught.value.fix.endswith("; `sft-dist data audit CONFIG` lists all such rows")
+
+
 def test_what_may_be_shared_is_prepared_once(config: Config) -> None:
     def changed(**sections: object) -> Config:
         return read_config(config.model_dump(mode="json") | sections, source="run.yaml")

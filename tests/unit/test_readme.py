@@ -13,6 +13,7 @@ from sft_dist.config.load import load_config
 from sft_dist.config.validate import validate
 from sft_dist.data.sources import read_source
 from sft_dist.launch.command import split_resume
+from sft_dist.plan.machines import machines_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +28,16 @@ def test_the_configuration_and_the_commands_are_valid(name: str, tmp_path: Path)
     for command in commands:
         _, rest = split_resume(command[command.index("train") + 1 :])
         validate(load_config(tmp_path / rest[0], rest[1:]))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+def test_a_submission_asks_for_what_the_readme_shows(name: str, tmp_path: Path) -> None:
+    run, cluster = re.findall(r"```yaml\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)[:2]
+    (tmp_path / "support.yaml").write_text(run + cluster, encoding="utf-8")
+    config = load_config(tmp_path / "support.yaml")
+    validate(config)
+    assert machines_of(config.hardware).num_gpus == 2
+    assert config.cluster.partition is not None
 
 
 def test_both_readmes_show_the_same_settings() -> None:

@@ -107,7 +107,68 @@ def test_without_slurm_nothing_is_left(here: Path, exit_code: Run) -> None:
         code, _, err = exit_code("submit", "run.yaml", *options)
         assert code == 2
         assert err.startswith("error: SLURM is not installed here: there is no program sbatch\n")
-    assert not list(here.glob("runs/x/slurm/*"))
+    assert sorted(path.name for path in here.iterdir()) == ["a.jsonl", "run.yaml"]
+    assert exit_code("submit", "run.yaml", "--sweep", "optim.lr=1e-4,2e-4")[0] == 2
+    assert sorted(path.name for path in here.iterdir()) == ["a.jsonl", "run.yaml"]
+    (here / "runs").mkdir()
+    assert exit_code("submit", "run.yaml")[0] == 2
+    assert list((here / "runs").iterdir()) == []
+    code, _, err = exit_code("status", "runs/x")
+    assert code == 2
+    assert "runs/x" in err.splitlines()[0]
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_where_slurm_refuses_nothing_is_left(here: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = here / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    program(programs, "sbatch", 'echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1')
+    for options in ([], ["--test-only"]):
+        code, _, err = exit_code("submit", "run.yaml", *options)
+        assert (code, "invalid partition specified: gpu" in err) == (2, True)
+    assert not (here / "runs").exists()
+    said = "sbatch: fatal: Could not establish a configuration source"
+    program(programs, "sbatch", f'echo "{said}" >&2; exit 1')
+    code, _, err = exit_code("submit", "run.yaml")
+    assert (code, err.splitlines()[0]) == (
+        2,
+        f"error: this machine is not attached to a cluster: SLURM is installed here and has no configuration ({said})",
+    )
+    assert "login node" in err
+    assert not (here / "runs").exists()
+
+
+def test_a_dry_run_says_that_the_folder_holds_a_run(here: Path, exit_code: Run) -> None:
+    (here / "runs/x").mkdir(parents=True)
+    (here / "runs/x/metrics.jsonl").touch()
+    before = sorted(here.rglob("*"))
+    code, out, err = exit_code("submit", "run.yaml", "--dry-run")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[0] == "error: output_dir: runs/x already holds a run (it has metrics.jsonl)"
+    code, out, _ = exit_code("submit", "run.yaml", "--dry-run", "--resume", "auto")
+    assert (code, "#!/bin/bash" in out) == (0, True)
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.ci
+def test_a_model_that_the_prepare_job_fetches_need_not_be_here(
+    here: Path, exit_code: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(here / "hub"))
+    wish = ["submit", "run.yaml", "model.path=Qwen/Qwen2.5-0.5B-Instruct", "hardware={gpu: l4, gpus_per_node: 1}"]
+    wish += ["cluster={}", "precision.compute=bf16"]
+    code, out, err = exit_code(*wish, "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.startswith("Fits on 1 x L4\n")
+    assert "! the model's tokenizer is not here: tokens, times and prices are estimated from the text" in out
+    assert "--job-name=x-prepare" in out
+    code, out, err = exit_code(*wish)
+    assert err.startswith("error: SLURM is not installed here"), "and nothing before that was refused"
 
 
 def test_what_train_would_refuse_is_refused_before(here: Path, exit_code: Run) -> None:
