@@ -29,7 +29,7 @@ from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
-from sft_dist.train import artefact, loop, outlook, ready
+from sft_dist.train import artefact, evaluations, loop, outlook, ready
 from sft_dist.train import run as train_run
 from sft_dist.train.step import StepOutcome
 from tests.helpers import cells
@@ -201,7 +201,7 @@ def interrupted_evaluation(cfg_yaml: str) -> list[str]:
 
     with (
         patch.object(checkpointer, "write_shard", slow),
-        patch.object(loop, "evaluate", side_effect=RuntimeError),
+        patch.object(evaluations, "evaluate", side_effect=RuntimeError),
         pytest.raises(RuntimeError),
     ):
         train(cfg_yaml)

@@ -321,7 +321,7 @@ def test_a_run_that_goes_back_trains_the_steps_again(
         for step in (1, 2, 3):
             logger.training_step(line(step, loss=math.nan if step == 3 else 1.0))
         logger.go_back(1)
-        logger.event({"step": 1, "event": "rolled_back", "of_step": 3, "of_loss": math.nan, "ranks": [1]})
+        logger.event({"step": 1, "event": "rolled_back", "of_step": 3, "of_loss": math.nan, "ranks": [1]}, "")
         logger.training_step(line(2))
     assert [(entry["step"], entry.get("event")) for entry in written(tmp_path)] == [
         (0, None), (1, None), (1, "rolled_back"), (2, None)
