@@ -77,6 +77,10 @@ def dump_flight_recorder(path: Path) -> bool:
     """
     if not torch.cuda.is_available() or not dist.is_initialized():
         return False
-    dump = torch._C._distributed_c10d._dump_nccl_trace  # type: ignore[attr-defined]
+    module = torch._C._distributed_c10d
+    # Private names, which differ between builds and versions; without any of them a stall is told all the same.
+    dump = getattr(module, "_dump_nccl_trace", None) or getattr(module, "_dump_fr_trace", None)
+    if dump is None:
+        return False
     path.write_bytes(dump(includeStackTraces=True, onlyActive=False))
     return True
