@@ -26,7 +26,7 @@ from sft_dist.cli.lr_find import lr_find
 from sft_dist.cli.model import model_app
 from sft_dist.cli.planning import calibrate, plan
 from sft_dist.cli.prepare import prepare
-from sft_dist.cli.reports import compare, report_run
+from sft_dist.cli.reports import compare, diff, report_run
 from sft_dist.cli.review import review
 from sft_dist.cli.sweeps import sweep_table
 from sft_dist.cli.training import resume, train
@@ -87,6 +87,7 @@ app.command(short_help="How a run stands, also while it runs elsewhere.")(status
 app.command(short_help="What the processes of a run have printed.")(logs)
 app.command("report", short_help="A run as a page: curves, plan, bill, answers.")(report_run)
 app.command(short_help="Runs side by side: results, curves, settings.")(compare)
+app.command(short_help="In what two runs differ, and from which step on.")(diff)
 app.command(short_help="Choose the better of two answers, blind.")(review)
 app.command(short_help="The runs of a sweep side by side.")(sweep_table)
 app.command(short_help="Train as a job of SLURM, from start to end.")(submit)

@@ -53,3 +53,25 @@ def compare(
     if out is not None:
         write_page(out, render_comparison(comparison))
         typer.echo(str(out), err=as_json)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir.")],
+    second: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say in what two runs differ: what their steps learn, settings, versions, where they ran, and from which step on
+    that shows."""
+    import json
+    from dataclasses import asdict
+
+    from sft_dist.report.differ import diff as find_differences
+    from sft_dist.report.differ import told
+
+    found = find_differences(first, second)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1, ensure_ascii=False))
+        return
+    typer.echo(f"{first} | {second}")
+    for line in told(found):
+        typer.echo(line)
