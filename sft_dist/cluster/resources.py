@@ -199,7 +199,8 @@ def _signal(config: Config, planned: DryRun | None) -> tuple[int, str]:
         f"{STEPS_TO_STOP} steps": STEPS_TO_STOP * time.step.high,
         "a save": SLOWER_DISK * saved_state_bytes(planned.run) / DISK_BYTES_PER_S,
     }
-    if evaluates(planned.run) and (data.basis == "assumed" or not data.evaluations):
+    is_here = data.basis != "assumed" and (data.basis != "estimated" or data.evaluations)
+    if evaluates(planned.run) and not is_here:
         parts["an evaluation (data.eval is not here)"] = UNKNOWN_EVALUATION_S
     elif data.evaluations:
         parts["an evaluation"] = SLOWER_DISK * time.phases["eval"] / data.evaluations
