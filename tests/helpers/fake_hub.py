@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +27,7 @@ class FakeHub:
         status: every request is answered with it, where it is not 200.
         error_code: the hub's own name of a refusal, beside the status.
         break_after: a download of a weight file stops after so many bytes in all and the connection closes.
-        delay_s: before a weight file is sent.
+        released: no content of a weight file is sent before it is set, or 60 s have passed.
         host: address of this machine that it is reached at.
     """
 
@@ -38,7 +37,7 @@ class FakeHub:
     status: int = 200
     error_code: str | None = None
     break_after: int | None = None
-    delay_s: float = 0.0
+    released: threading.Event = field(default_factory=threading.Event)
     host: str = LOCAL
     served: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
@@ -47,6 +46,7 @@ class FakeHub:
     requests: int = 0
 
     def __enter__(self) -> FakeHub:
+        self.released.set()
         self.server = ThreadingHTTPServer((self.host, 0), type("Handler", (_Handler,), {"hub": self}))
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: max(0, hub.break_after - hub.served[name])]
             self.close_connection = True
         if name.endswith(".safetensors"):
-            time.sleep(hub.delay_s)
+            hub.released.wait(60)
         hub.served[name] += len(body)
         self.wfile.write(body)
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -176,12 +177,26 @@ def test_a_damaged_part_is_found(fetch: Fetch, hub: FakeHub, cache: Path, large:
     assert code == 0, out
 
 
+WAITING = "another process is fetching org/tiny: waiting for it"
+
+
+def read_until_it_waits(process: subprocess.Popen[str], hub: FakeHub) -> str:
+    """All that it prints; once it says that it waits, the hub sends the other one what that one asked for."""
+    lines = []
+    for line in process.stdout or ():
+        lines.append(line)
+        if WAITING in line:
+            hub.released.set()
+    return "".join(lines)
+
+
 def test_two_at_a_time_fetch_once(hub: FakeHub, tmp_path: Path, cache: Path, sharded_base: Path) -> None:
-    hub.delay_s = 1.0
+    hub.released.clear()  # neither can end before the other has begun
     both = [start(hub, tmp_path) for _ in range(2)]
-    printed = [process.communicate(timeout=60)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], printed
-    assert sum("another process is fetching org/tiny: waiting for it" in out for out in printed) == 1
+    with ThreadPoolExecutor() as threads:
+        printed = list(threads.map(lambda process: read_until_it_waits(process, hub), both))
+    assert [process.wait(60) for process in both] == [0, 0], printed
+    assert sum(WAITING in out for out in printed) == 1
     for path in sharded_base.glob("model-*.safetensors"):
         assert hub.served[path.name] == path.stat().st_size
     model_folder("org/tiny", None)
