@@ -57,6 +57,20 @@ def test_a_rank_that_fails_ends_its_cell_soon(two: WorldPool) -> None:
     assert not any(map(is_there, processes))
 
 
+def threads(groups: int) -> int:
+    """Of this process, before it makes so many groups."""
+    count = len(os.listdir("/proc/self/task"))
+    for _ in range(groups):
+        dist.all_reduce(torch.zeros(1), group=dist.new_group(backend="gloo"))
+    return count
+
+
+def test_a_cell_leaves_no_process_group(two: WorldPool) -> None:
+    """Each has threads that wake all the time: those of many cells would leave no processor to the next one."""
+    first, *later = [two.run(threads, groups) for groups in (3, 3, 0)]
+    assert later == [first, first]
+
+
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     """Even when it is killed, and even while they wait."""
     program = (

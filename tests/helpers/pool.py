@@ -7,6 +7,7 @@ test process is copied into them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -115,6 +116,9 @@ def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
+    # What is imported stays: collections of garbage need not look at it.
+    gc.collect()
+    gc.freeze()
     while True:
         try:
             module, name, args = pipe.recv()
@@ -124,7 +128,24 @@ def _worker(rank: int, size: int, port: int, pipe: Connection) -> None:
             answer = (getattr(importlib.import_module(module), name)(*args), None)
         except BaseException:
             answer = (None, traceback.format_exc())
+        end_groups()
         pipe.send(answer)
+
+
+def end_groups() -> None:
+    """Ends the process groups that a cell has made; DeepSpeed's own, which it keeps for the next engine, stay.
+
+    Each has three threads, one of which wakes a hundred times a second: after some hundred cells they would take half of
+    the machine.
+    """
+    import torch.distributed as dist
+    import torch.distributed.distributed_c10d as c10d
+    from deepspeed.utils import groups
+
+    gc.collect()  # strategies are cycles, and hold theirs
+    kept = {id(value) for value in vars(groups).values()} | {id(c10d.GroupMember.WORLD)}
+    for group in [g for g in c10d._world.pg_map if id(g) not in kept]:
+        dist.destroy_process_group(group)
 
 
 def end_with_parent() -> None:
