@@ -408,14 +408,17 @@ def test_speeds_name_the_node_with_a_quota(site: Callable[[int], Site]) -> None:
     assert verdict["failed_nodes"] == ["n2"]
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("load", [0, 4])
-def test_healthy_nodes_get_no_alarm(site: Callable[[int], Site], load: int) -> None:
+# Beside other tests a node may really get a third of a core, which is an alarm: many runs only where it has them alone.
+@pytest.mark.parametrize(
+    ("load", "runs"),
+    [pytest.param(0, 1, marks=pytest.mark.ci), *(pytest.param(n, 3, marks=pytest.mark.full) for n in (0, 4))],
+)
+def test_healthy_nodes_get_no_alarm(site: Callable[[int], Site], load: int, runs: int) -> None:
     here = site(2)
     here.patience_s *= 5  # torch is imported twice on cores that are busy
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
     try:
-        for _ in range(3):
+        for _ in range(runs):
             verdict, found = here.doctor()
             # Other tests may write to the same disk meanwhile, and a slow disk is told.
             disks = {key for key in wrong(verdict) if key[1] in DISKS and key[2] == "warning"}
