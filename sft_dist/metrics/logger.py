@@ -270,7 +270,8 @@ def keep_lines(path: Path, *, completed: int, began: bool = False) -> None:
         shortened.write_bytes(kept)
         shortened.replace(path)
     except BaseException:
-        shortened.unlink(missing_ok=True)
+        with suppress(OSError):
+            shortened.unlink()
         raise
 
 

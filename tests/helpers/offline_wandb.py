@@ -47,10 +47,10 @@ def _read(file: Path) -> OfflineRun:
         if record.WhichOneof("record_type") == "history"
     ]
     tables = {
-        name: (line["_step"], json.loads((file.parent / "files" / value["path"]).read_text())["data"])
+        key.removesuffix("/_type"): (line["_step"], _rows(file.parent / "files" / line[key.replace("/_type", "/path")]))
         for line in history
-        for name, value in line.items()
-        if isinstance(value, dict) and value.get("_type") == "table-file"
+        for key, value in line.items()
+        if value == "table-file"
     }
     told = [record.summary.update for record in records if record.WhichOneof("record_type") == "summary"]
     summary = {_key(item): json.loads(item.value_json) for items in told for item in items}
@@ -59,6 +59,11 @@ def _read(file: Path) -> OfflineRun:
         file.stem.removeprefix("run-"), [line["_step"] for line in history], codes[-1] if codes else None, tables,
         summary,
     )  # fmt: skip
+
+
+def _rows(table: Path) -> list[list[Any]]:
+    rows: list[list[Any]] = json.loads(table.read_text())["data"]
+    return rows
 
 
 def _key(item: Any) -> str:
