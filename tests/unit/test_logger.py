@@ -244,12 +244,12 @@ def test_a_new_process_of_wandb_gets_tables_and_results_again(tmp_path: Path) ->
         logger.training_step(line(4))
         settle(logger)
         rows.append([4, "q", "b"])
-        logger.conclude({"loss": 0.5}, tmp_path / "final")
+        logger.conclude({"wasted_s": 7}, tmp_path / "final")
         end_wandb(logger)
     last = last_run(tmp_path)
     assert last == OfflineRun((tmp_path / "wandb/run_id").read_text(), [1, 2, 3, 4], exit_code=0)
     assert last.tables == {"samples": (4, [[1, "q", "a"], [4, "q", "b"]])}, "as it is when it is repeated"
-    assert last.summary["loss"] == 0.5
+    assert last.summary["wasted_s"] == 7
 
 
 def test_a_tracker_that_hangs_holds_up_neither_a_step_nor_the_end(
