@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sft_dist.evaluation.examiner import Findings, Reply
 from sft_dist.metrics.logger import RunLogger
@@ -105,3 +107,34 @@ def test_the_table_of_a_resumed_run_has_the_rows_of_earlier_starts(tmp_path: Pat
         last = last_run(tmp_path)
         assert last.tables["samples"] == (rows[-1][0], rows)
         assert last.steps == list(range(1, int(str(rows[-1][0])) + 1))
+
+
+def test_the_table_of_a_run_that_goes_back_has_what_stays(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=4) as logger:
+        files = EvaluationFiles(tmp_path, logger, completed=0)
+        for step in (1, 2):
+            logger.training_step(line(step))
+            files.write(evaluated(step, "first"))
+        logger.go_back(1)
+        files.go_back(1)
+    last = last_run(tmp_path)
+    assert last.steps == [1]
+    assert last.tables["samples"] == (1, [row(1, "first")])
+
+
+def test_tensorboard_has_the_table_of_each_evaluation_once(tmp_path: Path) -> None:
+    on = OFF.model_copy(update={"tensorboard": True})
+
+    def start(completed: int, *steps: int) -> list[int]:
+        with RunLogger(tmp_path, on, {}, num_steps=4, completed=completed) as logger:
+            files = EvaluationFiles(tmp_path, logger, completed=completed)
+            for step in steps:
+                logger.training_step(line(step))
+                files.write(evaluated(step, "a"))
+        seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        return [event.step for event in seen.Tensors("samples/text_summary")]
+
+    assert start(0, 1) == [1]
+    assert start(1) == [1]
+    shutil.rmtree(tmp_path / "tensorboard")
+    assert start(1, 2) == [1, 2], "the folder was deleted: what stays is written again"
