@@ -28,8 +28,8 @@ def fetch(
     Goes on where an interrupted fetch stopped. For a model that is not public, set HF_TOKEN or run: hf auth login.
     """
     model = checked_config(config, overrides).model
-    from sft_dist.model.hub import fetch as fetch_model
     from sft_dist.model.hub import is_folder_path, model_folder
+    from sft_dist.model.hub_fetch import fetch as fetch_model
 
     if is_folder_path(model.path) or Path(model.path).is_dir():
         folder = model_folder(model.path, model.revision)

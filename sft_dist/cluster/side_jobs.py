@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from sft_dist.cluster.header import Job, output_pattern
 from sft_dist.cluster.script import Place, quoted, render, step_command, step_options
@@ -21,10 +22,8 @@ def render_prepare(cluster: ClusterConfig, place: Place, *, name: str, points: S
         name: of the job.
         points: names of a sweep's points, for all of which one job prepares.
     """
-    asked = cluster.prepare
-    job = _job(cluster, place, asked, name=name, output="prepare-%j.out")
-    there = _in_partition(cluster, asked.partition)
-    return render("prepare.sbatch.j2", job, there, place, points=points, step=_step(cluster, place, gpus=0, job=job))
+    job = _job(cluster, place, cluster.prepare, name=name, output="prepare-%j.out")
+    return _script("prepare.sbatch.j2", cluster, place, cluster.prepare, job, points=points)
 
 
 def render_then(
@@ -43,15 +42,8 @@ def render_then(
     assert asked is not None
     output = f"then-{'%A_%a' if points else '%j'}.out"
     job = _job(cluster, place, asked, name=name, output=output, gpus=asked.gpus, array=array)
-    return render(
-        "then.sbatch.j2",
-        job,
-        _in_partition(cluster, asked.partition),
-        place,
-        points=points,
-        step=_step(cluster, place, gpus=asked.gpus, job=job),
-        words=" ".join(map(_shell_word, words_of(asked.command))),
-    )
+    words = " ".join(map(_shell_word, words_of(asked.command)))
+    return _script("then.sbatch.j2", cluster, place, asked, job, points=points, words=words)
 
 
 def words_of(command: str) -> list[str]:
@@ -104,6 +96,13 @@ def _job(
     )
 
 
+def _script(
+    template: str, cluster: ClusterConfig, place: Place, asked: PrepareJobConfig | ThenJobConfig, job: Job, **more: Any
+) -> str:
+    there = _in_partition(cluster, asked.partition)
+    return render(template, job, there, place, step=_step(cluster, place, job), **more)
+
+
 def _in_partition(cluster: ClusterConfig, partition: str | None) -> ClusterConfig:
     """What is said of the training's nodes means nothing in another partition."""
     if partition is None or partition == cluster.partition:
@@ -111,9 +110,9 @@ def _in_partition(cluster: ClusterConfig, partition: str | None) -> ClusterConfi
     return cluster.model_copy(update={"qos": None, "constraint": None, "reservation": None, "gpu_type": None})
 
 
-def _step(cluster: ClusterConfig, place: Place, *, gpus: int, job: Job) -> str:
+def _step(cluster: ClusterConfig, place: Place, job: Job) -> str:
     """Runs this program, in the container where there is one."""
     options = ["--ntasks=1", f"--cpus-per-task={job.cpus_per_task}", *step_options(cluster, place)]
-    inside = [word for words in step_command(cluster, place, gpus=gpus > 0) for word in words]
+    inside = [word for words in step_command(cluster, place, gpus=job.gpus_per_node > 0) for word in words]
     python = '"$python"' if cluster.container is None else "python3"
     return " ".join(["srun", *map(quoted, [*options, *inside]), python, "-m sft_dist"])

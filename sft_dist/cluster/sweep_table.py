@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import statistics
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +21,9 @@ from sft_dist.cluster.sweep_files import SweepFile, read_sweeps
 from sft_dist.config.load import load_config
 from sft_dist.export.provenance import read_receipt
 from sft_dist.metrics.logger import METRICS
+from sft_dist.metrics.train_loss import LOSS_OF_STEPS, train_loss
 from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.train.sessions import earlier_sessions, total_usd
-
-# Steps whose mean is shown as the training loss: that of a single step says more of its batch than of the run.
-LOSS_OF_STEPS = 10
 
 SECONDS_PER_HOUR = 3600
 
@@ -42,7 +40,7 @@ class SweepRow:
     Args:
         state: done; else what SLURM says of its job in lower case, or ``stopped`` or ``not begun`` by its files.
         step, num_steps: optimizer steps that are behind it, and of the whole run; None: not known yet.
-        train_loss: mean of the last steps (``LOSS_OF_STEPS``).
+        train_loss: as ``metrics.train_loss`` has it.
         best_eval_loss, last_eval_loss: None without an evaluation.
         hours: wall time of all its sessions; usd, jpy: what they cost, where a price is known.
         is_best: whether no other point has a better loss; never where losses cannot be compared.
@@ -100,7 +98,7 @@ def _row(folder: Path, config: Path, job_state: str | None) -> SweepRow:
     lines, receipt = list(_lines(folder / METRICS)), read_receipt(folder)
     sessions = earlier_sessions(folder)
     usd, price = total_usd(sessions), receipt.get("price") or {}
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    losses = [math.nan if line["loss"] is None else line["loss"] for line in lines if "loss" in line]
     evaluations = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
     planned = (receipt.get("planned") or {}).get("steps")
     return SweepRow(
@@ -108,7 +106,7 @@ def _row(folder: Path, config: Path, job_state: str | None) -> SweepRow:
         state=_state(folder, receipt, job_state),
         step=max((line["step"] for line in lines if "loss" in line), default=None),
         num_steps=planned or load_config(config).train.max_steps,
-        train_loss=statistics.fmean(losses[-LOSS_OF_STEPS:]) if losses else None,
+        train_loss=train_loss(losses),
         best_eval_loss=min(evaluations, default=None),
         last_eval_loss=evaluations[-1] if evaluations else None,
         hours=sum(session.elapsed_s for session in sessions) / SECONDS_PER_HOUR if sessions else None,

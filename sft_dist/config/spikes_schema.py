@@ -19,8 +19,8 @@ class SpikesConfig(Section):
     policy: Literal["off", "warn", "skip", "roll_back"] = Field(
         "warn",
         description="When the loss of a step is a spike. warn: say so; skip: do not apply the step's update, for which "
-        "every step waits until its loss is known; roll_back: go back to the last checkpoint and train on from there "
-        "without the step.",
+        "in every step the host waits for the device, until its loss is known; roll_back: go back to the last "
+        "checkpoint, of which one is saved before the first step, and train on from there without the step.",
     )
     factor: float = Field(
         4.0, gt=1, description="A loss is a spike when it is more than this many times the median of the last ones."
@@ -37,5 +37,5 @@ class SpikesConfig(Section):
     non_finite: Literal["stop", "skip", "roll_back"] = Field(
         "stop",
         description="When a loss or a gradient norm is not finite. stop: end the run with exit code 6; skip, "
-        "roll_back: as in policy.",
+        "roll_back: as in policy, with the same wait in every step for skip.",
     )

@@ -6,7 +6,6 @@ Checks that need the world (does the batch divide, is there a GPU) belong to ``r
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 
 from sft_dist.config.control_schema import EVAL_LOSS, known_mode
@@ -14,19 +13,13 @@ from sft_dist.config.schema import (
     AdamWConfig,
     Config,
     Fsdp2Sharding,
-    FullMethod,
     LoraMethod,
-    PrefixMethod,
-    PromptMethod,
-    PTuningMethod,
-    QloraMethod,
-    VirtualTokensMethod,
 )
 from sft_dist.config.validate_cluster import cluster_findings
+from sft_dist.config.validate_data import data_findings
 from sft_dist.config.validate_eval import eval_findings, has_eval_data
+from sft_dist.config.validate_method import method_findings, name_findings
 from sft_dist.errors import ConfigError
-
-REGULAR_EXPRESSION = "re:"  # in front of a name that is one
 
 Finding = tuple[str, str]  # (what is wrong, how to fix it), each one line
 
@@ -120,7 +113,7 @@ def _no_decay(config: Config) -> Iterator[Finding]:
             f"optim.no_decay is {names}, which has no effect with optim.weight_decay 0",
             "remove optim.no_decay, or set optim.weight_decay",
         )
-    yield from _patterns("optim.no_decay", names)
+    yield from name_findings("optim.no_decay", names)
 
 
 def _lora_plus(config: Config) -> Iterator[Finding]:
@@ -148,155 +141,6 @@ def _activation_checkpointing(config: Config) -> Iterator[Finding]:
             f"activation_checkpointing.offload is true, but with activation_checkpointing.mode {mode} "
             + ("no layer is recomputed" if mode == "none" else "there may be no layer that is recomputed"),
             "set activation_checkpointing.mode to full, selective or every_k, or offload to false",
-        )
-
-
-def _names(config: Config) -> Iterator[Finding]:
-    method = config.method
-    lists: dict[str, list[str]] = {}
-    if isinstance(method, FullMethod):
-        lists["freeze"] = method.freeze
-    elif isinstance(method, LoraMethod):
-        lists["modules_to_save"] = method.modules_to_save
-    if isinstance(method, LoraMethod) and isinstance(method.target_modules, list):
-        lists["target_modules"] = method.target_modules
-        if not method.target_modules:
-            yield (
-                "method.target_modules is []: an adapter on nothing",
-                "set method.target_modules to all-linear or to names of layers, e.g. [q_proj, v_proj]",
-            )
-    if isinstance(method, QloraMethod) and isinstance(method.quantization.skip, list):
-        lists["quantization.skip"] = method.quantization.skip
-        if method.quantization.skip_budget is not None:
-            yield (
-                f"method.quantization.skip_budget is {method.quantization.skip_budget}, which only "
-                "method.quantization.skip auto looks at",
-                "remove method.quantization.skip_budget, or set method.quantization.skip to auto",
-            )
-    for key, names in lists.items():
-        yield from _patterns(f"method.{key}", names)
-
-
-def _patterns(key: str, names: list[str]) -> Iterator[Finding]:
-    if not all(name.strip() for name in names):
-        yield f"{key} is {names}: one name is empty", f"remove the empty name from {key}"
-    for name in names:
-        if name.startswith(REGULAR_EXPRESSION):
-            try:
-                re.compile(name.removeprefix(REGULAR_EXPRESSION))
-            except re.error as e:
-                yield f"{key}: {name} is no regular expression ({e})", f"correct it in {key}"
-
-
-def _tokens(config: Config) -> Iterator[Finding]:
-    lists = {"model.add_tokens": config.model.add_tokens}
-    if isinstance(config.method, LoraMethod):
-        lists["method.train_tokens"] = config.method.train_tokens or []
-    for key, tokens in lists.items():
-        if not all(token.strip() for token in tokens):
-            yield f"{key} is {tokens}: one token is empty", f"remove the empty token from {key}"
-        twice = sorted({token for token in tokens if tokens.count(token) > 1})
-        if twice:
-            yield f"{key} has {', '.join(twice)} twice", f"name each token of {key} once"
-
-
-def _adapter(config: Config) -> Iterator[Finding]:
-    method = config.method
-    if not isinstance(method, LoraMethod) or method.init == "default":
-        return
-    if method.init_from is not None:
-        yield (
-            f"method.init is {method.init} and method.init_from is {method.init_from}: both say how the adapter starts",
-            "remove one of them",
-        )
-    wanted = {"pissa": "lora", "loftq": "qlora"}[method.init]
-    reason = {
-        "pissa": "freezes what is left of the weight, and a quantised rest is no longer the base",
-        "loftq": "starts from the error of quantisation, and nothing is quantised",
-    }[method.init]
-    if method.type != wanted:
-        fix = f"set method.type to {wanted}, or method.init to " + ("loftq" if wanted == "lora" else "default or pissa")
-        yield f"method.init {method.init} {reason} with method.type {method.type}", fix
-    if method.init == "pissa" and method.dora:
-        yield (
-            "method.init pissa is saved as an adapter of twice the rank, which method.dora does not allow",
-            "set method.dora to false, or method.init to default",
-        )
-
-
-def _virtual_tokens(config: Config) -> Iterator[Finding]:
-    method = config.method
-    if not isinstance(method, VirtualTokensMethod):
-        return
-    if config.data.packing != "none":
-        yield (
-            f"data.packing is {config.data.packing}, but method.type {method.type} puts {method.num_virtual_tokens} "
-            "virtual tokens in front of every row: a pack would exceed data.max_seq_len by as many for each row in it",
-            "set data.packing to none",
-        )
-    if isinstance(method, PromptMethod) and method.init_text is not None and not method.init_text.strip():
-        yield "method.init_text is empty", "remove method.init_text, or give a text to start from"
-    if isinstance(method, PTuningMethod) and method.encoder == "mlp" and method.encoder_num_layers is not None:
-        yield (
-            f"method.encoder_num_layers is {method.encoder_num_layers}, which has no effect with method.encoder mlp",
-            "remove method.encoder_num_layers, or set method.encoder to lstm",
-        )
-    if isinstance(method, PrefixMethod) and not method.projection and method.encoder_hidden_size is not None:
-        yield (
-            f"method.encoder_hidden_size is {method.encoder_hidden_size}, which has no effect without projection",
-            "remove method.encoder_hidden_size, or set method.projection to true",
-        )
-
-
-def _mixing(config: Config) -> Iterator[Finding]:
-    train, held_out = config.data.train, config.data.eval
-    shares = [source.share for source in train if source.share is not None]
-    if shares and len(shares) < len(train):
-        yield (
-            f"data.train: {len(shares)} of {len(train)} sources have a share",
-            "give every training source a share, or all of them weights",
-        )
-    elif shares and not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        yield f"data.train: the shares add up to {sum(shares):g}", "make them add up to 1"
-    for i, source in enumerate(train):
-        if source.share is not None and source.weight != 1:
-            yield f"data.train.{i} has a weight and a share", "remove one of them"
-    for i, source in enumerate(held_out):
-        if source.weight != 1 or source.share is not None:
-            yield (
-                f"data.eval.{i} has a weight or a share, which has no effect: held-out rows are seen once",
-                "remove it",
-            )
-    if config.data.mix_by != "tokens" and not shares and all(source.weight % 1 == 0 for source in train):
-        yield (
-            f"data.mix_by is {config.data.mix_by}, which has no effect: no training source has a share or a fraction "
-            "in its weight",
-            "remove data.mix_by",
-        )
-    if config.data.eval_split is not None and held_out:
-        yield "data.eval_split and data.eval both say what is held out", "remove one of them"
-
-
-def _supervision(config: Config) -> Iterator[Finding]:
-    data = config.data
-    if data.train_on == "all" and not data.train_reasoning:
-        yield "data.train_reasoning is false, but data.train_on all trains all text", "remove one of them"
-    sources = {"train": data.train, "eval": data.eval}
-    for place, template in (
-        (f"data.{kind}.{i}.templates", template)
-        for kind, listed in sources.items()
-        for i, source in enumerate(listed)
-        for template in source.templates
-    ):
-        if template.count("{prompt}") != 1:
-            yield f"{place}: {template!r} has {{prompt}} {template.count('{prompt}')} times", "write it once"
-
-
-def _packing(config: Config) -> Iterator[Finding]:
-    if config.data.packing_window is not None and config.data.packing == "none":
-        yield (
-            f"data.packing_window is {config.data.packing_window}, which has no effect with data.packing none",
-            "remove data.packing_window, or set data.packing to best_fit",
         )
 
 
@@ -405,13 +249,8 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _no_decay,
     _lora_plus,
     _activation_checkpointing,
-    _names,
-    _tokens,
-    _adapter,
-    _virtual_tokens,
-    _mixing,
-    _supervision,
-    _packing,
+    method_findings,
+    data_findings,
     _mirror,
     _hardware,
     cluster_findings,

@@ -34,22 +34,15 @@ class Cached:
     """Keys and values stay; a pass after the first one computes the newest token of each row.
 
     Args:
+        rows: as ``whole`` makes them, on the strategy's device.
         positions: that a row may have; None: any number. One that has ended and is not dropped yet stays at the last.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        rows: Sequence[Sequence[int]],
-        device: torch.device,
-        positions: int | None,
-    ) -> None:
-        self._strategy, self._cache = strategy, RowCache()
+    def __init__(self, strategy: Strategy, rows: MicroBatch, positions: int | None) -> None:
+        self._strategy, self._rows, self._cache = strategy, rows, RowCache()
         self._last_position = None if positions is None else positions - 1
-        self._rows = _whole(rows).to(device)
-        lens = self._rows.seq_lens
         # [rows] of the newest token.
-        self._positions = torch.tensor(lens, device=device) - 1
+        self._positions = torch.tensor(rows.seq_lens, device=rows.input_ids.device) - 1
 
     def first(self) -> Tensor:
         logits = self._strategy.infer(self._rows, logits=True, cache=self._cache)
@@ -78,17 +71,9 @@ class Cached:
 class Recomputed:
     """One row, of which every pass computes all tokens. Arguments as for ``Cached``."""
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        rows: Sequence[Sequence[int]],
-        device: torch.device,
-        positions: int | None,
-    ) -> None:
-        assert len(rows) == 1
-        self._strategy = strategy
-        self._row = _whole(rows).to(device)
-        self._longest = positions
+    def __init__(self, strategy: Strategy, rows: MicroBatch, positions: int | None) -> None:
+        assert len(rows.seq_lens) == 1
+        self._strategy, self._row, self._longest = strategy, rows, positions
 
     def first(self) -> Tensor:
         return self._strategy.infer(self._row, logits=True)
@@ -110,7 +95,7 @@ class Recomputed:
         return self.first()
 
 
-def _whole(rows: Sequence[Sequence[int]]) -> MicroBatch:
+def whole(rows: Sequence[Sequence[int]]) -> MicroBatch:
     """The rows of a first pass, of which the token after each row's last one is asked for."""
     lens = [len(row) for row in rows]
     ends: NDArray[np.int64] = np.cumsum(lens) - 1

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sft_dist.errors import ConfigError
-from sft_dist.evaluation.continuation import Cached, Continuation, Recomputed
+from sft_dist.evaluation.continuation import Cached, Continuation, Recomputed, whole
 from sft_dist.evaluation.room import depends_on_neighbours, num_positions
 from sft_dist.model.build import SftModel
 from sft_dist.runtime import progress
@@ -122,7 +122,7 @@ def generate(
         numbers = groups[first + rank] if first + rank < len(groups) else ()
         rows = [_Row(number, prompts[number], limits[number]) for number in numbers] or [_Row(0, [0], 0)]
         of_rows = [row.prompt for row in rows]
-        passes = (Cached if recompute is None else Recomputed)(strategy, of_rows, device, positions)
+        passes = (Cached if recompute is None else Recomputed)(strategy, whole(of_rows).to(device), positions)
         draw = _Draw(rows, max(limits), temperature=temperature, seed=seed, device=device)
         for num_ended in _answer(rows, passes, draw, max(limits), frozenset(stop_ids), device):
             on_progress(first * size + num_ended)

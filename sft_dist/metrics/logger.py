@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from sft_dist.config.secrets import without_secrets
 from sft_dist.errors import CheckpointError, Preempted
 from sft_dist.metrics.line_file import LineFile
 from sft_dist.metrics.tensorboard_run import TensorboardRun
-from sft_dist.metrics.tracker import Act, Feed
+from sft_dist.metrics.tracker import Act, Feed, Table
 from sft_dist.metrics.wandb_run import WandbRun
 
 Metrics = dict[str, int | float]
@@ -210,9 +210,9 @@ class RunLogger:
             )
         self._track(lambda tracker: tracker.log(metrics, lines=self._all_lines))
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int) -> None:
-        """A table for the trackers, as it is at a step."""
-        self._track(lambda tracker: tracker.table(name, columns, rows, step=step, lines=self._all_lines))
+    def table(self, table: Table) -> None:
+        """For the trackers."""
+        self._track(lambda tracker: tracker.table(table, lines=self._all_lines))
 
     def conclude(self, results: Mapping[str, Any], artefact: Path) -> None:
         """What the run came to, for the trackers, and where its result is."""
@@ -266,8 +266,13 @@ def keep_lines(path: Path, *, completed: int, began: bool = False) -> None:
         os.truncate(path, len(kept))  # needs no room, also on a full disk
         return
     shortened = path.with_name(path.name + ".new")
-    shortened.write_bytes(kept)
-    shortened.replace(path)
+    try:
+        shortened.write_bytes(kept)
+        shortened.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            shortened.unlink()
+        raise
 
 
 def _step_of(line: bytes) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sft_dist.errors import ConfigError
-from sft_dist.metrics.tracker import Lines
+from sft_dist.metrics.tracker import Lines, Table
 
 FOLDER = "tensorboard"
 
@@ -39,6 +39,8 @@ class TensorboardRun:
                 f"logging.tensorboard: TensorBoard cannot be imported ({error})",
                 fix="pip install 'sft-dist[tensorboard]', or set logging.tensorboard to false",
             ) from error
+        # Earlier starts have written their own files, unless the folder was deleted meanwhile.
+        self._has_earlier = any(file.stat().st_size > _EMPTY_BYTES for file in (folder / FOLDER).glob("events.*"))
         purge_step = completed + 1 if completed else None
         self._new_writer = partial(SummaryWriter, str(folder / FOLDER))
         self._writer = self._new_writer(purge_step=purge_step)  # type: ignore[no-untyped-call]
@@ -49,9 +51,7 @@ class TensorboardRun:
                 self._writer.add_scalar(_tag(name), value, int(metrics["step"]))  # type: ignore[no-untyped-call]
 
     def replay(self, lines: list[str]) -> None:
-        """Earlier starts have written their own; where the folder was deleted meanwhile they are written again."""
-        others = [file for file in Path(self._writer.log_dir).glob("events.*") if file.stat().st_size > _EMPTY_BYTES]
-        if others:
+        if self._has_earlier:
             return
         for line in lines:
             metrics = json.loads(line)
@@ -62,14 +62,15 @@ class TensorboardRun:
         """A new file takes back what was written of later steps."""
         self._writer.close()  # type: ignore[no-untyped-call]
         self._writer = self._new_writer(purge_step=completed + 1)  # type: ignore[no-untyped-call]
+        self._has_earlier = True
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines
-    ) -> None:
+    def table(self, table: Table, *, lines: Lines) -> None:
         """As Markdown, which is what TensorBoard shows texts as."""
-        table = [columns, ["---"] * len(columns), *rows]
-        text = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in table)
-        self._writer.add_text(name, text, step)  # type: ignore[no-untyped-call]
+        if table.is_known and self._has_earlier:
+            return
+        rows = [table.columns, ["---"] * len(table.columns), *table.rows()]
+        text = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in rows)
+        self._writer.add_text(table.name, text, table.step)  # type: ignore[no-untyped-call]
 
     def conclude(self, results: Mapping[str, Any], artefact: Path, *, lines: Lines) -> None:
         about = {**results, "artefact": str(artefact)}

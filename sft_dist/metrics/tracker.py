@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,22 @@ MOST_WAITING = 10_000
 
 # Of a run that was told to stop, whose job has seconds (docs/cluster.md: srun waits 40 s for the last process).
 PREEMPTED_S = 20.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts and numbers, as they are at a step.
+
+    Args:
+        rows: reads them, when they are shown: a tracker that repeats a table need not hold it.
+        is_known: an earlier start of the run, or what is left of this one, has shown it already.
+    """
+
+    name: str
+    columns: Sequence[str]
+    rows: Callable[[], Sequence[Sequence[Any]]]
+    step: int
+    is_known: bool = False
 
 
 class Tracker(Protocol):
@@ -50,10 +67,8 @@ class Tracker(Protocol):
             lines: of them.
         """
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines
-    ) -> None:
-        """A table of texts and numbers, as it is at a step."""
+    def table(self, table: Table, *, lines: Lines) -> None:
+        """A table, in place of an earlier one of its name."""
 
     def conclude(self, results: Mapping[str, Any], artefact: Path, *, lines: Lines) -> None:
         """What the run came to, and where its result is."""

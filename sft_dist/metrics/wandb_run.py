@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import psutil
 
 from sft_dist.config.schema import WandbConfig
 from sft_dist.errors import ConfigError
-from sft_dist.metrics.tracker import Lines
+from sft_dist.metrics.tracker import Lines, Table
 
 # How often W&B's own process is started again in place of one that is gone.
 MAX_RESTARTS = 3
@@ -35,7 +35,8 @@ class WandbRun:
     W&B keeps its metrics in a process of its own, which writes them late. A scheduler's SIGTERM to every process of a
     job ends that one at once, and a power cut takes what was not written. So where it is gone it is started again, and
     offline each start gets all metrics of the run from its beginning: the newest folder that W&B wrote is whole.
-    Online, where W&B's server knows how far it is, it gets those that the server lacks.
+    Online, where W&B's server knows how far it is, it gets those that the server lacks. Tables and results are few,
+    and are repeated.
 
     Args:
         folder: the run directory.
@@ -51,6 +52,8 @@ class WandbRun:
         self.patience_s = ONLINE_S if config.mode == "online" else OFFLINE_S
         self._config, self._folder, self._settings = config, folder, settings
         self._restarts, self._is_given_up = 0, False
+        self._tables: dict[str, Table] = {}
+        self._concluded: tuple[dict[str, Any], Path] | None = None
         self._run = self._start()
 
     def log(self, metrics: Mapping[str, Any], *, lines: Lines) -> None:
@@ -65,22 +68,14 @@ class WandbRun:
         except Exception:
             self._start_again(lines)
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines
-    ) -> None:
-        import wandb
-
-        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        self._surely(lambda: self._run.log({name: table}, step=step), lines)
+    def table(self, table: Table, *, lines: Lines) -> None:
+        self._tables[table.name] = table
+        self._surely(lambda: self._show(table), lines, is_remembered=True)
 
     def conclude(self, results: Mapping[str, Any], artefact: Path, *, lines: Lines) -> None:
         """The results in the run's summary, and a reference to the artefact, whose files stay where they are."""
-        import wandb
-
-        link = wandb.Artifact(f"{self._folder.resolve().name}-final", type="model", metadata=dict(results))
-        link.add_reference(artefact.resolve().as_uri(), checksum=False)
-        self._surely(lambda: self._run.summary.update(dict(results)), lines)
-        self._surely(lambda: self._run.log_artifact(link), lines)
+        self._concluded = dict(results), artefact
+        self._surely(lambda: self._conclude(dict(results), artefact), lines, is_remembered=True)
 
     def finish(self, *, code: int, is_preempted: bool, lines: Lines) -> None:
         self._surely(lambda: self._finish(code, is_preempted=is_preempted), lines)
@@ -96,10 +91,13 @@ class WandbRun:
         with suppress(Exception):  # that of a process that is gone
             wandb.teardown()
 
-    def _surely(self, act: Callable[[], Any], lines: Lines) -> None:
+    def _surely(self, act: Callable[[], Any], lines: Lines, *, is_remembered: bool = False) -> None:
         """Does something; where W&B's process is gone, once more with a new one.
 
         The first that is sent to a process that has just ended is lost without an error, so it is looked at, too.
+
+        Args:
+            is_remembered: a new one gets it with all that it is handed.
         """
         try:
             if self._core is not None and not _lives(self._core):
@@ -107,7 +105,23 @@ class WandbRun:
             act()
         except Exception:
             self._start_again(lines())
-            act()
+            if not is_remembered:
+                act()
+
+    def _show(self, table: Table) -> None:
+        import wandb
+
+        shown = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows()])
+        # W&B takes nothing for a step behind its last one.
+        self._run.log({table.name: shown}, step=max(table.step, self._run.step))
+
+    def _conclude(self, results: dict[str, Any], artefact: Path) -> None:
+        import wandb
+
+        link = wandb.Artifact(f"{self._folder.resolve().name}-final", type="model", metadata=results)
+        link.add_reference(artefact.resolve().as_uri(), checksum=False)
+        self._run.summary.update(results)
+        self._run.log_artifact(link)
 
     def _hand_over(self, lines: list[str]) -> None:
         known = self._run.step if self._config.mode == "online" else 0
@@ -119,7 +133,8 @@ class WandbRun:
 
     def go_back(self, completed: int, lines: list[str]) -> None:
         """Offline it begins anew with the lines that are left. W&B's server takes no step twice: online the steps that
-        are trained again keep their first numbers."""
+        are trained again keep their first numbers. Tables are given anew."""
+        self._tables.clear()
         if self._config.mode == "offline":
             self._surely(lambda: self._run.finish(exit_code=0), lambda: lines)
             time.sleep(PAUSE_S)
@@ -163,6 +178,10 @@ class WandbRun:
         time.sleep(PAUSE_S)
         self._run = self._start()
         self._hand_over(lines)
+        for table in self._tables.values():
+            self._show(table)
+        if self._concluded is not None:
+            self._conclude(*self._concluded)
 
 
 def _is_core(process: psutil.Process) -> bool:

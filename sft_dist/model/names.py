@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from sft_dist.config.validate import REGULAR_EXPRESSION
+from sft_dist.config.validate_method import REGULAR_EXPRESSION
 from sft_dist.errors import ConfigError
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from sft_dist.checkpoint.rotation import SECONDS_PER_HOUR
 from sft_dist.config.schema import (
     AdafactorConfig,
     AdamWConfig,
@@ -33,27 +34,46 @@ SETTINGS_BYTES = 6000
 SEQUENCE_BYTES = 10
 
 
-def disk_bytes(run: Run, data: DataPlan | None) -> dict[str, int]:
+def disk_bytes(run: Run, data: DataPlan | None, *, total_s: float | None = None) -> dict[str, int]:
     """Most bytes on disk at one time, by what takes them; without tokenizer, logs and W&B's own files.
 
     ``checkpoints`` are those that stay and the one that is being written; without ``data`` a run is taken for long
-    enough to have as many.
+    enough to have as many. ``checkpoint.keep_every_hours`` adds one for each of its periods that the run comes to,
+    floor(total_s / (3600 keep_every_hours)), some of which may be among the newest or the best.
+
+    Args:
+        total_s: wall time of the whole run, all its starts; None: not known, and no period is counted.
     """
-    kept = run.checkpoint.keep_last + run.checkpoint.keep_best + 1
+    rules = run.checkpoint
+    kept = rules.keep_last + rules.keep_best + 1
+    if rules.keep_every_hours is not None and total_s is not None:
+        kept += int(total_s / (rules.keep_every_hours * SECONDS_PER_HOUR))
     if data is not None:
-        kept = min(kept, num_checkpoints(run, data))
+        kept = int(min(kept, _most_written(run, data, total_s)))
     found = {"checkpoints": kept * saved_state_bytes(run), "final": final_bytes(run)}
     return found if data is None else {"cache": data.cache_bytes, **found}
 
 
 def num_checkpoints(run: Run, data: DataPlan) -> int:
-    """How many the run writes: every ``checkpoint.every_steps``, after every epoch and at the end."""
+    """How many the run writes for certain: every ``checkpoint.every_steps``, after every epoch and at the end; and one
+    before the first step, where ``spikes`` may have to go back to it."""
     every, per_epoch = run.checkpoint.every_steps, run.batch.steps_per_epoch(max(1, round(data.sequences)))
+    start = "roll_back" in (run.spikes.policy, run.spikes.non_finite)
     if every is None:
-        return math.ceil(data.steps / per_epoch)
+        return start + math.ceil(data.steps / per_epoch)
     both = data.steps // math.lcm(every, per_epoch)
     ends = data.steps % every > 0 and data.steps % per_epoch > 0
-    return data.steps // every + data.steps // per_epoch - both + ends
+    return start + data.steps // every + data.steps // per_epoch - both + ends
+
+
+def _most_written(run: Run, data: DataPlan, total_s: float | None) -> float:
+    """Those, and what evaluations and the clock may add."""
+    most: float = num_checkpoints(run, data)
+    if run.checkpoint.keep_best:
+        most += data.evaluations
+    if run.checkpoint.every_minutes is not None:
+        most += math.inf if total_s is None else int(total_s / (60 * run.checkpoint.every_minutes))
+    return most
 
 
 def saved_state_bytes(run: Run) -> int:

@@ -122,8 +122,8 @@ def plan_run(
             f"{data.lost_share:.0%} of the data's tokens are not trained: data.over_length is {run.data.over_length}, "
             f"data.max_seq_len {run.data.max_seq_len:,}"
         )
-    memory = memory_plan(config, run, machines.gpu, data)
     time = time_plan(run, machines, data, calibration=lookup(machines.gpu.name, calibration_key(run)))
+    memory = memory_plan(config, run, machines.gpu, data, total_s=time.total.high)
     cost = cost_of(config, machines, data, time.total)
     return Plan(
         subject=_subject(run, machines),
@@ -165,8 +165,12 @@ def time_plan(run: Run, machines: Machines, data: DataPlan, *, calibration: Cali
     )
 
 
-def memory_plan(config: Config, run: Run, gpu: Gpu, data: DataPlan | None) -> MemoryPlan:
-    """Memory of the devices, of a node and of the disk."""
+def memory_plan(config: Config, run: Run, gpu: Gpu, data: DataPlan | None, *, total_s: float) -> MemoryPlan:
+    """Memory of the devices, of a node and of the disk.
+
+    Args:
+        total_s: that the whole run takes at the most.
+    """
     eval_tape = cached_trace(run, backward=False) if evaluates(run) else None
     phases = memory_phases(run, cached_trace(run), eval_tape)
     allocated = allocated_range(phases)
@@ -182,7 +186,7 @@ def memory_plan(config: Config, run: Run, gpu: Gpu, data: DataPlan | None) -> Me
         verdict=verdict(needed, gpu.usable_bytes),
         host_parts=host_parts(run),
         host_available_bytes=None if host is None else int(host * 2**30),
-        disk_parts=disk_bytes(run, data),
+        disk_parts=disk_bytes(run, data, total_s=total_s),
         resident_bytes=sum(resident_parts(run).values()),
     )
 

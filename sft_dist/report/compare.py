@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.errors import ConfigError
+from sft_dist.metrics.train_loss import train_loss
 from sft_dist.plan.units import HOUR_S
 from sft_dist.report.charts import score_name
 from sft_dist.report.model import ReportData
-
-# The training loss of a run is the mean of its last steps.
-LOSS_OF_STEPS = 10
 
 # Keys that differ between any two runs and say nothing.
 PLACES = ("output_dir",)
@@ -29,7 +27,7 @@ class Row:
     """
     Args:
         name: of the run, its folder's last parts as far as they tell it from the others.
-        train_loss: mean of the last ``LOSS_OF_STEPS`` steps.
+        train_loss: as ``metrics.train_loss`` has it.
         scores: last value of each other score, by its name.
         tokens: that were trained; tokens_per_s: the median of all steps.
     """
@@ -98,7 +96,6 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def _row(report: ReportData, name: str) -> Row:
     metrics, bill, topology = report.metrics, report.bill, report.topology
-    losses = [v for v in metrics.column("loss") if v is not None][-LOSS_OF_STEPS:]
     evaluated = [value for _, value in metrics.scores("eval_loss") if math.isfinite(value)]
     speeds, memory = metrics.finite("tokens_per_s"), metrics.finite("peak_memory_gib")
     settings = report.settings or {}
@@ -110,7 +107,7 @@ def _row(report: ReportData, name: str) -> Row:
         state=report.status.verdict.kind,
         step=report.status.step,
         num_steps=report.status.found.num_steps,
-        train_loss=statistics.fmean(losses) if losses and all(map(math.isfinite, losses)) else None,
+        train_loss=train_loss([value for value in metrics.column("loss") if value is not None]),
         best_eval_loss=min(evaluated, default=None),
         last_eval_loss=evaluated[-1] if evaluated else None,
         scores={

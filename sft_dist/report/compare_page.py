@@ -9,10 +9,11 @@ from functools import lru_cache
 from jinja2 import Template
 from markupsafe import Markup
 
+from sft_dist.metrics.train_loss import LOSS_OF_STEPS
 from sft_dist.pages.page import environment, only_these, template, text_of
 from sft_dist.report.chart import HUES, Chart, Dots, Line, draw
 from sft_dist.report.charts import MAX_SCORES, WITH_THE_LOSS, cumulative, score_name
-from sft_dist.report.compare import LOSS_OF_STEPS, Comparison
+from sft_dist.report.compare import Comparison
 from sft_dist.report.compare_words import facts
 from sft_dist.report.model import ReportData
 from sft_dist.report.series import curve

@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sft_dist.report.compare import LOSS_OF_STEPS, Comparison
+from sft_dist.metrics.train_loss import LOSS_OF_STEPS
+from sft_dist.report.compare import Comparison
 from sft_dist.report.compare_words import facts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,18 +13,18 @@ from rich.markup import escape
 
 from sft_dist.config.schema import Config
 from sft_dist.data.prepared import PreparedData
-from sft_dist.evaluation.examiner import Examiner, Findings, Reply
+from sft_dist.evaluation.examiner import Examiner, Findings
 from sft_dist.evaluation.prompt import prompter_of
-from sft_dist.metrics.line_file import LineFile
-from sft_dist.metrics.logger import Metrics, RunLogger, keep_lines
+from sft_dist.metrics.logger import Metrics, RunLogger
+from sft_dist.metrics.tracker import Table
 from sft_dist.run import Run
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.train.ready import Inputs, Process
+from sft_dist.train.samples_file import COLUMNS, SAMPLES, SamplesFile
 from sft_dist.train.step import evaluate
 
-# In the run directory: a line for each reply to a fixed prompt, {"step", "sample", "prompt", "answer", "reference",
-# "source", "finish_reason"}; and the replies that scores are of, a file for each evaluation.
-SAMPLES, ANSWERS = "samples.jsonl", "answers"
+# In the run directory: the replies that scores are of, a file for each evaluation.
+ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,19 @@ class EvaluationFiles:
 
     def __init__(self, folder: Path, logger: RunLogger, *, completed: int) -> None:
         self._folder, self._logger = folder, logger
-        self._table: list[list[str | int | None]] = []
-        if (folder / SAMPLES).exists():
-            keep_lines(folder / SAMPLES, completed=completed)
+        self._samples, self._had_problem = SamplesFile(folder, completed=completed), False
+        self._tell_of_samples()
+        self._show_earlier(completed)
 
     def write(self, evaluated: Evaluated) -> None:
         """Tells an evaluation, and keeps its replies."""
         findings, step = evaluated.findings, evaluated.step
         if findings is not None:
+            if findings.samples:
+                self._samples.add(step, findings.samples)
+                self._tell_of_samples()
+                self._logger.table(Table("samples", COLUMNS, partial(self._samples.rows, step), step))
             try:
-                self._write_samples(findings.samples, step)
                 self._write_answers(findings, step)
             except OSError as error:
                 self._logger.say(f"[yellow]answers at step {step} could not be written: {error.strerror or error}")
@@ -98,21 +102,29 @@ class EvaluationFiles:
 
     def go_back(self, completed: int) -> None:
         """Removes what was sampled behind the first ``completed`` steps: they are trained again."""
-        if (self._folder / SAMPLES).exists():
-            keep_lines(self._folder / SAMPLES, completed=completed, began=True)
-        self._table = [row for row in self._table if int(row[0] or 0) <= completed]
+        self._samples.go_back(completed)
+        self._tell_of_samples()
+        self._show_earlier(completed)
 
-    def _write_samples(self, samples: tuple[Reply, ...], step: int) -> None:
-        if not samples:
-            return
-        lines = LineFile(self._folder / SAMPLES)
+    def _show_earlier(self, completed: int) -> None:
+        """The table of steps that stay, which trackers may have lost."""
         try:
-            for number, reply in enumerate(samples):
-                lines.write(json.dumps({"step": step, "sample": number, **asdict(reply)}, ensure_ascii=False))
-        finally:
-            lines.close()
-        self._table += [[step, reply.prompt, reply.answer, reply.reference] for reply in samples]
-        self._logger.table("samples", ["step", "prompt", "answer", "reference"], self._table, step=step)
+            steps = [row[0] for row in self._samples.rows(completed)]
+        except OSError:  # told already: it could not be shortened either
+            return
+        if steps:
+            rows = partial(self._samples.rows, steps[-1])
+            self._logger.table(Table("samples", COLUMNS, rows, steps[-1], is_known=True))
+
+    def _tell_of_samples(self) -> None:
+        had, self._had_problem = self._had_problem, self._samples.problem is not None
+        if self._had_problem and not had:
+            self._logger.say(
+                f"[yellow]{SAMPLES} cannot be written ({self._samples.problem}): training goes on, its lines wait in "
+                "memory and are written when it can be"
+            )
+        elif had and not self._had_problem:
+            self._logger.say(f"{SAMPLES} is written again, and has all lines")
 
     def _write_answers(self, findings: Findings, step: int) -> None:
         if findings.scores is None:

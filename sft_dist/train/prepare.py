@@ -20,7 +20,8 @@ from sft_dist.data.prepare import Cache, cache_path, find_set, sources_of
 from sft_dist.data.sources import files_here
 from sft_dist.errors import RowError
 from sft_dist.model.describe import describe_model
-from sft_dist.model.hub import ModelNotHere, fetch, model_folder
+from sft_dist.model.hub import ModelNotHere, model_folder
+from sft_dist.model.hub_fetch import fetch
 from sft_dist.model.renderer import renderer_of
 from sft_dist.train.data import table_of
 from sft_dist.train.inputs import prepare_inputs

@@ -133,7 +133,9 @@ class Items:
     def _needs_of_disk(self) -> tuple[str, bool]:
         """What the run will still write, for people, and whether that is there."""
         data = counted_plan(self.run, self.stage.order.data, self.stage.eval_data, source="counted by the run")
-        planned = disk_bytes(self.run, data)
+        outlook = self.stage.outlook
+        expected = None if outlook is None else outlook.expected
+        planned = disk_bytes(self.run, data, total_s=None if expected is None else expected.total_s)
         checkpoints = max(0, planned["checkpoints"] - folder_bytes(self.stage.checkpointer.folder))
         free = shutil.disk_usage(self.run.output_dir).free
         needs = f"{decimal(checkpoints)} for checkpoints and {decimal(planned['final'])} for final/"

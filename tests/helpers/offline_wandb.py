@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ class OfflineRun:
     Args:
         steps: of its metrics, as they came.
         exit_code: None: it was never told of the end.
+        tables: the newest of each name: the step that it was given at, and its rows.
+        summary: what it was told to put there.
     """
 
     id: str
     steps: list[int]
     exit_code: int | None
+    tables: dict[str, tuple[int, list[list[Any]]]] = field(default_factory=dict, compare=False)
+    summary: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def offline_runs(run_directory: Path) -> list[OfflineRun]:
@@ -37,15 +41,33 @@ def offline_runs(run_directory: Path) -> list[OfflineRun]:
 
 def _read(file: Path) -> OfflineRun:
     records = list(_records(file.read_bytes()))
-    steps = [
-        json.loads(item.value_json)
+    history = [
+        {_key(item): json.loads(item.value_json) for item in record.history.item}
         for record in records
         if record.WhichOneof("record_type") == "history"
-        for item in record.history.item
-        if (item.key or "/".join(item.nested_key)) == "_step"
     ]
+    tables = {
+        key.removesuffix("/_type"): (line["_step"], _rows(file.parent / "files" / line[key.replace("/_type", "/path")]))
+        for line in history
+        for key, value in line.items()
+        if value == "table-file"
+    }
+    told = [record.summary.update for record in records if record.WhichOneof("record_type") == "summary"]
+    summary = {_key(item): json.loads(item.value_json) for items in told for item in items}
     codes = [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"]
-    return OfflineRun(file.stem.removeprefix("run-"), steps, codes[-1] if codes else None)
+    return OfflineRun(
+        file.stem.removeprefix("run-"), [line["_step"] for line in history], codes[-1] if codes else None, tables,
+        summary,
+    )  # fmt: skip
+
+
+def _rows(table: Path) -> list[list[Any]]:
+    rows: list[list[Any]] = json.loads(table.read_text())["data"]
+    return rows
+
+
+def _key(item: Any) -> str:
+    return str(item.key or "/".join(item.nested_key))
 
 
 def _records(data: bytes) -> Iterator[Any]:

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from sft_dist.config.schema import PromptMethod, QloraMethod
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.model import build, hub, skip, support, tokens, virtual_tokens, weights
+from sft_dist.model import build, hub_fetch, skip, support, tokens, virtual_tokens, weights
 from sft_dist.model.describe import describe_model
-from sft_dist.model.hub import _answers, _Blob, _fetch_weights, model_folder, weight_files
+from sft_dist.model.hub import model_folder, weight_files
+from sft_dist.model.hub_fetch import _answers, _Blob, _fetch_weights
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_comes(
@@ -26,12 +27,12 @@ def test_a_disk_that_is_too_small_is_told_before_anything_comes(
     """What has come already needs no more room."""
     blob = _Blob("model.safetensors", "url", tmp_path / "digest", 140_000_000_000)
     blob.partial.write_bytes(b"some")
-    monkeypatch.setattr(hub, "_blobs", lambda *_: [blob])
+    monkeypatch.setattr(hub_fetch, "_blobs", lambda *_: [blob])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=139_999_999_995))
     with pytest.raises(CheckpointError, match=r"org/m does not fit .*140\.0 GB are to come, 140\.0 GB are free"):
         _fetch_weights("org/m", "main", ["model.safetensors"], lambda _: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=139_999_999_996))
-    monkeypatch.setattr(hub, "_fetch_blob", lambda _: None)
+    monkeypatch.setattr(hub_fetch, "_fetch_blob", lambda _: None)
     assert _fetch_weights("org/m", "main", ["model.safetensors"], lambda _: None) == 139_999_999_996
 
 

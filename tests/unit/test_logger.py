@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from sft_dist.config.schema import LoggingConfig, WandbConfig
 from sft_dist.errors import ConfigError, Preempted
 from sft_dist.metrics import wandb_run
 from sft_dist.metrics.logger import RunLogger
-from sft_dist.metrics.tracker import MOST_WAITING, Feed, Lines
+from sft_dist.metrics.tracker import MOST_WAITING, Feed, Lines, Table
 from tests.helpers.offline_wandb import OfflineRun, offline_runs
 
 OFF = LoggingConfig(wandb=WandbConfig(mode="disabled"))
@@ -75,6 +75,30 @@ def cores() -> list[psutil.Process]:
     raise AssertionError("W&B has no process")
 
 
+def settle(logger: RunLogger) -> None:
+    """Waits until what came before is with all trackers."""
+    for tracker in logger._trackers:
+        done = threading.Event()
+        tracker.put(lambda _, done=done: done.set())  # type: ignore[misc]
+        assert done.wait(60)
+
+
+def end_wandb(logger: RunLogger) -> None:
+    settle(logger)
+    ended = cores()
+    for child in ended:
+        child.terminate()
+    psutil.wait_procs(ended, timeout=10)
+
+
+def last_run(folder: Path) -> OfflineRun:
+    """When it has come to its end: W&B writes on when it has answered that it is finished."""
+    until = time.monotonic() + 20
+    while (last := offline_runs(folder)[-1]).exit_code is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return last
+
+
 class FakeTracker:
     """Does nothing."""
 
@@ -84,9 +108,7 @@ class FakeTracker:
 
     def replay(self, lines: list[str]) -> None: ...
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int, lines: Lines
-    ) -> None: ...
+    def table(self, table: Table, *, lines: Lines) -> None: ...
 
     def conclude(self, results: Mapping[str, Any], artefact: Path, *, lines: Lines) -> None: ...
 
@@ -195,15 +217,6 @@ def test_wandb_gets_the_lines_of_earlier_starts_that_it_lacks(
 def test_a_process_of_wandb_that_is_gone_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
     """As a scheduler's SIGTERM to all processes of a job ends it, in mid-run and again before the end."""
 
-    def end_wandb(logger: RunLogger) -> None:
-        done = threading.Event()
-        logger._track(lambda _: done.set())
-        assert done.wait(30), "what came before is with W&B"
-        ended = cores()
-        for child in ended:
-            child.terminate()
-        psutil.wait_procs(ended, timeout=10)
-
     def preempted() -> None:
         with RunLogger(tmp_path, to_wandb(), {}, num_steps=9, completed=1) as logger:
             logger.training_step(line(2, loss=math.nan))
@@ -215,10 +228,28 @@ def test_a_process_of_wandb_that_is_gone_is_replaced_and_loses_nothing(tmp_path:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
     with pytest.raises(Preempted):
         preempted()
-    until = time.monotonic() + 20  # W&B writes on when it has answered that it is finished
-    while (last := offline_runs(tmp_path)[-1]).exit_code is None and time.monotonic() < until:
-        time.sleep(0.05)
-    assert last == OfflineRun((tmp_path / "wandb/run_id").read_text(), [1, 2, 3], exit_code=1)
+    assert last_run(tmp_path) == OfflineRun((tmp_path / "wandb/run_id").read_text(), [1, 2, 3], exit_code=1)
+
+
+def test_a_new_process_of_wandb_gets_tables_and_results_again(tmp_path: Path) -> None:
+    """It ends in mid-run, and once more when the results are with it and it is to finish."""
+    rows = [[1, "q", "a"]]
+    (tmp_path / "final").mkdir()
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=9) as logger:
+        logger.training_step(line(1))
+        logger.table(Table("samples", ["step", "prompt", "answer"], lambda: rows, step=1))
+        logger.training_step(line(2))
+        end_wandb(logger)
+        logger.training_step(line(3))  # lost with the process that is gone
+        logger.training_step(line(4))
+        settle(logger)
+        rows.append([4, "q", "b"])
+        logger.conclude({"wasted_s": 7}, tmp_path / "final")
+        end_wandb(logger)
+    last = last_run(tmp_path)
+    assert last == OfflineRun((tmp_path / "wandb/run_id").read_text(), [1, 2, 3, 4], exit_code=0)
+    assert last.tables == {"samples": (4, [[1, "q", "a"], [4, "q", "b"]])}, "as it is when it is repeated"
+    assert last.summary["wasted_s"] == 7
 
 
 def test_a_tracker_that_hangs_holds_up_neither_a_step_nor_the_end(
@@ -265,7 +296,7 @@ def test_trackers_get_tables_and_results_and_no_secret(tmp_path: Path) -> None:
     with RunLogger(tmp_path, logging, settings, num_steps=2) as logger:
         logger.training_step(line(1, loss=math.nan))
         logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.6})
-        logger.table("samples", ["prompt", "answer"], [["日本の首都は?", "東京 | です\n。"]], step=1)
+        logger.table(Table("samples", ["prompt", "answer"], lambda: [["日本の首都は?", "東京 | です\n。"]], step=1))
         logger.conclude({"loss": 0.5}, tmp_path / "final")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if b"hf_aaaaaaaa" in path.read_bytes()]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,15 +17,20 @@ import yaml
 from sft_dist.checkpoint.checkpointer import Checkpointer
 from sft_dist.checkpoint.identity import identity_of
 from sft_dist.checkpoint.manifest import Position
+from sft_dist.checkpoint.store import complete_checkpoints
 from sft_dist.config.schema import Config, FullMethod
+from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.model.export import export
+from sft_dist.plan.data import counted_plan
 from sft_dist.plan.disk import disk_bytes, final_bytes, num_checkpoints, save_host_bytes, saved_state_bytes
 from sft_dist.plan.result import DataPlan, Range
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
-from sft_dist.runtime.world import WorldShape
+from sft_dist.runtime.world import World, WorldShape
+from sft_dist.train import outlook, ready
+from sft_dist.train import run as train_run
 from tests.helpers import cells
 from tests.helpers.pool import WorldPool
 
@@ -179,6 +186,65 @@ def test_one_more_checkpoint_than_stays_is_on_the_disk(tiny_base: Path) -> None:
     assert disk_bytes(run, _data(steps=2, sequences=700)) == {
         "cache": 5, "checkpoints": 2 * one, "final": final_bytes(run)
     }  # fmt: skip
+
+
+def test_the_first_checkpoint_of_every_period_is_counted(tiny_base: Path) -> None:
+    run = _run(tiny_base, checkpoint={"keep_last": 2, "keep_every_hours": 2.5, "every_steps": 1})
+    one, data = saved_state_bytes(run), _data(steps=100, sequences=700)
+    for hours, periods in ((2.4, 0), (2.6, 1), (24.0, 9)):
+        assert disk_bytes(run, data, total_s=3600 * hours)["checkpoints"] == (3 + periods) * one
+    assert disk_bytes(run, data)["checkpoints"] == 3 * one, "the time is not known"
+    few = _data(steps=5, sequences=700)
+    assert disk_bytes(run, few, total_s=3600 * 24)["checkpoints"] == 5 * one, "no more than are written"
+
+
+def test_what_the_clock_and_evaluations_save_is_counted(tiny_base: Path) -> None:
+    data = replace(_data(steps=4, sequences=700), evaluations=3)
+    for rules, total_s, count in (
+        ({}, None, 1),
+        ({"every_minutes": 30}, None, 6),
+        ({"every_minutes": 30}, 3700.0, 3),
+        ({"keep_best": True}, None, 4),
+    ):
+        run = _run(tiny_base, checkpoint={"keep_last": 5, **rules})
+        assert disk_bytes(run, data, total_s=total_s)["checkpoints"] == count * saved_state_bytes(run), rules
+
+
+def trained(cfg_yaml: str) -> DataPlan:
+    """A whole run, and what is known of its data."""
+    cfg = Config.model_validate(yaml.safe_load(cfg_yaml))
+    world = World(dist.get_rank(), dist.get_rank(), WorldShape(1, dist.get_world_size()))
+    run, data = resolve(cfg, world.shape), cells.synthetic_data()
+    inputs = ready.Inputs(data, None, load_renderer(run.model.path, None, None), None)
+    seen = outlook.look_ahead(cfg, run, cells.CPU, data, None)
+    signals: Any = SimpleNamespace(noted=0, while_training=nullcontext)
+    train_run.train(run, cfg, ready.Process(world, cells.CPU, cells.store()), inputs, seen, signals)
+    return counted_plan(run, data, None, source="")
+
+
+@pytest.mark.parametrize(
+    ("rules", "spikes", "steps"),
+    [
+        ({"keep_last": 9}, {"policy": "roll_back"}, [0, 1, 2, 3]),
+        ({"keep_last": 9}, {"non_finite": "roll_back"}, [0, 1, 2, 3]),
+        ({"keep_last": 1, "keep_every_hours": 1e-7}, {}, [1, 2, 3]),
+    ],
+)
+def test_what_a_run_keeps_is_what_its_plan_counts(
+    world: Worlds, base: Path, tmp_path: Path, rules: dict[str, Any], spikes: dict[str, Any], steps: list[int]
+) -> None:
+    plain = cells.config(
+        str(base), "full", "ddp", train={"max_steps": 3}, checkpoint={"every_steps": 1, **rules}, spikes=spikes
+    )
+    cfg = cells.whole_run(plain, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    data = world(1).run(trained, cells.dump(cfg))[0]
+    folders = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [int(path.name.removeprefix("step-")) for path in folders] == steps
+    sizes = [_size(folder) for folder in folders]
+    written = sum(size for size, _ in sizes), sum(files for _, files in sizes)
+    planned = disk_bytes(resolve(cfg, WorldShape(1, 1)), data, total_s=1.0)
+    assert is_near(planned["checkpoints"], written), (planned, written)
 
 
 def test_host_memory_of_saving(tiny_base: Path) -> None:

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from sft_dist.cluster.sweep_table import LOSS_OF_STEPS as OF_A_SWEEP
 from sft_dist.errors import ConfigError
 from sft_dist.report.axes import logarithmic, short, straight
 from sft_dist.report.beside import Page
 from sft_dist.report.charts import score_name
 from sft_dist.report.command import REPORT, unfinished_page, write_report
-from sft_dist.report.compare import LOSS_OF_STEPS, compare, comparison_json, differences, names_of, read_reports
+from sft_dist.report.compare import compare, comparison_json, differences, names_of, read_reports
 from sft_dist.report.compare_page import render_comparison
 from sft_dist.report.metrics import parse_metrics
 from sft_dist.report.model import ReportData
@@ -389,7 +388,6 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path: Path) -> None:
         assert line["x"]["tokens"][-1] == document["runs"][drawn["lines"].index(line)]["tokens"]
         assert line["x"]["hours"][-1] == pytest.approx((120 + 4.2 * steps) / 3600, rel=1e-5)
     assert drawn["views"]["steps linear"]["x"] == [0, 90]
-    assert LOSS_OF_STEPS == OF_A_SWEEP
     assert not re.findall(r"""(?:src|href)=["'](?!#)|https?://""", html)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,9 @@ def submit(*texts: str, number: int = 1) -> Path:
 
 
 def train(
-    run: Path, losses: list[float], evaluations: dict[int, float], *, ended: bool, usd: float | None = 1.5
+    run: Path, losses: Sequence[float | None], evaluations: dict[int, float], *, ended: bool, usd: float | None = 1.5
 ) -> None:
-    """Writes what a run of 1,200 steps writes that has come as far as ``losses``."""
+    """Writes what a run of 1,200 steps writes that has come as far as ``losses``; None: not finite."""
     run.mkdir(parents=True)
     lines: list[dict[str, object]] = []
     for step, loss in enumerate(losses, start=1):
@@ -119,6 +120,15 @@ def test_without_price_and_evaluation(folder: Path) -> None:
         "* best so far by training loss, as there is no evaluation",
         "train loss: mean of the last 10 steps",
     ]
+
+
+def test_a_point_that_diverged_has_no_training_loss(folder: Path) -> None:
+    """Low as it was until then."""
+    train(folder / "lr-1e-05", [1.5] * 20, {}, ended=False)
+    train(folder / "lr-2e-05", [1.4] * 20, {}, ended=False)
+    train(folder / "lr-5e-05", [*[1.1] * 19, None], {}, ended=False)
+    losses = {row.point: (row.train_loss, row.is_best) for row in sweep_rows(folder) if row.step}
+    assert losses == {"lr-1e-05": (1.5, False), "lr-2e-05": (1.4, True), "lr-5e-05": (None, False)}
 
 
 def test_a_single_loss_is_not_the_best_of_anything(folder: Path) -> None:
