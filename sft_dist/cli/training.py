@@ -147,9 +147,9 @@ def resume(
     put_own_tools_on_path()
     quiet_libraries()
     if verify is not None:
-        from sft_dist.train.replay import replay
+        from sft_dist.train.verify_steps import verify_steps
 
-        replay(checked, steps=verify, allowed=allow_change or ())
+        verify_steps(checked, steps=verify, allowed=allow_change or ())
         return
     from sft_dist.train.run import run_training
 

@@ -18,9 +18,10 @@ from sft_dist import __version__
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import Identity
 from sft_dist.metrics.logger import METRICS
-from sft_dist.plan.calibration import Calibration, calibration_folder, calibration_key, record, replace_file
+from sft_dist.plan.calibration import Calibration, calibration_folder, calibration_key, record
 from sft_dist.plan.expected import Expected
 from sft_dist.run import Run
+from sft_dist.runtime.whole_file import replace_file
 from sft_dist.train.account import Account
 from sft_dist.train.outlook import Outlook
 from sft_dist.train.resume import checkpoints_folder
