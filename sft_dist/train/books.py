@@ -75,13 +75,24 @@ class Books:
         self._write(logger, self.account.sessions())
 
     def close(
-        self, logger: RunLogger, state: FinalState, *, peak_allocated_bytes: int | None, ranks: Sequence[RankTimes]
+        self,
+        logger: RunLogger,
+        state: FinalState,
+        weights: str,
+        *,
+        peak_allocated_bytes: int | None,
+        ranks: Sequence[RankTimes],
     ) -> None:
-        """The run is finished, and ``final/`` is there, of ``state``."""
+        """The run is finished, and ``final/`` is there, of ``state``; ``weights`` is the digest of what is in it."""
         account, outlook = self.account, self.account.outlook
         sessions, waste = account.sessions(ended=True), account.waste()
         actual = measured(self.folder, account, sessions, peak_allocated_bytes=peak_allocated_bytes)
-        came_to = {**state.of_receipt(), **measures(outlook.expected, actual, waste), **of_ranks(ranks)}
+        came_to = {
+            **state.of_receipt(),
+            "weights": weights,
+            **measures(outlook.expected, actual, waste),
+            **of_ranks(ranks),
+        }
         self._write(logger, sessions, actual=came_to)
         logger.conclude({"made_with": self.made_with, **planned(outlook), **came_to}, self.folder / "final")
         logger.say(waste_lines(waste, outlook.price))
