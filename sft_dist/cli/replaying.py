@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sft_dist.cli.options import Overrides
-from sft_dist.errors import CheckpointError
+from sft_dist.errors import CheckpointError, ConfigError
 
 DEFAULT_TOLERANCE = 1e-5
 
@@ -38,6 +38,7 @@ def replay(
     tracked unless logging says so here. Ends with 5 where the outcome differs; replay.json has what was compared.
     """
     from sft_dist.replay.here import Found, differences, find_differences, is_by_user, override_keys, refusal
+    from sft_dist.replay.outcome import Outcome, compare_series, compare_weights, series_of
     from sft_dist.replay.receipt import config_of_replay, read_recorded
     from sft_dist.runtime.world import restarts
     from sft_dist.train.preflight import check_holds_no_run, check_inputs
@@ -46,6 +47,12 @@ def replay(
     run = recorded.folder.resolve()
     folder = out or run.with_name(f"{run.name}-replay")
     config = config_of_replay(recorded, given, folder)
+    then = series_of(recorded.folder)
+    if not check and not then and recorded.content.get("weights") is None:
+        raise ConfigError(
+            f"{recorded.folder} has neither a recorded step nor a digest of final weights: nothing can be compared",
+            fix="repeat a run that has trained, with its metrics.jsonl beside the receipt; or `sft-dist train`",
+        )
     if not check and not restarts():
         check_holds_no_run(Path(config.output_dir))
     found, is_main = Found(), os.environ.get("RANK", "0") == "0"
@@ -70,12 +77,11 @@ def replay(
     if not is_main:
         return
     from sft_dist.export.provenance import read_receipt
-    from sft_dist.replay.outcome import Outcome, compare_series, compare_weights, series_of
     from sft_dist.replay.verdict import lines_of, verdict, write_replay
 
     new, now = Path(config.output_dir), read_receipt(Path(config.output_dir))
     outcome = Outcome(
-        compare_series(series_of(recorded.folder), series_of(new)),
+        compare_series(then, series_of(new)),
         compare_weights(recorded.content, now, (recorded.folder, new)),
     )
     parts = ("identity", "versions", "topology", "machine", "environment")

@@ -62,7 +62,9 @@ class Outcome:
 
     @property
     def is_equal(self) -> bool:
-        """To the bit, in all that could be compared."""
+        """To the bit, in all that could be compared; where nothing could be, that is no proof."""
+        if not self.compared and self.weights is None:
+            return False
         same = all(each.first is None and not each.lost for each in self.compared)
         return same and (self.weights is None or self.weights.equal)
 

@@ -54,7 +54,7 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sharding": {"strategy": "ddp"},
         "activation_checkpointing": {"mode": "none"},
         "optim": {"lr": 1.0e-3},
-        "train": {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": 4},
+        "train": {"global_batch_size": 3, "micro_batch_size": 1, "max_steps": 4},
         "eval": {"every_steps": 2},
         "checkpoint": {"prove_final": False},
         "logging": {"wandb": {"mode": "disabled"}},
