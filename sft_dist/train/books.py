@@ -24,6 +24,9 @@ from sft_dist.train.sessions import RECEIPT, Session, earlier_sessions
 from sft_dist.train.stragglers import RankTimes, line_of, of_ranks
 from sft_dist.train.waste import waste_lines
 
+# Of what a run was made with, what trackers are told at its end: settings they have, and the rest is of this machine.
+TRACKED = ("versions", "identity", "topology")
+
 
 @dataclass(frozen=True)
 class Books:
@@ -94,7 +97,10 @@ class Books:
             **of_ranks(ranks),
         }
         self._write(logger, sessions, actual=came_to)
-        logger.conclude({"made_with": self.made_with, **planned(outlook), **came_to}, self.folder / "final")
+        logger.conclude(
+            {"made_with": {key: self.made_with[key] for key in TRACKED}, **planned(outlook), **came_to},
+            self.folder / "final",
+        )
         logger.say(waste_lines(waste, outlook.price))
         if len(ranks) > 1:
             logger.say(escape(line_of(ranks)))
