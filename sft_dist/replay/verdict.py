@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sft_dist.config.secrets import without_secrets
 from sft_dist.errors import CheckpointError
 from sft_dist.replay.here import Difference, Found
 from sft_dist.replay.outcome import Compared, Outcome
@@ -95,7 +96,7 @@ def write_replay(
     document: dict[str, Any] = {
         "format": FORMAT,
         "receipt": str(recorded.path),
-        "overrides": list(overrides),
+        "overrides": [_without_secrets(text) for text in overrides],
         "verdict": verdict(outcome, tolerance),
         "is_equal": outcome.is_equal,
         "is_within": outcome.is_within(tolerance),
@@ -111,6 +112,11 @@ def write_replay(
         raise CheckpointError(
             f"{folder / REPLAY} cannot be written: {error.strerror}", fix="make room there"
         ) from error
+
+
+def _without_secrets(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{key}{equals}{without_secrets(value, key)}"
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:

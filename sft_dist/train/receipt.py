@@ -193,7 +193,7 @@ def made_with(run: Run, config: Config, identity: Mapping[str, Any], device: tor
     try:
         inputs, unread = inputs_of(config), None
     except SftError as error:  # gone since the data was prepared: this run does not need it any more
-        inputs, unread = None, error.what
+        inputs, unread = None, without_secrets(error.what)
     return {
         "versions": versions() | (_of_torch() if is_gpu else {}),
         "code": code(),

@@ -10,6 +10,7 @@ import xxhash
 
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.schema import Config, LoraMethod
+from sft_dist.config.secrets import without_secrets
 from sft_dist.data.files import ending, is_url
 from sft_dist.data.fingerprint import Fingerprints
 from sft_dist.data.named_templates import read_template
@@ -38,7 +39,7 @@ def inputs_of(config: Config) -> dict[str, str]:
     fingerprints = Fingerprints(cache_path(data, config.output_dir) / "files.json")
     for key, sources in (("data.train", data.train), ("data.eval", data.eval), ("eval.long_texts", long_texts)):
         for number, (source, name) in enumerate(zip(sources, source_names(sources), strict=True)):
-            found[f"{key}.{number} ({name})"] = _source(source, fingerprints)
+            found[f"{key}.{number} ({without_secrets(name)})"] = _source(source, fingerprints)
     if data.chat_template is not None:
         found["data.chat_template"] = xxhash.xxh3_128_hexdigest(read_template(data.chat_template).source.encode())
     model, revision = config.model.path, config.model.revision

@@ -212,9 +212,15 @@ def test_what_was_compared_is_written(tmp_path: Path) -> None:
     outcome = Outcome((Compared("loss", 2, 0, 1, math.inf, 1),), Weights(False, 0.5, 0.1, "w"))
     by_user = Found(by_user=(Difference("optim.lr", "1", "2"),))
     after = [Difference("torch", "1", "2")]
-    write_replay(tmp_path, recorded, ["optim.lr=2"], by_user, after, outcome, 1e-5)
+    write_replay(
+        tmp_path, recorded, ["optim.lr=2", "cluster.environment.MY_TOKEN=s3cret"], by_user, after, outcome, 1e-5
+    )
     written = json.loads((tmp_path / "replay.json").read_text())
     assert written["compared"][0]["largest"] == "inf"
+    assert (written["overrides"].pop(), "s3cret" in json.dumps(written)) == (
+        f"cluster.environment.MY_TOKEN={HIDDEN}",
+        False,
+    )
     assert (written["overrides"], written["is_within"], written["after"][0]["name"]) == (["optim.lr=2"], False, "torch")
     lines = lines_of(recorded, outcome, by_user, after, 1e-5)
     assert lines[1] == "weights   differ by 1.0e-01 at most (w), 5.0e-01 of their norm"
