@@ -57,6 +57,9 @@ def replay(
         check_holds_no_run(Path(config.output_dir))
     found, is_main = Found(), os.environ.get("RANK", "0") == "0"
     if is_main:
+        began_in = recorded.content.get("directory")
+        if began_in not in (None, str(Path.cwd())):
+            typer.echo(f"the run was started in {began_in}; relative paths count from {Path.cwd()} now")
         check_inputs(config)
         found = find_differences(recorded, config, given)
         for line in found.lines():

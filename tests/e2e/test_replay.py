@@ -95,6 +95,7 @@ def test_it_comes_out_to_the_bit(trained: Path, tmp_path: Path) -> None:
     assert (code, f"{out} already holds a run" in said) == (2, True), said
 
 
+@pytest.mark.ci
 def test_another_strategy_on_two_processes_is_within_rounding(trained: Path, tmp_path: Path) -> None:
     overrides = ["sharding.strategy=fsdp2"]
     code, said = command(
@@ -118,6 +119,7 @@ def test_another_strategy_on_two_processes_is_within_rounding(trained: Path, tmp
     assert "with      sharding.strategy: ddp -> fsdp2 (by you)" in said
 
 
+@pytest.mark.ci
 def test_an_override_that_learns_otherwise_is_named(trained: Path, tmp_path: Path) -> None:
     code, said = command(
         "replay", str(trained / "run"), "--out", str(tmp_path / "out"), "train.seed=5", log=tmp_path / "log"
@@ -166,6 +168,7 @@ def test_what_changes_the_numbers_ends_it(moved: Path, tmp_path: Path, what: str
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
+@pytest.mark.ci
 def test_anyway_goes_on_and_says_what_came_of_it(moved: Path, tmp_path: Path) -> None:
     change(moved, "row")
     code, said = command("replay", str(moved / "run"), "-o", str(tmp_path / "out"), "--anyway", log=tmp_path / "log")
