@@ -26,6 +26,7 @@ from sft_dist.cli.lr_find import lr_find
 from sft_dist.cli.model import model_app
 from sft_dist.cli.planning import calibrate, plan
 from sft_dist.cli.prepare import prepare
+from sft_dist.cli.replaying import replay
 from sft_dist.cli.reports import compare, diff, report_run
 from sft_dist.cli.review import review
 from sft_dist.cli.sweeps import sweep_table
@@ -88,6 +89,7 @@ app.command(short_help="What the processes of a run have printed.")(logs)
 app.command("report", short_help="A run as a page: curves, plan, bill, answers.")(report_run)
 app.command(short_help="Runs side by side: results, curves, settings.")(compare)
 app.command(short_help="In what two runs differ, and from which step on.")(diff)
+app.command(short_help="Repeat a run from its receipt, and compare.")(replay)
 app.command(short_help="Choose the better of two answers, blind.")(review)
 app.command(short_help="The runs of a sweep side by side.")(sweep_table)
 app.command(short_help="Train as a job of SLURM, from start to end.")(submit)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from sft_dist.cli.planning import show_plan
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
 from sft_dist.runtime.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sft_dist.train.run import Rehearsing
 
 AllowChange = Annotated[
     list[str] | None,
@@ -70,9 +73,26 @@ def train(
     if dry_run:
         show_plan(checked)
         return
+    run_checked(
+        checked,
+        resume=resume,
+        allowed=allow_change or (),
+        rehearsing="only" if rehearse_only else "first" if rehearse else "no",
+    )
+
+
+def run_checked(
+    checked: Config,
+    *,
+    resume: str = "never",
+    allowed: Collection[str] = (),
+    rehearsing: Rehearsing = "no",
+    on_identity: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> None:
+    """Trains with a configuration that was checked; arguments and errors as ``run_training`` has them."""
     from sft_dist.runtime.world import restarts
 
-    if not rehearse_only:  # which leaves the run directory as it was
+    if rehearsing != "only":  # which leaves the run directory as it was
         _keep_what_is_printed(checked)
     from sft_dist.train.preflight import preflight
     from sft_dist.train.resume import AUTO, resume_after_restart
@@ -91,9 +111,10 @@ def train(
         run_training(
             checked,
             resume=resume,
-            allowed=allow_change or (),
-            rehearsing="only" if rehearse_only else "first" if rehearse else "no",
+            allowed=allowed,
+            rehearsing=rehearsing,
             on_news=refresh,
+            on_identity=on_identity,
         )
 
 
@@ -147,9 +168,9 @@ def resume(
     put_own_tools_on_path()
     quiet_libraries()
     if verify is not None:
-        from sft_dist.train.replay import replay
+        from sft_dist.train.verify_steps import verify_steps
 
-        replay(checked, steps=verify, allowed=allow_change or ())
+        verify_steps(checked, steps=verify, allowed=allow_change or ())
         return
     from sft_dist.train.run import run_training
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 import getpass
 import json
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import sft_dist
-from sft_dist import __version__
 from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
+from sft_dist.runtime.code import Code
 from sft_dist.train.run_files import keep_file, writing_into
 
 # In the run directory.
@@ -29,52 +27,6 @@ FOLDER = "slurm"
 # In a submission.
 CONFIG, RECORD, LOCK, CHANGES = "config.yaml", "submission.json", "packages.txt", "uncommitted.diff"
 NUMBER_DIGITS = 3
-GIT_TIMEOUT_S = 60
-
-
-@dataclass(frozen=True)
-class Code:
-    """The code that a submission runs.
-
-    Args:
-        version: of this package.
-        checkout: its folder; None: the package is installed elsewhere.
-        commit: None where the checkout is no git repository, or git is not there.
-        changed: whether files differ from the commit; new_files: that are in no commit.
-        difference: of the files that the commit has, as git tells it.
-    """
-
-    version: str
-    checkout: str | None
-    commit: str | None
-    changed: bool
-    new_files: tuple[str, ...] = ()
-    difference: str = ""
-
-
-def checkout() -> Path | None:
-    """The folder of this project's code; None where it is installed like any other package."""
-    folder = Path(sft_dist.__file__).resolve().parents[1]
-    return folder if (folder / "pyproject.toml").is_file() else None
-
-
-def code_here() -> Code:
-    """The code that runs now."""
-    folder = checkout()
-    if folder is None:
-        return Code(__version__, None, None, False)
-    try:
-        commit = _git(folder, "rev-parse", "HEAD").strip()
-    except (OSError, subprocess.CalledProcessError):
-        return Code(__version__, str(folder), None, False)
-    difference = _git(folder, "diff", "HEAD", "--binary")
-    new = tuple(_git(folder, "ls-files", "--others", "--exclude-standard").splitlines())
-    return Code(__version__, str(folder), commit, bool(difference or new), new, difference)
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), "-c", "core.quotepath=false", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=GIT_TIMEOUT_S).stdout
 
 
 def installed_packages() -> str:

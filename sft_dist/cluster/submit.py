@@ -20,8 +20,6 @@ from sft_dist.cluster.script import Place, render_train, resource_rows
 from sft_dist.cluster.side_jobs import render_prepare, render_then
 from sft_dist.cluster.snapshot import (
     RECORD,
-    checkout,
-    code_here,
     last_submission,
     new_submission,
     record,
@@ -34,6 +32,7 @@ from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from sft_dist.plan import words
 from sft_dist.plan.to_json import PLAN, plan_text
+from sft_dist.runtime.code import checkout, code_here
 from sft_dist.train.preflight import check_holds_no_run, preflight
 from sft_dist.train.resume import AUTO, NEVER
 from sft_dist.train.run_files import keep_file

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from sft_dist import __version__
 from sft_dist.doctor.finding import Finding, odd_ones
+from sft_dist.runtime.code import code_digest
 
 # What decides what is computed, and how processes talk.
 LIBRARIES = (
@@ -37,15 +36,6 @@ def installed() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = NOT_INSTALLED
     return found
-
-
-def code_digest() -> str:
-    """Twelve digits of the SHA-256 of this package's Python files, names and contents."""
-    root = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
 
 
 def check_versions(by_node: Mapping[str, Mapping[str, str]], order: Sequence[str]) -> list[Finding]:

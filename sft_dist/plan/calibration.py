@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from sft_dist.config.schema import QloraMethod
 from sft_dist.hardware.gpus import normal_name
 from sft_dist.run import Run
+from sft_dist.runtime.whole_file import replace_file
 
 # Of the file, and of what the ratios are over: plan/rates.py and step_efficiency.yaml. Older ones do not count.
 FORMAT = 1
@@ -84,22 +84,6 @@ def record(calibration: Calibration, *, folder: Path | None = None) -> bool:
     text = json.dumps({"format": FORMAT, "entries": [asdict(entries[key]) for key in sorted(entries)]}, indent=1)
     replace_file(path, text + "\n")
     return True
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one step: who reads it meanwhile sees the old one or the new one, whole.
-
-    Raises:
-        OSError: its folder cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")  # not mkstemp's, which nobody else may read
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _path(gpu: str, folder: Path | None) -> Path:

@@ -14,8 +14,9 @@ from types import MappingProxyType
 from pydantic import TypeAdapter
 
 from sft_dist.hardware.gpus import ComputeDtype, Gpu, normal_name
-from sft_dist.plan.calibration import Calibration, calibration_folder, replace_file
+from sft_dist.plan.calibration import Calibration, calibration_folder
 from sft_dist.plan.rates import MEMORY_SHARE, link_share
+from sft_dist.runtime.whole_file import replace_file
 
 FORMAT = 1
 

@@ -13,6 +13,7 @@ from sft_dist.cluster.job_of_run import Ask
 from sft_dist.errors import ConfigError, SftError
 from sft_dist.report.page import render
 from sft_dist.report.read import ask_nobody, read_report
+from sft_dist.runtime.whole_file import replace_file
 
 # In the run directory.
 REPORT = "report.html"
@@ -41,7 +42,7 @@ def write_page(path: Path, page: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, page)
+        replace_file(path, page, unfinished=unfinished_page(path, os.getpid()))
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written ({error.strerror or error})", fix="give a file in a folder you may write"
@@ -51,17 +52,6 @@ def write_page(path: Path, page: str) -> None:
 def unfinished_page(path: Path, pid: int) -> Path:
     """What a process writes before it is the page; one that was killed may leave it."""
     return path.with_name(f".{path.name}.{pid}")
-
-
-def _replace(path: Path, text: str) -> None:
-    """In one step: who reads it meanwhile sees the old page or the new one, whole. Others may read it as any file."""
-    unfinished = unfinished_page(path, os.getpid())
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def main(run: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_dist.config.flat import flat
 from sft_dist.errors import ConfigError
 from sft_dist.metrics.train_loss import train_loss
 from sft_dist.plan.units import HOUR_S
@@ -128,27 +129,19 @@ def _row(report: ReportData, name: str) -> Row:
 
 def differences(settings: Sequence[dict[str, Any] | None]) -> dict[str, tuple[str | None, ...]]:
     """Keys whose values are not the same in all runs that have settings; secrets are hidden in them already."""
-    flat = [dict(_flat(each)) if each is not None else None for each in settings]
-    known = [each for each in flat if each is not None]
+    texts = [None if each is None else {key: _text(value) for key, value in flat(each)} for each in settings]
+    known = [each for each in texts if each is not None]
     keys = dict.fromkeys(key for each in known for key in each)
     found = {}
     for key in keys:
         values = [each.get(key) for each in known]
         if key not in PLACES and any(value != values[0] for value in values):
-            found[key] = tuple(None if each is None else each.get(key) for each in flat)
+            found[key] = tuple(None if each is None else each.get(key) for each in texts)
     return found
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys with their values as JSON; lists of scalars are one value."""
-    if isinstance(value, dict) and value:
-        for name, each in value.items():
-            yield from _flat(each, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
-        for number, each in enumerate(value):
-            yield from _flat(each, f"{key}.{number}")
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def comparison_json(comparison: Comparison) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from sft_dist.config.secrets import without_secrets
 from sft_dist.config.text import read_yaml
 from sft_dist.errors import ConfigError
 from sft_dist.export.provenance import read_receipt
-from sft_dist.metrics.logger import METRICS
+from sft_dist.metrics.recorded import Apart, apart, recorded_steps
 from sft_dist.report.compare import differences
 
 # Parts of a receipt, what a difference in them means, in the order in which it explains others.
@@ -43,22 +40,6 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Apart:
-    """How far two runs went together.
-
-    Args:
-        equal_steps: first steps whose losses and gradient norms are equal to the bit.
-        shared_steps: steps that both have.
-        largest: relative difference of a loss over the shared steps, and the step of it.
-    """
-
-    equal_steps: int
-    shared_steps: int
-    largest: float
-    largest_step: int
-
-
-@dataclass(frozen=True)
 class Diff:
     names: tuple[str, str]
     differences: tuple[Difference, ...]
@@ -81,7 +62,7 @@ def diff(first: Path, second: Path) -> Diff:
         for name, values in differences([facts[0].get(area), facts[1].get(area)]).items()
         if not (area == "settings" and name.startswith(NO_MATTER))
     ]
-    return Diff((str(first), str(second)), tuple(found), apart(_losses(first), _losses(second)))
+    return Diff((str(first), str(second)), tuple(found), apart(recorded_steps(first), recorded_steps(second)))
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -91,45 +72,6 @@ def _facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         settings = None
     return {**{area: receipt.get(area) for area in AREAS}, "settings": settings}
-
-
-def _losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """(loss, gradient norm) by step; NaN where they were not finite."""
-    try:
-        lines = (folder / METRICS).read_bytes().splitlines(keepends=True)
-    except OSError:
-        return {}
-    found = {}
-    for text in lines:
-        if text.endswith(b"\n") and "loss" in (line := json.loads(text)):
-            numbers = (line["loss"], line.get("grad_norm"))
-            found[int(line["step"])] = tuple(math.nan if n is None else float(n) for n in numbers)
-    return found  # type: ignore[return-value]
-
-
-def apart(first: Mapping[int, tuple[float, float]], second: Mapping[int, tuple[float, float]]) -> Apart | None:
-    """None: they have no step in common.
-
-    Args:
-        first, second: (loss, gradient norm) by step.
-    """
-    shared = sorted(first.keys() & second.keys())
-    if not shared:
-        return None
-    equal = next((place for place, step in enumerate(shared) if not _same(first[step], second[step])), len(shared))
-    by_step = {step: _relative(first[step][0], second[step][0]) for step in shared}
-    worst = max(shared, key=lambda step: by_step[step])
-    return Apart(equal, len(shared), by_step[worst], worst)
-
-
-def _same(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other, strict=True))
-
-
-def _relative(one: float, other: float) -> float:
-    if math.isnan(one) or math.isnan(other):
-        return 0.0 if math.isnan(one) and math.isnan(other) else math.inf
-    return abs(one - other) / max(abs(one), abs(other)) if one != other else 0.0
 
 
 def told(found: Diff) -> list[str]:

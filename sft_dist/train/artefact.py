@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
 from torch import Tensor
 
 from sft_dist.checkpoint.artefact import prove_artefact, take_probes
@@ -34,11 +35,14 @@ def write_artefact(
     strategy: Strategy,
     *,
     state: FinalState | None = None,
-) -> None:
+) -> str:
     """Exports the trained model, which is called ``final`` when a fresh process has found it in the files.
 
     Args:
         state: what ``strategy`` holds, for the card.
+
+    Returns:
+        on rank 0, the XXH3-128 of names and values of all that is in the files.
 
     Raises:
         CheckpointError: it cannot be written, or is not the trained model; it then stays as ``final.unfinished``.
@@ -69,6 +73,7 @@ def write_artefact(
         publish(final)
 
     run_on_main_first(process.world, process.store, f"prove {final}", prove_and_publish)
+    return xxhash.xxh3_128_hexdigest("".join(f"{name} {weights[name]}\n" for name in sorted(weights)).encode())
 
 
 def _counted(parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

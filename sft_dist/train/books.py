@@ -24,6 +24,9 @@ from sft_dist.train.sessions import RECEIPT, Session, earlier_sessions
 from sft_dist.train.stragglers import RankTimes, line_of, of_ranks
 from sft_dist.train.waste import waste_lines
 
+# Of what a run was made with, what trackers are told at its end: settings they have, and the rest is of this machine.
+TRACKED = ("versions", "identity", "topology")
+
 
 @dataclass(frozen=True)
 class Books:
@@ -75,15 +78,29 @@ class Books:
         self._write(logger, self.account.sessions())
 
     def close(
-        self, logger: RunLogger, state: FinalState, *, peak_allocated_bytes: int | None, ranks: Sequence[RankTimes]
+        self,
+        logger: RunLogger,
+        state: FinalState,
+        weights: str,
+        *,
+        peak_allocated_bytes: int | None,
+        ranks: Sequence[RankTimes],
     ) -> None:
-        """The run is finished, and ``final/`` is there, of ``state``."""
+        """The run is finished, and ``final/`` is there, of ``state``; ``weights`` is the digest of what is in it."""
         account, outlook = self.account, self.account.outlook
         sessions, waste = account.sessions(ended=True), account.waste()
         actual = measured(self.folder, account, sessions, peak_allocated_bytes=peak_allocated_bytes)
-        came_to = {**state.of_receipt(), **measures(outlook.expected, actual, waste), **of_ranks(ranks)}
+        came_to = {
+            **state.of_receipt(),
+            "weights": weights,
+            **measures(outlook.expected, actual, waste),
+            **of_ranks(ranks),
+        }
         self._write(logger, sessions, actual=came_to)
-        logger.conclude({"made_with": self.made_with, **planned(outlook), **came_to}, self.folder / "final")
+        logger.conclude(
+            {"made_with": {key: self.made_with[key] for key in TRACKED}, **planned(outlook), **came_to},
+            self.folder / "final",
+        )
         logger.say(waste_lines(waste, outlook.price))
         if len(ranks) > 1:
             logger.say(escape(line_of(ranks)))

@@ -73,12 +73,12 @@ def check_inputs(config: Config) -> None:
     long_texts = [] if texts is None else [SourceConfig(path=path, format="text") for path in texts.paths]
     for source in (*config.data.train, *config.data.eval, *long_texts):
         check_source(source)
-    for key, file in _files_of_evaluations(config):
+    for key, file in files_of_evaluations(config):
         if not Path(file).is_file():
             raise ConfigError(f"{key}: {file} is no file here", fix="correct the path, from where the run is started")
 
 
-def _files_of_evaluations(config: Config) -> Iterator[tuple[str, str]]:
+def files_of_evaluations(config: Config) -> Iterator[tuple[str, str]]:
     """Keys and files that the first evaluation will read."""
     scores, samples = config.eval.scores, config.eval.samples
     if scores is not None and scores.json_schema is not None:

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
-from sft_dist import __version__
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import Identity
+from sft_dist.config.schema import Config
+from sft_dist.config.secrets import without_secrets
+from sft_dist.errors import SftError
 from sft_dist.metrics.logger import METRICS
-from sft_dist.plan.calibration import Calibration, calibration_folder, calibration_key, record, replace_file
+from sft_dist.plan.calibration import Calibration, calibration_folder, calibration_key, record
 from sft_dist.plan.expected import Expected
 from sft_dist.run import Run
+from sft_dist.runtime.whole_file import replace_file
 from sft_dist.train.account import Account
 from sft_dist.train.outlook import Outlook
 from sft_dist.train.resume import checkpoints_folder
+from sft_dist.train.run_inputs import inputs_of
 from sft_dist.train.sessions import RECEIPT, Session, total_usd
+from sft_dist.train.surroundings import code, environment, launcher, machine, versions
 from sft_dist.train.waste import Waste
 
-FORMAT = 1
-
-LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
+# 2: with all that `sft-dist replay` needs.
+FORMAT = 2
 
 # Of final/, what comes from the tokenizer and was not planned.
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "vocab", "merges", "added_tokens")
@@ -169,35 +171,56 @@ def feed_calibration(run: Run, outlook: Outlook, actual: Actual) -> str | None:
     return None
 
 
-def versions() -> dict[str, str]:
-    """Of everything that decides speed and memory; a library that is not installed is left out."""
-    found = {"python": platform.python_version(), "sft_dist": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def template_digest(template: str) -> str:
     """XXH3-128 of the text of a chat template."""
     return xxhash.xxh3_128(template.encode()).hexdigest()
 
 
-def made_with(run: Run, identity: Identity, device: torch.device, template: str) -> dict[str, Any]:
-    """The part of a receipt that says what a run is, and what it ran with and on."""
+def identity_values(identity: Identity, template: str) -> dict[str, Any]:
+    """Who a run is, with its template: what two runs must share to learn the same."""
+    return identity.values | {"the chat template": template_digest(template)}
+
+
+def made_with(run: Run, config: Config, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The part of a receipt that says what a run is, and what it ran with and on: all that a repetition needs.
+
+    Args:
+        config: that ``run`` was resolved from; what looks like a secret is hidden, and named.
+        identity: as ``identity_values``.
+    """
     is_gpu = device.type == "cuda"
+    settings = without_secrets(config.model_dump(mode="json"))
+    try:
+        inputs, unread = inputs_of(config), None
+    except SftError as error:  # gone since the data was prepared: this run does not need it any more
+        inputs, unread = None, without_secrets(error.what)
     return {
-        "versions": versions() | ({"cuda": str(torch.version.cuda)} if is_gpu else {}),
-        "identity": identity.values | {"the chat template": template_digest(template)},
+        "versions": versions() | (_of_torch() if is_gpu else {}),
+        "code": code(),
+        "identity": dict(identity),
+        "settings": settings,
+        "inputs": inputs,
+        "inputs_unread": unread,
+        "deepspeed": None if run.deepspeed is None else run.deepspeed.model_dump(mode="json"),
         "topology": {
             "device": torch.cuda.get_device_name(device) if is_gpu else "cpu",
             "processes": run.world.size,
             "nodes": run.world.num_nodes,
             "strategy": run.strategy,
             "sequence_parallel": run.batch.sequence_parallel,
+            "launcher": launcher(),
         },
+        "machine": machine(),
+        "environment": environment(),
+        "directory": str(Path.cwd()),
+    }
+
+
+def _of_torch() -> dict[str, str]:
+    return {
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }
 
 

@@ -64,7 +64,7 @@ class Stage:
     eval_data: PreparedData | None
     checkpointer: Checkpointer
     outlook: Outlook | None
-    write_final: Callable[[Path], None]
+    write_final: Callable[[Path], object]
     num_steps: int
     position: Position
 

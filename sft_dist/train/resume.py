@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import MANIFEST, Identity, Manifest
+from sft_dist.config.flat import flat
 from sft_dist.config.schema import Config
 from sft_dist.config.text import read_yaml
 from sft_dist.errors import CheckpointError, ConfigError
@@ -109,18 +110,10 @@ def changed_settings(checkpoint: Path, config: Config) -> list[str]:
 
     Those that decide what a run learns are refused before (``Identity``); these are for the user to know.
     """
-    before = dict(_flat(read_yaml((checkpoint / "config.yaml").read_text(encoding="utf-8"))))
-    now = dict(_flat(config.model_dump(mode="json")))
+    before = dict(flat(read_yaml((checkpoint / "config.yaml").read_text(encoding="utf-8"))))
+    now = dict(flat(config.model_dump(mode="json")))
     keys = sorted(key for key in before.keys() | now.keys() if not key.startswith(PLACES))
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            yield from _flat(inner, f"{prefix}{key}.")
-        else:
-            yield prefix + key, inner
 
 
 def check_position(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from rich.markup import escape
@@ -41,7 +41,7 @@ from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.position import position_after
 from sft_dist.train.preflight import NEVER
 from sft_dist.train.ready import Inputs, Process, make_ready, warn
-from sft_dist.train.receipt import made_with
+from sft_dist.train.receipt import identity_values, made_with
 from sft_dist.train.rehearsal import rehearse
 from sft_dist.train.rehearsal_items import Stage
 from sft_dist.train.rehearsed import was_rehearsed
@@ -65,6 +65,7 @@ def run_training(
     allowed: Collection[str] = (),
     rehearsing: Rehearsing = "no",
     on_news: Callable[[], None] = lambda: None,
+    on_identity: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> None:
     """Trains as ``config`` says, in this process and its peers; returns when ``final/`` is written and proven.
 
@@ -73,6 +74,8 @@ def run_training(
         allowed: names of the identity (``checkpoint/identity.py``) in which the checkpoint may differ.
         on_news: called on rank 0 when the run directory has more to be looked at: when training begins, and after each
             evaluation.
+        on_identity: called on every rank with what the run is (``receipt.identity_values``), before the model is built;
+            what it raises on all of them ends the run.
 
     Raises:
         SftError: one of its kinds for every mistake in configuration, data or model, when training diverges, and when
@@ -88,7 +91,15 @@ def run_training(
         Watchdog(rules, Path(config.output_dir), world, heartbeat) as watchdog,
     ):
         _run_training(
-            config, signals, heartbeat, watchdog, resume=resume, allowed=allowed, rehearsing=rehearsing, on_news=on_news
+            config,
+            signals,
+            heartbeat,
+            watchdog,
+            resume=resume,
+            allowed=allowed,
+            rehearsing=rehearsing,
+            on_news=on_news,
+            on_identity=on_identity,
         )
 
 
@@ -102,6 +113,7 @@ def _run_training(
     allowed: Collection[str],
     rehearsing: Rehearsing,
     on_news: Callable[[], None],
+    on_identity: Callable[[Mapping[str, Any]], None],
 ) -> None:
     # A rehearsal alone leaves the folder as it was.
     ready = make_ready(config, resume=resume, heartbeat=None if rehearsing == "only" else heartbeat, watchdog=watchdog)
@@ -121,6 +133,7 @@ def _run_training(
             train(
                 run, ready.config, process, inputs, outlook, signals,
                 start=start, allowed=allowed, rehearsing=rehearsing, on_news=on_news,
+                on_identity=on_identity,
             )  # fmt: skip
         except Preempted:
             # A launcher may end the others as soon as one has ended, and rank 0 has more to do.
@@ -156,6 +169,7 @@ def train(
     allowed: Collection[str] = (),
     rehearsing: Rehearsing = "no",
     on_news: Callable[[], None] = lambda: None,
+    on_identity: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> None:
     """Build -> shard -> verify -> resume -> rehearsal -> loop -> export -> proof.
 
@@ -164,12 +178,14 @@ def train(
         outlook: on rank 0; None elsewhere.
         start: the checkpoint to go on from.
         allowed: in what it may differ from this run.
-        on_news: as ``run_training`` has it.
+        on_news, on_identity: as ``run_training`` has them.
     """
     world, heartbeat, final = process.world, process.heartbeat, Path(run.output_dir) / "final"
     order = TrainingOrder(inputs.train_data, run.batch, run.seed)
     num_steps = run.num_steps(inputs.train_data.num_sequences)
     identity = identity_of(run, inputs.train_data)
+    who = identity_values(identity, str(inputs.renderer.tokenizer.chat_template))
+    on_identity(who)
     completed = 0 if start is None else check_position(start, identity, order, num_steps=num_steps, allowed=allowed)
     heartbeat.at(completed, num_steps)
     require_metrics(run, inputs.eval_data)
@@ -178,7 +194,7 @@ def train(
         if world.is_main:
             print(_finished(run, completed, num_steps))
         return
-    books = None if outlook is None else _books(run, process, inputs, outlook, identity, num_steps, completed)
+    books = None if outlook is None else _books(run, config, process, inputs, outlook, who, num_steps, completed)
     with loading(world) as on_bytes:
         strategy = registry.apply(run, process.device, on_bytes=on_bytes)
     spec = registry.describe(run, world.rank)
@@ -240,10 +256,10 @@ def train(
                 completed=training.completed, num_steps=num_steps, waiting=training.control.waiting,
             )  # fmt: skip
             checkpointer.close()
-            write_artefact(final, run, config, process, inputs, strategy, state=state)
+            weights = write_artefact(final, run, config, process, inputs, strategy, state=state)
             if logger is not None and books is not None:
                 logger.say(f"saved {final}{proven(run)}: the state {escape(state.told())}")
-                books.close(logger, state, peak_allocated_bytes=peak_bytes, ranks=training.ranks)
+                books.close(logger, state, weights, peak_allocated_bytes=peak_bytes, ranks=training.ranks)
             _require_metrics(process, logger)
     strategy.close()
 
@@ -277,15 +293,21 @@ def _tell_of_the_start(
 
 
 def _books(
-    run: Run, process: Process, inputs: Inputs, outlook: Outlook, identity: Identity, num_steps: int, completed: int
+    run: Run,
+    config: Config,
+    process: Process,
+    inputs: Inputs,
+    outlook: Outlook,
+    who: Mapping[str, Any],
+    num_steps: int,
+    completed: int,
 ) -> Books:
     """The account of this session, opened before ``metrics.jsonl`` is shortened."""
-    template = str(inputs.renderer.tokenizer.chat_template)
     return Books.open(
         run,
         inputs.train_data,
         outlook,
-        made_with(run, identity, process.device, template),
+        made_with(run, config, who, process.device),
         num_steps=num_steps,
         completed=completed,
         started=process.started,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sft_dist.errors import ConfigError
+from sft_dist.runtime.whole_file import replace_file
 
 # In the run directory: the resolved configuration, and what was found in the data.
 CONFIG, AUDIT = "config.yaml", "audit.json"
@@ -36,10 +37,4 @@ def keep_file(path: Path, text: str) -> None:
     """
     if path.exists() and path.read_bytes() == text.encode():
         return
-    unfinished = path.with_name(path.name + ".new")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    replace_file(path, text, unfinished=path.with_name(path.name + ".new"))

@@ -116,7 +116,7 @@ def test_the_receipt_has_what_was_planned_and_what_came_out(run_directory: Path)
     assert actual["total_s"] > steps[-1]["elapsed_s"], "with final/ and its proof"
     assert receipt["identity"]["data.train"].startswith("17 rows in ")
     assert receipt["topology"] == {
-        "device": "cpu", "processes": 2, "nodes": 1, "strategy": "fsdp2", "sequence_parallel": 1
+        "device": "cpu", "processes": 2, "nodes": 1, "strategy": "fsdp2", "sequence_parallel": 1, "launcher": "torchrun",
     }  # fmt: skip
     assert receipt["versions"]["torch"] == torch.__version__
     (session,) = receipt["sessions"]

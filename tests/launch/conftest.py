@@ -37,7 +37,7 @@ def print(*values):
     # In one piece: launchers start Python unbuffered, and then the built-in's words mingle with another process's.
     os.write(SCREEN, (" ".join(map(str, values)) + "\n").encode())
 
-def run_training(config, resume="never", allowed=(), rehearsing="no", on_news=None):
+def run_training(config, resume="never", allowed=(), rehearsing="no", **_):
     rank = int(os.environ.get("RANK", "0"))
     exec(os.environ["IN_EACH_PROCESS"])
 

@@ -61,7 +61,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None]
         calls: list[Config] = []
 
         def run_training(
-            config: Config, *, resume: str, allowed: object = (), rehearsing: str = "no", on_news: object = None
+            config: Config, *, resume: str, allowed: object = (), rehearsing: str = "no", **_: object
         ) -> None:
             calls.append(config)
             if rehearsing != "no":

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from sft_dist.errors import ConfigError
-from sft_dist.report.differ import Apart, apart, diff, told
+from sft_dist.metrics.recorded import Apart, apart
+from sft_dist.report.differ import diff, told
 
 
 def run(folder: Path, losses: list[float | None], *, lr: float = 1e-4, seed: int = 0, processes: int = 2) -> Path:

@@ -24,8 +24,9 @@ from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
 from sft_dist.train import outlook as outlook_module
 from sft_dist.train.outlook import NO_GPU, Outlook, look_ahead
-from sft_dist.train.receipt import Actual, calibrate, feed_calibration, ratios, versions, write_receipt
+from sft_dist.train.receipt import Actual, calibrate, feed_calibration, ratios, write_receipt
 from sft_dist.train.sessions import RECEIPT, Session
+from sft_dist.train.surroundings import versions
 from tests.helpers import cells
 
 H100 = Machines(find_gpu("h100"), 1, 1)

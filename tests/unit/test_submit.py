@@ -15,8 +15,6 @@ import sft_dist
 from sft_dist.cli import main
 from sft_dist.cluster.ready import USUAL, ready_script, recipes
 from sft_dist.cluster.snapshot import (
-    checkout,
-    code_here,
     installed_packages,
     last_submission,
     new_submission,
@@ -28,6 +26,7 @@ from sft_dist.cluster.wanted import wanted
 from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, PlanError
+from sft_dist.runtime.code import checkout, code_here
 from tests.helpers.job_script import sbatch_options
 
 ROOT = Path(sft_dist.__file__).parents[1]

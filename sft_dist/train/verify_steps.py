@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sft_dist.config.schema import Config
 from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.metrics.logger import METRICS
+from sft_dist.metrics.recorded import recorded_steps
 from sft_dist.run import Run
 from sft_dist.runtime.process_group import process_group
 from sft_dist.runtime.seeding import seed_step
@@ -53,7 +53,7 @@ class Replayed:
         return max(abs(now - then) / max(abs(then), 1e-30) if now != then else 0.0 for then, now in pairs)
 
 
-def replay(config: Config, *, steps: int, allowed: Collection[str] = ()) -> None:
+def verify_steps(config: Config, *, steps: int, allowed: Collection[str] = ()) -> None:
     """Trains up to ``steps`` recorded steps again, in memory; writes nothing.
 
     Args:
@@ -66,7 +66,8 @@ def replay(config: Config, *, steps: int, allowed: Collection[str] = ()) -> None
     """
     ready = make_ready(config, resume=AUTO)
     run, process, inputs = ready.run, ready.process, ready.inputs
-    records = recorded_steps(Path(run.output_dir))
+    recorded = recorded_steps(Path(run.output_dir))
+    records = {step: figures for step, figures in recorded.items() if all(map(math.isfinite, figures))}
     with process_group(process.world, process.device, ready.store):
         start = newest_valid(with_steps_behind(ready.checkpoints, records), own=checkpoints_folder(run.output_dir))
         if start is None:
@@ -84,19 +85,6 @@ def replay(config: Config, *, steps: int, allowed: Collection[str] = ()) -> None
                 fix="see what changed since (versions, GPUs, data); dropout differs on another number of processes",
             ).everywhere()
         dist.barrier()
-
-
-def recorded_steps(folder: Path) -> dict[int, tuple[float, float]]:
-    """(loss, gradient norm) by step, of a run's training steps."""
-    try:
-        lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / METRICS} cannot be read: {error}", fix="give the folder of a run") from error
-    return {
-        line["step"]: (line["loss"], line["grad_norm"])
-        for line in lines
-        if line.get("loss") is not None and line["grad_norm"] is not None
-    }
 
 
 def with_steps_behind(checkpoints: list[Path], records: dict[int, tuple[float, float]]) -> list[Path]:

@@ -1,0 +1,1 @@
+"""``sft-dist replay``: a run repeated from its receipt, and whether it came out the same."""
