@@ -16,7 +16,8 @@ from sft_dist.data.fingerprint import Fingerprints
 from sft_dist.data.named_templates import read_template
 from sft_dist.data.prepare import cache_path, source_names
 from sft_dist.errors import CheckpointError
-from sft_dist.model.hub import TOKENIZER_FILES, is_folder_path, model_folder
+from sft_dist.model.hub import is_folder_path, model_folder
+from sft_dist.model.hub_fetch import TOKENIZER_FILES
 from sft_dist.train.preflight import files_of_evaluations
 
 # A large file is known by so many parts of so many bytes, at even distances from its first byte to its last.
