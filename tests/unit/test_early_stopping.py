@@ -89,6 +89,8 @@ def test_nothing_is_better_by_being_no_number() -> None:
         goal = Goal("x", mode)  # type: ignore[arg-type]
         assert not goal.is_better(NAN, None)
         assert not goal.is_better(NAN, 1.0)
+        assert not goal.is_better(math.inf, None)
+        assert not goal.is_better(-math.inf, 1.0)
         assert goal.is_better(1.0, None)
         assert not goal.is_better(1.0, 1.0)
 
@@ -116,6 +118,7 @@ def told(evaluations: list[float], train: list[float], rises: int = 2) -> list[i
         ([3, 2, 2.1, 2.1, 2.2], [5, 4, 3, 2, 1], []),
         ([3, 2.5, 2], [5, 4, 3], []),
         ([2, 3, 4], [5, 4, 3], [3]),
+        ([NAN, 2, NAN, 3, 4], [6, 5, 4.5, 4, 3], [5]),
     ],
 )
 def test_a_gap_that_grows_is_told_once(evaluations: list[float], train: list[float], expected: list[int]) -> None:
