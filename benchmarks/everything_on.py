@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.everything_on [--pairs 20] [--block 20] [--strategy ddp] [--terminal]
 
-A run of two processes on the CPU, through ``sft-dist train``, whose loop changes sides every few steps, in the order on,
-off, off, on. Both sides train the same model on packs of the same length, so what one side waits for does the other too.
+A run of two processes on the CPU, through ``sft-dist train``, whose loop changes sides every few steps, in the order
+on, off, off, on. Both sides train the same model on packs of the same length.
 
     on    the loop of every run: watchdog, heartbeat, the guard (``spikes.policy: roll_back``), slow ranks, agreement,
           W&B (offline), TensorBoard, ``metrics.jsonl`` and the console at every step; ``report.html`` is written
@@ -369,9 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.config is not None:  # of a rank
-        rank_main(
-            given.folder, given.config, pairs=given.pairs, block=given.block, evaluate_every=given.evaluate_every
-        )
+        rank_main(given.folder, given.config, pairs=given.pairs, block=given.block, evaluate_every=given.evaluate_every)
         return
     steps = WARM_UP_STEPS + 2 * given.pairs * given.block
     with tempfile.TemporaryDirectory(prefix="everything-on-") as name:

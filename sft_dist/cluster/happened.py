@@ -1,4 +1,4 @@
-"""What went wrong in a run and did not end it, or did: from its ``metrics.jsonl`` and from ``stalls/``. Imports no torch."""
+"""What went wrong in a run, ended it or not: from its ``metrics.jsonl`` and from ``stalls/``. Imports no torch."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 Nothing is waited for to measure it: the forward is timed by the host on a CPU and by events on a GPU, which are read
 when the step's numbers have arrived. Under ddp, zero1 and zero2 there is no collective in it. Under fsdp2 and zero3
-weights are gathered there, and ranks that share sequences exchange parts of them: one slow rank makes the forward of all
-of them long. The waiting cannot be told from the computing without waiting for the device, so there only the data are
-compared, and a forward is told with what is in it.
+weights are gathered there, and ranks that share sequences exchange parts of them: one slow rank makes the forward of
+all of them long. The waiting cannot be told from the computing without waiting for the device, so there only the data
+are compared, and a forward is told with what is in it.
 """
 
 from __future__ import annotations

@@ -81,7 +81,15 @@ def test_a_run_in_progress(run: Path) -> None:
 
 
 EVENTS: tuple[dict[str, object], ...] = (
-    {"step": 40, "event": "spike", "because": "spike", "of_step": 40, "ranks": [3], "of_loss": 9.5, "median_loss": 1.25},
+    {
+        "step": 40,
+        "event": "spike",
+        "because": "spike",
+        "of_step": 40,
+        "ranks": [3],
+        "of_loss": 9.5,
+        "median_loss": 1.25,
+    },
     {"step": 61, "event": "spike", "because": "spike", "of_step": 61, "ranks": [1, 2], "of_loss": 7.5},
     {"step": 50, "event": "rolled_back", "because": "non_finite", "of_step": 55, "ranks": [0], "of_loss": None},
     {"step": 55, "event": "skipped", "because": "rolled_back", "of_step": 55},

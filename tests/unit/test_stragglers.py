@@ -15,9 +15,7 @@ from sft_dist.train.stragglers import Forwards, RankTimes, forward_waits, line_o
 from tests.helpers import cells
 
 
-def rank(
-    number: int, *, data: float = 0.01, forward: float = 0.3, step: float = 1.0, waits: bool = False
-) -> RankTimes:
+def rank(number: int, *, data: float = 0.01, forward: float = 0.3, step: float = 1.0, waits: bool = False) -> RankTimes:
     return RankTimes(number, f"n{number}", 50, data, data, forward, forward, step, step, waits)
 
 
