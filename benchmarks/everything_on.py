@@ -55,11 +55,17 @@ class Side:
     """What was measured with everything on, or off.
 
     Args:
-        step_s: of rank 0, by block. cpu_s: of a rank and what it has started, a step, by block.
+        step_s: of a rank, by block.
+        own_cpu_s: of its process, a step, by block; started_cpu_s: of the processes that it has started.
     """
 
     step_s: list[list[float]] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
+    own_cpu_s: list[float] = field(default_factory=list)
+    started_cpu_s: list[float] = field(default_factory=list)
+
+    @property
+    def cpu_s(self) -> list[float]:
+        return [sum(each) for each in zip(self.own_cpu_s, self.started_cpu_s, strict=True)]
 
 
 @dataclass
@@ -107,16 +113,17 @@ def mean_of(blocks: list[list[float]]) -> float:
     return float(np.mean(np.concatenate(blocks)))
 
 
-def cpu_s() -> float:
-    """User and system seconds of this process and of everything that it has started, ended or not."""
+def cpu_s() -> tuple[float, float]:
+    """User and system seconds of this process, and of everything that it has started, ended or not."""
     own = psutil.Process()
-    total = sum(own.cpu_times()[:4])
+    user, system, *ended = own.cpu_times()[:4]
+    started = sum(ended)
     for child in own.children(recursive=True):
         try:
-            total += sum(child.cpu_times()[:4])
+            started += sum(child.cpu_times()[:4])
         except psutil.Error:
             continue  # it ended meanwhile, and is in its parent's figures
-    return total
+    return user + system, started
 
 
 def rank_main(folder: Path, config: Path, *, pairs: int, block: int, evaluate_every: int) -> None:
@@ -183,7 +190,9 @@ def rank_main(folder: Path, config: Path, *, pairs: int, block: int, evaluate_ev
             if is_on:
                 self._quiet()
             side.step_s.append(taken[FIRST_STEPS:])
-            side.cpu_s.append((cpu_s() - before) / block)
+            own_s, started_s = (now - then for now, then in zip(cpu_s(), before, strict=True))
+            side.own_cpu_s.append(own_s / block)
+            side.started_cpu_s.append(started_s / block)
 
         def _bare_step(self) -> None:
             number = self.completed
@@ -225,10 +234,10 @@ def rank_main(folder: Path, config: Path, *, pairs: int, block: int, evaluate_ev
                 self._page._process.wait(SETTLE_S)
 
         def _measure_evaluation(self) -> None:
-            before, started = cpu_s(), time.perf_counter()
+            before, started = sum(cpu_s()), time.perf_counter()
             self._evaluate()
             measured.evaluation_s.append(time.perf_counter() - started)
-            measured.evaluation_cpu_s.append(cpu_s() - before)
+            measured.evaluation_cpu_s.append(sum(cpu_s()) - before)
 
     run.Training = Alternating  # type: ignore[misc]
     try:
@@ -328,7 +337,10 @@ def figures(ranks: list[Measured]) -> dict[str, Any]:
         "more_mean_s": mean_of(first.on.step_s) - mean_of(first.off.step_s),
         "off_cpu_s": statistics.fmean(off_cpu),
         "on_cpu_s": statistics.fmean(on_cpu),
-        "more_cpu_s_by_rank": [statistics.fmean(r.on.cpu_s) - statistics.fmean(r.off.cpu_s) for r in ranks],
+        "more_cpu_s_by_rank": [statistics.fmean(r.on.own_cpu_s) - statistics.fmean(r.off.own_cpu_s) for r in ranks],
+        "more_started_cpu_s": sum(
+            statistics.fmean(r.on.started_cpu_s) - statistics.fmean(r.off.started_cpu_s) for r in ranks
+        ),
         "evaluation_s": statistics.fmean(first.evaluation_s),
         "evaluation_cpu_s": sum(statistics.fmean(each.evaluation_cpu_s) for each in ranks),
     }
@@ -346,7 +358,7 @@ def told(found: dict[str, Any]) -> str:
             f"a step takes {1e3 * found['off_step_s']:,.1f} ms off, {1e3 * found['on_step_s']:,.1f} ms on (medians): "
             f"{1e6 * found['more_s']:,.0f} us more; {1e6 * found['more_mean_s']:,.0f} us by means",
             f"its CPU time is {1e3 * found['off_cpu_s']:,.1f} ms off, {1e3 * found['on_cpu_s']:,.1f} ms on; "
-            f"us more: {by_rank}",
+            f"us more: {by_rank}, what they have started (W&B, the page) {1e6 * found['more_started_cpu_s']:,.0f}",
             f"an evaluation with answers and scores, on neither side: {found['evaluation_s']:.2f} s, "
             f"{found['evaluation_cpu_s']:.2f} s of CPU",
             f"wall time below {GOAL}: " + ("yes" if max(found[n].value for n in ("medians", "means")) < GOAL else "no"),

@@ -16,7 +16,7 @@ from typing import Any
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import MANIFEST, Manifest
-from sft_dist.checkpoint.source import CHECKPOINTS, FINAL
+from sft_dist.checkpoint.naming import CHECKPOINTS, FINAL
 from sft_dist.cluster.file_clock import Clock
 from sft_dist.cluster.happened import Happened, happened
 from sft_dist.config.text import read_yaml

@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from sft_dist.checkpoint.naming import complete_checkpoints, step_of
-from sft_dist.checkpoint.source import CHECKPOINTS
+from sft_dist.checkpoint.naming import CHECKPOINTS, complete_checkpoints, step_of
 from sft_dist.cluster.file_clock import Clock
 from sft_dist.cluster.job_of_run import Ask
 from sft_dist.cluster.status import Status, read_status

@@ -148,7 +148,7 @@ class Stragglers:
             chosen = np.asarray(values[WARM_UP_STEPS:] or values)
             chosen = chosen if last is None else chosen[-last:]
             figures += [float(chosen.mean()), float(np.percentile(chosen, 95))] if len(chosen) else [0.0, 0.0]
-        return RankTimes(self._rank, self._host, len(self._step), *figures, self._forward_waits)
+        return RankTimes(self._rank, self._host, len(self._step), *figures, forward_waits=self._forward_waits)
 
 
 def forward_waits(run: Run) -> bool:

@@ -116,4 +116,5 @@ def test_a_tracker_that_does_not_answer(tiny_base: Path, tmp_path: Path, number:
         (told,) = (line for line in said.splitlines() if "W&B takes nothing more" in line)
         assert f"it has not ended within {OFFLINE_S:.0f} s" in told
     assert took_s - trained_s < END_S
-    figures.fault(f"W&B's process is {'killed' if number == signal.SIGKILL else 'frozen'}", took_s, codes, told)
+    how = "killed" if number == signal.SIGKILL else "frozen"
+    figures.fault(f"W&B's process is {how}: after the last step", took_s - trained_s, codes, told)

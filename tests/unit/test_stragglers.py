@@ -49,7 +49,7 @@ def test_where_a_forward_waits_for_others_the_data_tell() -> None:
                                      ("ddp", 2, True)],
 )  # fmt: skip
 def test_where_it_does(tiny_base: Path, strategy: str, share: int, waits: bool) -> None:
-    cfg = cells.config(str(tiny_base), "full", strategy, train={"sequence_parallel": share})
+    cfg = cells.config(str(tiny_base), "full", strategy, sharding={"strategy": strategy, "sequence_parallel": share})
     assert forward_waits(resolve(cfg, WorldShape(1, 2))) is waits
 
 
