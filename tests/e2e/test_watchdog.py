@@ -15,13 +15,16 @@ import psutil
 import pytest
 import torch
 
+from sft_dist import cli
 from sft_dist.checkpoint import checkpointer
 from sft_dist.checkpoint.manifest import Manifest
 from sft_dist.checkpoint.proof import verify_files
+from sft_dist.checkpoint.shard_file import file_name
 from sft_dist.checkpoint.store import complete_checkpoints
 from sft_dist.data.loader import collate
 from sft_dist.metrics.heartbeat import Beat
 from sft_dist.train import step
+from sft_dist.watchdog.limits import Limits
 from tests.e2e.test_kill import run_to_the_end, steps_of, write_config
 from tests.helpers import figures
 from tests.helpers.ranks import Ranks
@@ -226,6 +229,22 @@ def test_a_rank_whose_interpreter_is_held(tiny_base: Path, tmp_path: Path) -> No
     assert (found["ranks"], found["is_silent"]) == ([GUILTY], True)
     stacks = next((output / "stalls").glob(f"*/rank-{GUILTY}.txt")).read_text()
     assert " in train_step" in stacks, "a timer in C has written them"
+
+
+def test_limits_hear_of_the_disk(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run reads and writes, with the time that it took."""
+    config, output = write_config(tiny_base, tmp_path, "ddp", "full"), tmp_path / "run"
+    read, saved = list[tuple[int, float]](), list[tuple[int, float]]()
+    monkeypatch.setattr(Limits, "read", lambda _, num_bytes, seconds: read.append((num_bytes, seconds)))
+    monkeypatch.setattr(Limits, "saved", lambda _, num_bytes, seconds: saved.append((num_bytes, seconds)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(config), f"output_dir={output}", "train.max_steps=6"])
+    assert ended.value.code == 0
+    files = [path / file_name(0, 1) for path in complete_checkpoints(output / "checkpoints")]
+    assert [num_bytes for num_bytes, _ in saved] == [path.stat().st_size for path in files]
+    assert read == sorted(read)
+    assert read[-1][0] == pytest.approx((tiny_base / "model.safetensors").stat().st_size, rel=0.05)
+    assert all(seconds > 0 for _, seconds in (*read, *saved))
 
 
 def slow_start(rank: int) -> None:
