@@ -113,17 +113,16 @@ def mean_of(blocks: list[list[float]]) -> float:
     return float(np.mean(np.concatenate(blocks)))
 
 
-def cpu_s() -> tuple[float, float]:
-    """User and system seconds of this process, and of everything that it has started, ended or not."""
+def started_cpu_s() -> float:
+    """User and system seconds of everything that this process has started, ended or not."""
     own = psutil.Process()
-    user, system, *ended = own.cpu_times()[:4]
-    started = sum(ended)
+    started = sum(own.cpu_times()[2:4])
     for child in own.children(recursive=True):
         try:
             started += sum(child.cpu_times()[:4])
         except psutil.Error:
             continue  # it ended meanwhile, and is in its parent's figures
-    return user + system, started
+    return float(started)
 
 
 def rank_main(folder: Path, config: Path, *, pairs: int, block: int, evaluate_every: int) -> None:
@@ -174,7 +173,8 @@ def rank_main(folder: Path, config: Path, *, pairs: int, block: int, evaluate_ev
             blocks += 1
             side, step_s = (measured.on, self._step) if is_on else (measured.off, self._bare_step)
             dist.barrier()
-            before, taken = cpu_s(), []
+            # Looking for processes takes time of its own, so it comes first, and last at the end.
+            started_before, own_before, taken = started_cpu_s(), time.process_time(), []
             with ExitStack() as watched:
                 if is_on:
                     self._loud()
@@ -190,9 +190,8 @@ def rank_main(folder: Path, config: Path, *, pairs: int, block: int, evaluate_ev
             if is_on:
                 self._quiet()
             side.step_s.append(taken[FIRST_STEPS:])
-            own_s, started_s = (now - then for now, then in zip(cpu_s(), before, strict=True))
-            side.own_cpu_s.append(own_s / block)
-            side.started_cpu_s.append(started_s / block)
+            side.own_cpu_s.append((time.process_time() - own_before) / block)
+            side.started_cpu_s.append((started_cpu_s() - started_before) / block)
 
         def _bare_step(self) -> None:
             number = self.completed
@@ -224,20 +223,24 @@ def rank_main(folder: Path, config: Path, *, pairs: int, block: int, evaluate_ev
 
         def _settle(self) -> None:
             """Waits for what was given to others: trackers, and the page."""
-            if self.logger is None or self._page is None:
+            self._settle_trackers()
+            if self._page is not None and self._page._process is not None:
+                self._page._process.wait(SETTLE_S)
+
+        def _settle_trackers(self) -> None:
+            if self.logger is None:
                 return
             until = time.monotonic() + SETTLE_S
             while any(tracker._acts.qsize() for tracker in self.logger._trackers):
                 assert time.monotonic() < until, "a tracker does not take its lines"
                 time.sleep(0.005)
-            if self._page._process is not None:
-                self._page._process.wait(SETTLE_S)
 
         def _measure_evaluation(self) -> None:
-            before, started = sum(cpu_s()), time.perf_counter()
+            before, started = time.process_time(), time.perf_counter()
             self._evaluate()
             measured.evaluation_s.append(time.perf_counter() - started)
-            measured.evaluation_cpu_s.append(sum(cpu_s()) - before)
+            self._settle_trackers()  # they are handed its tables
+            measured.evaluation_cpu_s.append(time.process_time() - before)
 
     run.Training = Alternating  # type: ignore[misc]
     try:

@@ -14,7 +14,7 @@ import statistics
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,7 @@ class RankTimes:
     forward_p95_s: float
     step_s: float
     step_p95_s: float
-    forward_waits: bool = False
+    forward_waits: bool = field(default=False, kw_only=True)
 
     @property
     def own_s(self) -> float:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ PATIENCE_S = 120
 # From what was planted until it was told, or no process is left.
 END_S = 30
 SPIKE_AT, STRIKE_AT = 10, 9
+STRUCK = "struck process "
 
 
 def spike(rank: int) -> None:
@@ -76,10 +78,22 @@ def test_a_loss_ten_times_as_large(tiny_base: Path, tmp_path: Path) -> None:
     figures.fault("a spike x 10", told_s, codes, line)
 
 
-def core_of(ranks: Ranks) -> psutil.Process:
-    """W&B's own process, which rank 0 has started."""
-    (found,) = (child for child in psutil.Process(ranks.pids[0]).children(recursive=True) if CORE in child.name())
-    return found
+def strike_core(number: signal.Signals, rank: int) -> None:
+    """W&B's own process, which rank 0 has started, gets a signal in the middle of training; its number is printed."""
+    if rank:
+        return
+    train_step, calls = loop.train_step, 0
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == STRIKE_AT:
+            (core,) = (child for child in psutil.Process().children(recursive=True) if CORE in child.name())
+            print(f"{STRUCK}{core.pid}")
+            core.send_signal(number)
+        return train_step(*arguments, **keywords)
+
+    loop.train_step = counted
 
 
 @pytest.mark.parametrize(
@@ -89,32 +103,26 @@ def core_of(ranks: Ranks) -> psutil.Process:
 def test_a_tracker_that_does_not_answer(tiny_base: Path, tmp_path: Path, number: signal.Signals) -> None:
     """No step waits for it, and the run ends in order; what it has measured is in its own file."""
     config, output, log = write_config(tiny_base, tmp_path, "ddp", "lora"), tmp_path / "run", tmp_path / "log"
-    with Ranks(2, ["train", str(config), f"output_dir={output}", "logging.wandb.mode=offline"], log) as ranks:
-        wait_for(lambda: max(steps_of(output), default=0) >= STRIKE_AT, ranks)
-        core = core_of(ranks)
-        os.kill(core.pid, number)
-        struck, at = time.monotonic(), max(steps_of(output))
-        try:
-            wait_for(lambda: max(steps_of(output)) == STEPS, ranks)
-            trained_s = time.monotonic() - struck
-            codes = ranks.exit_codes(PATIENCE_S)
-            took_s = time.monotonic() - struck
-        finally:
-            if is_left(core.pid):
-                core.kill()
-                pytest.fail("the run has left W&B's process behind")
+    command = ["train", str(config), f"output_dir={output}", "logging.wandb.mode=offline"]
+    with Ranks(2, command, log, before=partial(strike_core, number)) as ranks:
+        wait_for(lambda: max(steps_of(output), default=0) == STEPS, ranks)
+        trained = time.monotonic()
+        codes = ranks.exit_codes(PATIENCE_S)
+        took_s = time.monotonic() - trained
     said = log.read_text()
+    (core,) = (int(line.removeprefix(STRUCK)) for line in said.splitlines() if line.startswith(STRUCK))
+    if is_left(core):
+        os.kill(core, signal.SIGKILL)
+        pytest.fail("the run has left W&B's process behind")
     assert codes == [0, 0], said
-    assert at < STEPS, "it was struck while it trained"
+    assert took_s < END_S
     assert steps_of(output) == list(range(1, STEPS + 1))
     if number == signal.SIGKILL:
-        newest = offline_runs(output)[-1]
+        how, newest, told = "killed", offline_runs(output)[-1], "W&B is started again and has every step"
         assert sorted(set(newest.steps)) == list(range(1, STEPS + 1))
         assert newest.exit_code == 0
-        told = "W&B is started again and has every step"
     else:
+        how = "frozen"
         (told,) = (line for line in said.splitlines() if "W&B takes nothing more" in line)
         assert f"it has not ended within {OFFLINE_S:.0f} s" in told
-    assert took_s - trained_s < END_S
-    how = "killed" if number == signal.SIGKILL else "frozen"
-    figures.fault(f"W&B's process is {how}: after the last step", took_s - trained_s, codes, told)
+    figures.fault(f"W&B's process is {how}: after the last step", took_s, codes, told)

@@ -253,7 +253,7 @@ def test_a_step_that_was_trained_again_counts_once() -> None:
 
 def test_a_held_out_loss_that_is_no_number_is_a_warning(tmp_path: Path) -> None:
     run_folders.training(tmp_path)
-    assert "not finite" not in page(tmp_path)
+    assert "not finite" not in text_of(page(tmp_path))
     broken = {"step": 110, "eval_loss": None, "eval_perplexity": None, "non_finite": ["eval_loss", "eval_perplexity"]}
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(broken) + "\n")

@@ -16,7 +16,7 @@ from tests.helpers import cells
 
 
 def rank(number: int, *, data: float = 0.01, forward: float = 0.3, step: float = 1.0, waits: bool = False) -> RankTimes:
-    return RankTimes(number, f"n{number}", 50, data, data, forward, forward, step, step, waits)
+    return RankTimes(number, f"n{number}", 50, data, data, forward, forward, step, step, forward_waits=waits)
 
 
 def test_a_slow_rank_is_named() -> None:
