@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -386,6 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.config is not None:  # of a rank
         rank_main(given.folder, given.config, pairs=given.pairs, block=given.block, evaluate_every=given.evaluate_every)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the ranks too
     steps = WARM_UP_STEPS + 2 * given.pairs * given.block
     with tempfile.TemporaryDirectory(prefix="everything-on-") as name:
         folder = Path(name)
