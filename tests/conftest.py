@@ -32,15 +32,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """One of several processes that run tests: hands its figures to the one that prints."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["figures"] = (figures.cell_seconds, figures.differences, figures.lines)
+        session.config.workeroutput["figures"] = (
+            figures.cell_seconds, figures.differences, figures.lines, figures.faults
+        )  # fmt: skip
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    cell_seconds, differences, lines = getattr(node, "workeroutput", {}).get("figures", ([], [], []))
+    cell_seconds, differences, lines, faults = getattr(node, "workeroutput", {}).get("figures", ([], [], [], []))
     figures.cell_seconds.extend((duration, function) for duration, function in cell_seconds)
     figures.differences.extend((kind, value) for kind, value in differences)
     figures.lines.extend(lines)
+    figures.faults.extend((planted, seconds, codes, told) for planted, seconds, codes, told in faults)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

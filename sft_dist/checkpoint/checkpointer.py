@@ -75,13 +75,22 @@ class Checkpointer:
         rules: when a failure ends the run, and what stays.
         identity: of this run.
         settings: the resolved configuration as YAML, kept beside every checkpoint.
+        on_file: told of each file that this rank has written and read back: its bytes, and the seconds that it took.
+            A thread calls it.
     """
 
     def __init__(
-        self, folder: Path, *, rules: CheckpointConfig, identity: Identity, strategy_name: str, settings: str
+        self,
+        folder: Path,
+        *,
+        rules: CheckpointConfig,
+        identity: Identity,
+        strategy_name: str,
+        settings: str,
+        on_file: Callable[[int, float], None] = lambda num_bytes, seconds: None,
     ) -> None:
         self.folder, self.rules, self.identity = folder, rules, identity
-        self.strategy_name, self.settings = strategy_name, settings
+        self.strategy_name, self.settings, self._on_file = strategy_name, settings, on_file
         self._group = dist.new_group(backend="gloo")
         # Only now: until a group stands, a rank that is gone is waited for until the time is over.
         _set_pg_timeout(WRITE_TIMEOUT, self._group)
@@ -172,7 +181,12 @@ class Checkpointer:
         path = unfinished / file_name(dist.get_rank(), dist.get_world_size())
 
         def write_and_read_back() -> FileProof | None:
-            return prove_file(path, write_shard(path, pieces), pieces) if pieces else None
+            if not pieces:
+                return None
+            started = time.perf_counter()
+            proof = prove_file(path, write_shard(path, pieces), pieces)
+            self._on_file(proof.record.num_bytes, time.perf_counter() - started)
+            return proof
 
         proofs, error = self._everywhere(write_and_read_back)
         if error is not None:

@@ -1,11 +1,11 @@
-"""Names in the folder ``checkpoints/``. Standard library only: it is also read outside of a container."""
+"""Names in a run directory and in ``checkpoints/``. Standard library only: it is also read outside of a container."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, FINAL = "checkpoints", "final"
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 

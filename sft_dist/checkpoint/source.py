@@ -8,6 +8,7 @@ from typing import Literal
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import MANIFEST, SETTINGS
+from sft_dist.checkpoint.naming import CHECKPOINTS, FINAL
 from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
@@ -15,8 +16,7 @@ from sft_dist.model.hub import ModelNotHere, model_folder
 
 Kind = Literal["adapter", "model", "checkpoint"]
 
-LATEST, FINAL = "latest", "final"
-CHECKPOINTS = "checkpoints"
+LATEST = "latest"
 ADAPTER, MODEL = "adapter_config.json", "config.json"
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from sft_dist.checkpoint import store
 from sft_dist.checkpoint.manifest import MANIFEST, Manifest
-from sft_dist.checkpoint.source import CHECKPOINTS, FINAL
+from sft_dist.checkpoint.naming import CHECKPOINTS, FINAL
 from sft_dist.cluster.file_clock import Clock
+from sft_dist.cluster.happened import Happened, happened
 from sft_dist.config.text import read_yaml
 from sft_dist.errors import SftError
 from sft_dist.export.provenance import RECEIPT, read_receipt
@@ -130,6 +131,7 @@ class Evidence:
         num_steps: of the whole run.
         notes: what is not known and why, a line each.
         stopped_at: the step after which early stopping ended the run.
+        happened: spikes, stalls and the like, the last of each kind.
     """
 
     pulse: Pulse | None
@@ -142,13 +144,15 @@ class Evidence:
     num_steps: int | None
     notes: tuple[str, ...]
     stopped_at: int | None = None
+    happened: tuple[Happened, ...] = ()
 
 
 def read_evidence(folder: Path, clock: Clock) -> Evidence:
     """Reads a run directory."""
     notes: list[str] = []
     pulse = _pulse(folder, clock, notes)
-    measured = _measured(folder, clock)
+    lines = _lines(folder)
+    measured = _measured(folder, clock, lines)
     receipt = read_receipt(folder)
     if not receipt and measured is not None:
         notes.append(f"no {RECEIPT} that can be read: the bill is what {METRICS} has of it")
@@ -165,6 +169,7 @@ def read_evidence(folder: Path, clock: Clock) -> Evidence:
         num_steps=_num_steps(pulse, receipt),
         notes=tuple(notes),
         stopped_at=_stopped_at(receipt),
+        happened=happened(folder, lines),
     )
 
 
@@ -192,24 +197,36 @@ def _seconds(iso: str) -> float:
     return datetime.fromisoformat(iso).timestamp()
 
 
-def _measured(folder: Path, clock: Clock) -> Measured | None:
-    path = folder / METRICS
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """Those of ``metrics.jsonl`` that are whole."""
     try:
-        content, dated = path.read_bytes(), path.stat().st_mtime
+        content = (folder / METRICS).read_bytes()
     except OSError:
-        return None
-    steps: list[dict[str, Any]] = []
-    evaluations: list[tuple[int, float]] = []
+        return []
+    found = []
     for text in content.splitlines(keepends=True):
         try:
             line = json.loads(text) if text.endswith(b"\n") else {}
         except ValueError:
             continue  # cut short by a dying process
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            found.append(line)
+    return found
+
+
+def _measured(folder: Path, clock: Clock, lines: Sequence[dict[str, Any]]) -> Measured | None:
+    steps: list[dict[str, Any]] = []
+    evaluations: list[tuple[int, float]] = []
+    for line in lines:
         if "loss" in line:
             steps.append(line)
         elif _number(line.get("eval_loss")) is not None:
             evaluations.append((int(line["step"]), float(line["eval_loss"])))
     if not steps:
+        return None
+    try:
+        dated = (folder / METRICS).stat().st_mtime
+    except OSError:  # gone meanwhile
         return None
     last = steps[-1]
     return Measured(

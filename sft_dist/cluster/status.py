@@ -133,6 +133,7 @@ def status_json(status: Status) -> dict[str, Any]:
     for name in ("pulse", "measured", "bill", "planned", "saved"):
         value = getattr(found, name)
         document[name] = None if value is None else asdict(value)
+    document["happened"] = [asdict(each) for each in found.happened]
     document["job"] = None if job is None else asdict(job)
     document |= {"clock": asdict(status.clock), "free_bytes": status.free_bytes, "notes": list(status.notes)}
     plain: dict[str, Any] = json.loads(json.dumps(document, default=_plain, allow_nan=False))

@@ -72,6 +72,7 @@ def _sections(status: Status) -> Iterable[tuple[str, list[Text]]]:
     sections = {
         "Progress": _progress(status),
         "Loss": [] if found.measured is None else _loss(found.measured),
+        "Events": _events(found),
         "Time": _time(status),
         "Bill": _bill(status),
         "Saved": _saved(found),
@@ -113,6 +114,15 @@ def _loss(measured: Measured) -> list[Text]:
         elif step:
             text += ", the best so far"
         lines.append(Text(text))
+    return lines
+
+
+def _events(found: Evidence) -> list[Text]:
+    lines = []
+    for each in found.happened:
+        often = "" if each.times == 1 else f" ({each.times} of these, this is the last)"
+        at = "" if each.step is None or each.kind == "stalled" else f"step {each.step:,}: "
+        lines.append(Text(f"{at}{each.told}{often}", "yellow"))
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,8 +47,9 @@ class Goal:
     mode: Mode
 
     def is_better(self, value: float, than: float | None, *, by: float = 0.0) -> bool:
-        """Whether ``value`` improves on ``than`` by more than ``by``; any number improves on None, NaN on nothing."""
-        if value != value:
+        """Whether ``value`` improves on ``than`` by more than ``by``; any number improves on None, and what is not
+        finite on nothing."""
+        if not math.isfinite(value):
             return False
         if than is None:
             return True

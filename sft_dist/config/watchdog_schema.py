@@ -22,7 +22,7 @@ class WatchdogConfig(Section):
     init_s: Limit = Field(
         "auto",
         description="Until all have met, and between two tensors that are loaded; off: for ever. auto: 20 minutes, and "
-        "the time to read the model at 100 MB/s.",
+        "the time to read the model as fast as so far; before 64 MiB are read, at 100 MB/s.",
     )
     data_s: Limit = Field("auto", description="A rank waits for its own next micro-batch. auto: as step_s.")
     step_s: Limit = Field(
@@ -36,10 +36,10 @@ class WatchdogConfig(Section):
     save_s: Limit = Field(
         "auto",
         description="Between two blocks of a checkpoint that are written or read back. auto: 10 minutes, and the time "
-        "to write this rank's part at 100 MB/s.",
+        "that this rank's slowest save took; before the first, to write its part at 100 MB/s.",
     )
     export_s: Limit = Field(
         "auto",
         description="Between two tensors of final/, and for its proof. auto: 20 minutes, and the time to read and "
-        "write the model at 100 MB/s.",
+        "write the model at the speed of this rank's slowest save of 64 MiB or more; without one, at 100 MB/s.",
     )

@@ -42,6 +42,9 @@ ALWAYS = ("step", "eval_loss", "eval_perplexity")
 # Without a terminal a bar cannot be redrawn: this many lines are printed over a run instead.
 LINES_WITHOUT_TERMINAL = 20
 
+# A redrawing takes 1.5 ms, in which no other thread of rank 0 runs Python.
+REDRAWN_PER_S = 2.0
+
 
 class RunLogger:
     """Writes metrics while a run lasts; use as a context.
@@ -90,6 +93,7 @@ class RunLogger:
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
+            refresh_per_second=REDRAWN_PER_S,
         )
         self._task: TaskID | None = None
 

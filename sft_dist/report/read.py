@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from sft_dist.checkpoint.naming import complete_checkpoints, step_of
-from sft_dist.checkpoint.source import CHECKPOINTS
+from sft_dist.checkpoint.naming import CHECKPOINTS, complete_checkpoints, step_of
 from sft_dist.cluster.file_clock import Clock
 from sft_dist.cluster.job_of_run import Ask
 from sft_dist.cluster.status import Status, read_status
+from sft_dist.config.control_schema import EVAL_LOSS
 from sft_dist.config.text import read_yaml
 from sft_dist.data.audit.findings import Audit
 from sft_dist.errors import ConfigError, DataError
@@ -58,6 +59,7 @@ def read_report(folder: Path, *, clock: Clock | None = None, ask: Ask | None = N
     metrics, receipt = read_metrics(folder), read_receipt(folder)
     if metrics.unread:
         notes.append(f"lines of metrics.jsonl that cannot be read: {metrics.unread}")
+    notes += _broken_evaluations(metrics)
     settings = _settings(folder, notes)
     bill = _bill(folder, receipt, status)
     sources, findings = _data(folder, settings, notes)
@@ -149,6 +151,20 @@ def _compared(receipt: dict[str, Any], status: Status, metrics: Metrics, bill: B
         Compared("final/", "bytes", _number(planned.get("final_bytes")), _number(actual.get("final_bytes"))),
     )  # fmt: skip
     return tuple(row for row in rows if row.planned is not None or row.actual is not None)
+
+
+def _broken_evaluations(metrics: Metrics) -> list[str]:
+    """A warning where a held-out loss is no number."""
+    found = [
+        each.step
+        for each in metrics.evaluations
+        if any(key.startswith(EVAL_LOSS) and not math.isfinite(value) for key, value in each.scores.items())
+    ]
+    if not found:
+        return []
+    last = f", the last one that of step {found[-1]:,}" if len(found) > 1 else f", that of step {found[0]:,}"
+    count = f"{len(found)} of {len(metrics.evaluations)} evaluations"
+    return [f"the loss on held-out rows is not finite in {count}{last}; none of them counts as an improvement"]
 
 
 def _median(metrics: Metrics, column: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ from sft_dist.run import Run
 from sft_dist.train.early_stopping import EarlyStopping, metric_of
 from sft_dist.train.overfitting import WARNED, OverfitWatch
 from sft_dist.train.step import evaluated_metrics
+
+EVAL_PERPLEXITY = "eval_perplexity"
+
+# The event of an evaluation that has figures which are not finite.
+NON_FINITE = "non_finite_evaluation"
 
 
 def require_metrics(run: Run, eval_data: PreparedData | None) -> None:
@@ -31,6 +36,11 @@ def require_metrics(run: Run, eval_data: PreparedData | None) -> None:
         metric_of(names, run.checkpoint.best_metric, key="checkpoint.best_metric")
     if run.early_stopping is not None:
         metric_of(names, run.early_stopping.metric, key="early_stopping.metric")
+
+
+def _is_broken(name: str, value: float) -> bool:
+    """Whether a value of an evaluation is one that nothing good explains; exp of a large loss may be infinite."""
+    return not math.isfinite(value) and name != EVAL_PERPLEXITY
 
 
 class Control:
@@ -96,6 +106,10 @@ class Control:
             self._stopping.evaluated(step, metrics)
         if self._logger is None:
             return
+        broken = [name for name, value in metrics.items() if _is_broken(name, value)]
+        if broken:
+            line = {"step": step, "event": NON_FINITE, "of_metrics": ", ".join(broken)}
+            self._logger.event(line, self._told_of(step, broken))
         warning = None if self._watch is None else self._watch.evaluated(step, metrics[EVAL_LOSS])
         if self._watch is not None and warning is not None:
             line = {"step": step, "event": WARNED, WARNED: 1, "best_eval_step": self._watch.best.step}
@@ -103,6 +117,15 @@ class Control:
         if self._stopping is not None and self._stopping.has_fired:
             line = {"step": step, "event": "early_stopping", **self._stopping.metrics()}
             self._logger.event(line, self._stopping.told(step))
+
+    def _told_of(self, step: int, broken: Sequence[str]) -> str:
+        follows = []
+        if self._rules.keep_best and self._goal.metric in broken:
+            follows.append("it is not the best state")
+        if self._stopping is not None and self._stopping.config.metric in broken:
+            follows.append("early stopping counts it as no improvement")
+        told = f"evaluation at step {step:,}: {', '.join(broken)} {'is' if len(broken) == 1 else 'are'} not finite"
+        return told + "".join(f"; {each}" for each in follows)
 
     def saved(self) -> None:
         """The state as it is is on its way into a checkpoint."""

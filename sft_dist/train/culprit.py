@@ -33,10 +33,12 @@ class Seen:
     Args:
         loss_sums: of its micro-batches.
         parameters: names of those whose gradient is not finite in this rank's part.
+        host: that it is on.
     """
 
     loss_sums: list[float]
     parameters: list[str]
+    host: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Culprit:
     Args:
         micro_batches: of all ranks.
         parameters: names of those whose gradient is not finite, in the model's order as each rank has it.
+        hosts: by rank.
     """
 
     trouble: Trouble
@@ -73,6 +76,7 @@ class Culprit:
     lr: float
     micro_batches: tuple[MicroBatchLoss, ...]
     parameters: tuple[str, ...]
+    hosts: tuple[str, ...]
 
     @property
     def ranks(self) -> list[int]:
@@ -102,7 +106,7 @@ def culprit_of(
             supervised = max(1, int(data.num_supervised[chosen].sum()))
             found.append(MicroBatchLoss(rank, number, tuple(chosen.tolist()), loss_sum, loss_sum / supervised))
     names = dict.fromkeys(name for told in seen for name in told.parameters)
-    return Culprit(trouble, step, lr, tuple(found), tuple(names))
+    return Culprit(trouble, step, lr, tuple(found), tuple(names), tuple(told.host for told in seen))
 
 
 def described(culprit: Culprit, data: PreparedData) -> str:
@@ -111,7 +115,7 @@ def described(culprit: Culprit, data: PreparedData) -> str:
     if not ranks:
         first = f", {culprit.parameters[0]} first" if culprit.parameters else ""
         return f"every loss is finite, the gradient is not{first}"
-    who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    who = ", ".join(f"rank {rank} on {culprit.hosts[rank]}" for rank in ranks)
     rows = [row for sequence in culprit.worst.sequences for row in data.packs[sequence]]
     places = list(dict.fromkeys(origins(data, rows).values()))
     more = f" and {len(places) - MAX_NAMED_ROWS} more" if len(places) > MAX_NAMED_ROWS else ""
@@ -173,6 +177,7 @@ def _about(culprit: Culprit, data: PreparedData) -> dict[str, Any]:
         "median_loss": trouble.median,
         "lr": culprit.lr,
         "ranks": culprit.ranks,
+        "hosts": [culprit.hosts[rank] for rank in culprit.ranks],
         "largest_loss": _told(worst) | {"rows": list(origins(data, rows).values())},
         "non_finite_gradients": list(culprit.parameters[:MAX_NAMED_PARAMETERS]),
         "micro_batches": [_told(each) for each in culprit.micro_batches],

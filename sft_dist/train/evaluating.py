@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sft_dist.checkpoint.manifest import Manifest
+from sft_dist.checkpoint.naming import CHECKPOINTS
 from sft_dist.checkpoint.restore import restore
-from sft_dist.checkpoint.source import CHECKPOINTS, LATEST, find_newest_source, find_source
+from sft_dist.checkpoint.source import LATEST, find_newest_source, find_source
 from sft_dist.checkpoint.store import name_of
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.load import load_config, read_config

@@ -7,6 +7,7 @@ comparison on the host; only ``skip`` needs the loss before the update (see ``Sp
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ class Guard:
         """
         by_parameter = outcome.by_parameter
         own = Seen(
-            [float(loss) for loss in outcome.loss_sums], [] if by_parameter is None else by_parameter.non_finite()
+            [float(loss) for loss in outcome.loss_sums],
+            [] if by_parameter is None else by_parameter.non_finite(),
+            socket.gethostname(),
         )
         data = self.order.data
         culprit = culprit_of(trouble, data, self.run.batch, step, lr, gathered(own, self._group))

@@ -15,12 +15,24 @@ from sft_dist.runtime.world import World
 
 
 @contextmanager
-def loading(world: World) -> Iterator[Callable[[int], None]]:
-    """Shows on rank 0 how much of the weights it has read; it reads what it keeps of them."""
+def loading(world: World, *, on_read: Callable[[int, float], None]) -> Iterator[Callable[[int], None]]:
+    """Shows on rank 0 how much of the weights it has read; it reads what it keeps of them.
+
+    Args:
+        on_read: told how many bytes this rank has read in how many seconds.
+    """
+    started, total = time.perf_counter(), 0
+
+    def count_in(count: int) -> None:
+        nonlocal total
+        total += count
+        done.tick()
+        on_read(total, time.perf_counter() - started)
+
     if not world.is_main:
-        yield lambda _: done.tick()
+        yield count_in
         return
-    console, started, total = Console(highlight=False), time.perf_counter(), 0
+    console = Console(highlight=False)
     columns = (
         SpinnerColumn(),
         TextColumn("reading weights {task.fields[size]}"),
@@ -31,9 +43,7 @@ def loading(world: World) -> Iterator[Callable[[int], None]]:
         task = progress.add_task("weights", total=None, size=decimal(0))
 
         def on_bytes(count: int) -> None:
-            nonlocal total
-            total += count
-            done.tick()
+            count_in(count)
             progress.update(task, advance=count, size=decimal(total))
 
         yield on_bytes

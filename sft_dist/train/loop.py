@@ -33,7 +33,7 @@ from sft_dist.train.evaluations import EvaluationFiles, Evaluations
 from sft_dist.train.guard import GoBack, Guard
 from sft_dist.train.position import position_after
 from sft_dist.train.step import StepOutcome, train_step
-from sft_dist.train.stragglers import Forwards, Mark, RankTimes, Stragglers, seconds
+from sft_dist.train.stragglers import Forwards, Mark, RankTimes, Stragglers, forward_waits, seconds
 
 # Of the peak learning rate.
 LARGE_SHARE = 0.01
@@ -91,7 +91,8 @@ class Training:
         self.guard, self.agreement = guard, Agreement()
         self.num_steps, self.completed = num_steps, 0 if position is None else position.completed_steps
         self.control = Control(run, logger, checkpointer.best(), position)
-        self._stragglers, self._forwards = Stragglers(world.rank, self.agreement), Forwards(strategy.model, device)
+        self._stragglers = Stragglers(world.rank, self.agreement, forward_waits=forward_waits(run))
+        self._forwards = Forwards(strategy.model, device)
         self.ranks: list[RankTimes] = []
         """How fast each rank was, when training has ended; empty where no step was trained."""
         self._trained = 0  # by this process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ class OverfitWatch:
         self._losses.append(loss)
 
     def evaluated(self, step: int, loss: float) -> str | None:
-        """What is to be told after this evaluation, in a line; None for nothing."""
+        """What is to be told after this evaluation, in a line; None for nothing. One that is not finite is none."""
+        if not math.isfinite(loss):
+            return None
         self._note(step, loss)
         if self._has_warned or not self._is_overfitting():
             return None

@@ -17,6 +17,7 @@ from rich.markup import escape
 from sft_dist.checkpoint.store import sweep
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.schema import Config
+from sft_dist.config.watchdog_schema import WatchdogConfig
 from sft_dist.data.chat_template import ChatRenderer, TemplateSample
 from sft_dist.data.files import is_url
 from sft_dist.data.fingerprint import is_offline
@@ -42,6 +43,7 @@ from sft_dist.train.preflight import NEVER, take_run_directory
 from sft_dist.train.rehearsed import remove_leftovers
 from sft_dist.train.resume import checkpoints_folder, find_checkpoints
 from sft_dist.train.run_files import AUDIT, keep_file, writing_into
+from sft_dist.watchdog.limits import Limits
 from sft_dist.watchdog.watch import Watchdog
 
 
@@ -52,6 +54,7 @@ class Process:
     Args:
         started: on ``time.perf_counter``; its machine is paid for from then on.
         heartbeat: gets what it is doing.
+        limits: are told how fast its disk is.
     """
 
     world: World
@@ -59,6 +62,7 @@ class Process:
     store: dist.Store
     started: float = field(default_factory=time.perf_counter)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    limits: Limits = field(default_factory=lambda: Limits(WatchdogConfig()))
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,10 @@ def make_ready(
     settle(store, world)
     if watchdog is not None:
         watchdog.meet(store)
-    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store), heartbeat=heartbeat or Heartbeat())
+    process = Process(
+        world, device_of(world), dist.PrefixStore("sft_dist", store), heartbeat=heartbeat or Heartbeat(),
+        limits=Limits(config.watchdog) if watchdog is None else watchdog.limits,
+    )  # fmt: skip
     config, run = decide(config, process)
     load = renderer_of(config.model, config.data)
     renderer = load()

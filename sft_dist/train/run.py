@@ -195,7 +195,7 @@ def train(
             print(_finished(run, completed, num_steps))
         return
     books = None if outlook is None else _books(run, config, process, inputs, outlook, who, num_steps, completed)
-    with loading(world) as on_bytes:
+    with loading(world, on_read=process.limits.read) as on_bytes:
         strategy = registry.apply(run, process.device, on_bytes=on_bytes)
     spec = registry.describe(run, world.rank)
     verify_sharding(strategy, spec)
@@ -205,6 +205,7 @@ def train(
         identity=identity,
         strategy_name=run.strategy,
         settings=dump_config(config),
+        on_file=process.limits.saved,
     )
     manifest = None if start is None else checkpointer.load(start, strategy)
     position = Position(completed_steps=0) if manifest is None else manifest.position

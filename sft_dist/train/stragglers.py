@@ -2,7 +2,9 @@
 
 Nothing is waited for to measure it: the forward is timed by the host on a CPU and by events on a GPU, which are read
 when the step's numbers have arrived. Under ddp, zero1 and zero2 there is no collective in it. Under fsdp2 and zero3
-weights are gathered there, and one slow rank makes the forward of all of them long: only the data tell it apart.
+weights are gathered there, and ranks that share sequences exchange parts of them: one slow rank makes the forward of
+all of them long. The waiting cannot be told from the computing without waiting for the device, so there only the data
+are compared, and a forward is told with what is in it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import statistics
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from torch import nn
 
 from sft_dist.plan.units import step_seconds
+from sft_dist.run import Run
 from sft_dist.train.agreement import Agreement
 
 # The ranks compare notes so often, in steps; without the first ones, which compile.
@@ -86,6 +89,7 @@ class RankTimes:
 
     Args:
         data_wait_s: it waits for its own micro-batches; forward_s: its forward passes; step_s: wall time.
+        forward_waits: the forward passes have waits for other ranks in them.
     """
 
     rank: int
@@ -97,17 +101,24 @@ class RankTimes:
     forward_p95_s: float
     step_s: float
     step_p95_s: float
+    forward_waits: bool = field(default=False, kw_only=True)
 
     @property
     def own_s(self) -> float:
-        return self.data_wait_s + self.forward_s
+        """Of a step, what no other rank can make longer."""
+        return self.data_wait_s if self.forward_waits else self.data_wait_s + self.forward_s
 
 
 class Stragglers:
-    """Of a session; every rank makes one and calls the same methods after the same steps."""
+    """Of a session; every rank makes one and calls the same methods after the same steps.
 
-    def __init__(self, rank: int, agreement: Agreement) -> None:
+    Args:
+        forward_waits: as ``forward_waits`` finds it.
+    """
+
+    def __init__(self, rank: int, agreement: Agreement, *, forward_waits: bool) -> None:
         self._rank, self._agreement, self._host = rank, agreement, socket.gethostname()
+        self._forward_waits = forward_waits
         self._data, self._forward, self._step = array("d"), array("d"), array("d")
 
     def add(self, *, data_wait_s: float, forward_s: float, step_s: float) -> None:
@@ -137,7 +148,12 @@ class Stragglers:
             chosen = np.asarray(values[WARM_UP_STEPS:] or values)
             chosen = chosen if last is None else chosen[-last:]
             figures += [float(chosen.mean()), float(np.percentile(chosen, 95))] if len(chosen) else [0.0, 0.0]
-        return RankTimes(self._rank, self._host, len(self._step), *figures)
+        return RankTimes(self._rank, self._host, len(self._step), *figures, forward_waits=self._forward_waits)
+
+
+def forward_waits(run: Run) -> bool:
+    """Whether ranks wait for each other within a forward pass."""
+    return run.strategy in ("fsdp2", "zero3") or run.batch.sequence_parallel > 1
 
 
 def slow(times: Sequence[RankTimes]) -> str | None:
@@ -151,9 +167,13 @@ def slow(times: Sequence[RankTimes]) -> str | None:
     if not found:
         return None
     first, more = found[0], f", and {len(found) - 1} more" if len(found) > 1 else ""
+    if first.forward_waits:
+        own = "for its data"
+    else:
+        own = f"for its data ({step_seconds(first.data_wait_s)}) and forward"
     return (
-        f"slow: rank {first.rank} on {first.host} takes {step_seconds(first.own_s)} a step for its data "
-        f"({step_seconds(first.data_wait_s)}) and forward, the median rank {step_seconds(median_s)}{more}"
+        f"slow: rank {first.rank} on {first.host} takes {step_seconds(first.own_s)} a step {own}, "
+        f"the median rank {step_seconds(median_s)}{more}"
     )
 
 
@@ -165,7 +185,8 @@ def line_of(times: Sequence[RankTimes]) -> str:
         most, median = getattr(largest, what), statistics.median(getattr(each, what) for each in times)
         return f"{step_seconds(most)} on rank {largest.rank} ({largest.host}), median {step_seconds(median)}"
 
-    return f"ranks     a step waits for data at most {extreme('data_wait_s')}; forward at most {extreme('forward_s')}"
+    forward = "forward, with its waits for other ranks," if times[0].forward_waits else "forward"
+    return f"ranks     a step waits for data at most {extreme('data_wait_s')}; {forward} at most {extreme('forward_s')}"
 
 
 def of_ranks(times: Sequence[RankTimes]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from typing import Literal
@@ -19,8 +20,11 @@ TIMES_A_STEP = 10
 # Steps whose median is taken, and as many as there must be: the first ones compile and fill caches.
 RECENT_STEPS, LEAST_STEPS = 100, 5
 
-# Of a shared disk on a bad day, for one rank.
+# Of a shared disk on a bad day, for one rank; assumed where this process has measured nothing.
 SLOW_BYTES_PER_S = 100e6
+
+# What is smaller measures how long a disk takes to answer, not how much it takes in.
+LEAST_BYTES = 64 << 20
 
 KEYS: dict[Doing, Key | None] = {
     "preparing": None,  # hours of tokenising are in order
@@ -44,7 +48,10 @@ class Limits:
     def __init__(self, config: WatchdogConfig) -> None:
         self._config = config
         self._model_bytes = self._saved_bytes = 0
-        self._planned_step_s = 0.0
+        self._planned_step_s = self._save_s = 0.0
+        self._read_bytes = 0
+        self._read_bytes_per_s: float | None = None
+        self._written_bytes_per_s: float | None = None
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def planned(self, *, model_bytes: int, saved_bytes: int, step_s: float | None) -> None:
@@ -60,6 +67,17 @@ class Limits:
     def stepped(self, seconds: float) -> None:
         """A step of this process took so long."""
         self._steps.append(seconds)
+
+    def read(self, num_bytes: int, seconds: float) -> None:
+        """So much of the weights was read since the reading began, in so long."""
+        if num_bytes >= max(LEAST_BYTES, 2 * self._read_bytes):
+            self._read_bytes, self._read_bytes_per_s = num_bytes, num_bytes / seconds
+
+    def saved(self, num_bytes: int, seconds: float) -> None:
+        """This rank has written its part of a checkpoint and read it back, in so long."""
+        self._save_s = max(self._save_s, seconds)
+        if num_bytes >= LEAST_BYTES:
+            self._written_bytes_per_s = min(self._written_bytes_per_s or math.inf, num_bytes / seconds)
 
     def of(self, phase: Doing, part: Part) -> float | None:
         """Seconds without progress; None: no limit."""
@@ -78,11 +96,11 @@ class Limits:
 
     def _auto(self, key: Key) -> float:
         if key == "init":
-            return INIT_S + self._model_bytes / SLOW_BYTES_PER_S
+            return INIT_S + self._model_bytes / (self._read_bytes_per_s or SLOW_BYTES_PER_S)
         if key == "save":
-            return SAVE_S + self._saved_bytes / SLOW_BYTES_PER_S
+            return SAVE_S + (self._save_s or self._saved_bytes / SLOW_BYTES_PER_S)
         if key == "export":
-            return EXPORT_S + 2 * self._model_bytes / SLOW_BYTES_PER_S
+            return EXPORT_S + 2 * self._model_bytes / (self._written_bytes_per_s or SLOW_BYTES_PER_S)
         step_s = self._step_s()
         return max(step_s, EVAL_S) if key == "eval" else step_s
 

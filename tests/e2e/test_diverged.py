@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from safetensors.torch import load_file, save_file
 
 from sft_dist.checkpoint.manifest import Manifest
 from sft_dist.checkpoint.proof import verify_files
+from sft_dist.checkpoint.rotation import best_of
 from sft_dist.checkpoint.store import complete_checkpoints
+from sft_dist.cli import main
+from sft_dist.config.control_schema import Goal
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.runtime.failure import LAUNCH_FOLDER
-from tests.helpers import cells
+from tests.helpers import cells, figures
 from tests.helpers.ranks import Ranks
 
 STEPS, EVERY, BATCH = 8, 2, 4
+HOST = socket.gethostname()
 # Of the row, counted from 1, that alone has the poisoned token.
 LINE = 17
 PATIENCE_S = 120
@@ -39,14 +44,26 @@ def poisoned_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def write_config(base: Path, folder: Path, strategy: str, **sections: Any) -> Path:
-    rows = [{"prompt": f"{n} + {n}", "completion": f"= {2 * n}" + ("~" if n == LINE else "")} for n in range(1, 33)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_rows(path: Path, *, poisoned: bool) -> None:
+    end = "~" if poisoned else ""
+    rows = [{"prompt": f"{n} + {n}", "completion": f"= {2 * n}" + (end if n == LINE else "")} for n in range(1, 33)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_config(base: Path, folder: Path, strategy: str, *, held_out: bool = False, **sections: Any) -> Path:
+    """The poisoned row is among those that are trained on, or with ``held_out`` among those that are not."""
+    train, evaluated = folder / "rows.jsonl", folder / "held_out.jsonl"
+    write_rows(train, poisoned=not held_out)
+    data: dict[str, Any] = {"train": [{"path": str(train)}], "cache_dir": str(folder / "cache"), "packing": "none"}
+    if held_out:
+        write_rows(evaluated, poisoned=True)
+        data["eval"] = [{"path": str(evaluated)}]
+        data["audit"] = {"max_share": {"leak_exact": 1.0, "leak_near": None}}
     cfg = cells.config(
         str(base), "lora", strategy,
-        data={"train": [{"path": str(folder / "rows.jsonl")}], "cache_dir": str(folder / "cache"), "packing": "none"},
+        data=data,
         train={"global_batch_size": BATCH, "micro_batch_size": 1, "max_steps": STEPS, "seed": 4},
-        checkpoint={"every_steps": EVERY, "keep_last": 99},
+        checkpoint={"every_steps": EVERY, "keep_last": 99} | sections.pop("checkpoint", {}),
         **sections,
     )  # fmt: skip
     (folder / "run.yaml").write_text(cells.dump(cells.whole_run(cfg, folder / "run")))
@@ -66,16 +83,19 @@ def test_one_rank_meets_nan_and_all_end(poisoned_base: Path, tmp_path: Path, str
             assert time.monotonic() < deadline, log.read_text()
             assert ranks.are_alive, log.read_text()
             time.sleep(0.02)
+        told = time.monotonic()
         assert ranks.exit_codes(END_S) == [6, 6], log.read_text()
+        took_s = time.monotonic() - told
     (step,) = (int(path.name.removeprefix("step-")) for path in (output / "diverged").iterdir())
     place = output / "diverged" / f"step-{step:08d}"
     about = json.loads((place / "about.json").read_text())
     (rank,) = about["ranks"]
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert errors == [
-        f"error: step {step}: loss nan, gradient norm {about['grad_norm']}, seen by rank {rank}, first in "
-        f"{tmp_path}/rows.jsonl:{LINE}; its batch is in {place}/"
+        f"error: step {step}: loss nan, gradient norm {about['grad_norm']}, seen by rank {rank} on {HOST}, "
+        f"first in {tmp_path}/rows.jsonl:{LINE}; its batch is in {place}/"
     ]
+    figures.fault(f"a NaN batch ({strategy})", took_s, [6, 6], errors[0])
     # The batch: all of it, with the guilty row as it is trained.
     sequences = [json.loads(line) for line in (place / "batch.jsonl").read_text().splitlines()]
     assert len(sequences) == BATCH
@@ -119,8 +139,43 @@ def test_it_goes_on_without_the_row(poisoned_base: Path, tmp_path: Path, remedy:
     assert [line["step"] for line in lines if "loss" in line] == [n for n in range(1, STEPS + 1) if n != step]
     said = "its update was not made" if remedy == "skip" else f"back at step {(step - 1) // EVERY * EVERY}"
     assert (
-        f"seen by rank {(step_rank(tmp_path, step))}, first in {tmp_path}/rows.jsonl:{LINE}; {said}" in log.read_text()
+        f"seen by rank {step_rank(tmp_path, step)} on {HOST}, first in {tmp_path}/rows.jsonl:{LINE}; {said}"
+        in log.read_text()
     )
+
+
+@pytest.mark.ci
+def test_a_held_out_row_that_is_no_number(
+    poisoned_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every evaluation is NaN, training is not: told at once, never the best, and no improvement."""
+    config = write_config(
+        poisoned_base, tmp_path, "ddp", held_out=True, eval={"every_steps": 2},
+        early_stopping={"patience": 3}, checkpoint={"keep_best": True},
+    )  # fmt: skip
+    log, output = tmp_path / "run.log", tmp_path / "run"
+    with Ranks(2, ["train", str(config)], log) as ranks:
+        assert ranks.exit_codes(PATIENCE_S) == [0, 0], log.read_text()
+    said = log.read_text()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (output / "metrics.jsonl").open()]
+    assert [line["eval_loss"] for line in lines if "eval_loss" in line] == [None] * 3
+    assert [line["step"] for line in lines if line.get("event") == "non_finite_evaluation"] == [0, 2, 4]
+    for step in (0, 2, 4):
+        assert (
+            f"evaluation at step {step}: eval_loss is not finite; it is not the best state; early stopping counts it as "
+            "no improvement" in said
+        )
+    assert "stopped early at step 4: eval_loss never was a number, and 3 evaluations since then" in said
+    assert max(line["step"] for line in lines if "loss" in line) == 4
+    manifests = [Manifest.read(path) for path in complete_checkpoints(output / "checkpoints")]
+    assert [manifest.position.eval_loss for manifest in manifests] == [None] * len(manifests)
+    assert best_of([manifest.position for manifest in manifests], Goal("eval_loss", "min")) is None
+    page = (output / "report.html").read_text()
+    assert "The loss on held-out rows is not finite in 3 of 3 evaluations, the last one that of step 4" in page
+    with pytest.raises(SystemExit):
+        main(["status", str(output)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Events step 4: its evaluation is not finite (eval_loss) (3 of these, this is the last)" in shown
 
 
 def step_rank(folder: Path, step: int) -> int:

@@ -15,14 +15,18 @@ import psutil
 import pytest
 import torch
 
+from sft_dist import cli
 from sft_dist.checkpoint import checkpointer
 from sft_dist.checkpoint.manifest import Manifest
 from sft_dist.checkpoint.proof import verify_files
+from sft_dist.checkpoint.shard_file import file_name
 from sft_dist.checkpoint.store import complete_checkpoints
 from sft_dist.data.loader import collate
 from sft_dist.metrics.heartbeat import Beat
 from sft_dist.train import step
+from sft_dist.watchdog.limits import Limits
 from tests.e2e.test_kill import run_to_the_end, steps_of, write_config
+from tests.helpers import figures
 from tests.helpers.ranks import Ranks
 
 GUILTY, AT_STEP, EVERY = 1, 9, 4
@@ -106,6 +110,7 @@ def is_left(pid: int) -> bool:
 def stalled_run(
     config: Path,
     folder: Path,
+    planted: str,
     *,
     size: int = 2,
     before: Callable[[int], None] | None = None,
@@ -131,11 +136,12 @@ def stalled_run(
         took_s = time.monotonic() - moved
         codes = ranks.exit_codes(PATIENCE_S)
     assert took_s < LIMIT_S + 30
-    print(f"all gone {took_s:.1f} s after the last step, {took_s - LIMIT_S:.1f} s after the limit")
     assert not [pid for pid in pids if is_left(pid)]
     (file,) = (output / "stalls").glob("*/verdict.json")
     assert {path.name for path in file.parent.iterdir()} == {"verdict.json", *(f"rank-{r}.txt" for r in range(size))}
-    return json.loads(file.read_text()), codes, log.read_text(), output
+    found = json.loads(file.read_text())
+    figures.fault(planted, took_s, codes, found["what"])
+    return found, codes, log.read_text(), output
 
 
 def must_go_on(config: Path, output: Path, whole: Path | None = None) -> None:
@@ -159,7 +165,7 @@ def the_end(output: Path) -> Beat:
 
 def test_a_rank_that_hangs_in_forward(tiny_base: Path, tmp_path: Path) -> None:
     config = write_config(tiny_base, tmp_path, "ddp", "lora")
-    found, codes, log, output = stalled_run(config, tmp_path, before=in_forward)
+    found, codes, log, output = stalled_run(config, tmp_path, "sleeps in forward", before=in_forward)
     assert codes == [8, 8]
     assert (found["ranks"], found["is_silent"], found["phase"], found["part"]) == ([GUILTY], False, "training", "")
     assert found["host"] == socket.gethostname()
@@ -180,7 +186,7 @@ def test_a_rank_that_hangs_in_forward(tiny_base: Path, tmp_path: Path) -> None:
 def test_a_rank_that_waits_for_its_data(tiny_base: Path, tmp_path: Path) -> None:
     """Of three: the other two are in a collective of the step."""
     config = write_config(tiny_base, tmp_path, "fsdp2", "lora")
-    found, codes, log, output = stalled_run(config, tmp_path, size=3, before=in_data)
+    found, codes, log, output = stalled_run(config, tmp_path, "sleeps in its data", size=3, before=in_data)
     assert codes == [8, 8, 8]
     assert (found["ranks"], found["is_silent"], found["phase"], found["part"]) == ([GUILTY], False, "training", "data")
     assert f"rank {GUILTY} on {socket.gethostname()} stalls: waiting for its data, after step " in log
@@ -192,7 +198,7 @@ def test_a_rank_that_waits_for_its_data(tiny_base: Path, tmp_path: Path) -> None
 def test_a_rank_that_cannot_write_its_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
     """The thread that writes hangs, and training only where it waits for that."""
     config = write_config(tiny_base, tmp_path, "fsdp2", "full")
-    found, codes, log, output = stalled_run(config, tmp_path, before=in_save)
+    found, codes, log, output = stalled_run(config, tmp_path, "hangs in a save", before=in_save)
     assert codes == [8, 8]
     assert (found["ranks"], found["is_silent"], found["phase"]) == ([GUILTY], False, "saving")
     assert f"rank {GUILTY} on {socket.gethostname()} stalls: saving, after step {END_OF_EPOCH}, since " in log
@@ -205,7 +211,7 @@ def test_a_rank_that_is_stopped(tiny_base: Path, tmp_path: Path, guilty: int) ->
     """It says nothing and cannot leave: the others name it, also where it is the one that keeps the store."""
     config = write_config(tiny_base, tmp_path, "ddp", "lora")
     found, codes, log, output = stalled_run(
-        config, tmp_path, strike=lambda ranks: os.kill(ranks.pids[guilty], signal.SIGSTOP)
+        config, tmp_path, f"rank {guilty} is stopped", strike=lambda ranks: os.kill(ranks.pids[guilty], signal.SIGSTOP)
     )
     assert (codes[guilty], codes[1 - guilty]) == (-signal.SIGKILL, 8)
     assert (found["ranks"], found["is_silent"], found["host"]) == ([guilty], True, socket.gethostname())
@@ -218,11 +224,27 @@ def test_a_rank_that_is_stopped(tiny_base: Path, tmp_path: Path, guilty: int) ->
 @pytest.mark.ci
 def test_a_rank_whose_interpreter_is_held(tiny_base: Path, tmp_path: Path) -> None:
     config = write_config(tiny_base, tmp_path, "ddp", "lora")
-    found, codes, _, output = stalled_run(config, tmp_path, before=in_c)
+    found, codes, _, output = stalled_run(config, tmp_path, "holds the interpreter", before=in_c)
     assert codes == [8, -signal.SIGKILL]
     assert (found["ranks"], found["is_silent"]) == ([GUILTY], True)
     stacks = next((output / "stalls").glob(f"*/rank-{GUILTY}.txt")).read_text()
     assert " in train_step" in stacks, "a timer in C has written them"
+
+
+def test_limits_hear_of_the_disk(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run reads and writes, with the time that it took."""
+    config, output = write_config(tiny_base, tmp_path, "ddp", "full"), tmp_path / "run"
+    read, saved = list[tuple[int, float]](), list[tuple[int, float]]()
+    monkeypatch.setattr(Limits, "read", lambda _, num_bytes, seconds: read.append((num_bytes, seconds)))
+    monkeypatch.setattr(Limits, "saved", lambda _, num_bytes, seconds: saved.append((num_bytes, seconds)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(config), f"output_dir={output}", "train.max_steps=6"])
+    assert ended.value.code == 0
+    files = [path / file_name(0, 1) for path in complete_checkpoints(output / "checkpoints")]
+    assert [num_bytes for num_bytes, _ in saved] == [path.stat().st_size for path in files]
+    assert read == sorted(read)
+    assert read[-1][0] == pytest.approx((tiny_base / "model.safetensors").stat().st_size, rel=0.05)
+    assert all(seconds > 0 for _, seconds in (*read, *saved))
 
 
 def slow_start(rank: int) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sft_dist.checkpoint.manifest import Waiting
 from sft_dist.config.control_schema import EarlyStoppingConfig, Goal, known_mode
 from sft_dist.errors import ConfigError
+from sft_dist.resolve import resolve
+from sft_dist.runtime.world import WorldShape
+from sft_dist.train.control import Control
 from sft_dist.train.early_stopping import EarlyStopping, has_fired
 from sft_dist.train.overfitting import OverfitWatch
+from tests.helpers import cells
 
 NAN = math.nan
 
@@ -89,8 +95,51 @@ def test_nothing_is_better_by_being_no_number() -> None:
         goal = Goal("x", mode)  # type: ignore[arg-type]
         assert not goal.is_better(NAN, None)
         assert not goal.is_better(NAN, 1.0)
+        assert not goal.is_better(math.inf, None)
+        assert not goal.is_better(-math.inf, 1.0)
         assert goal.is_better(1.0, None)
         assert not goal.is_better(1.0, 1.0)
+
+
+class Told:
+    """In place of a logger."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[dict[str, Any], str]] = []
+
+    def event(self, line: dict[str, Any], text: str) -> None:
+        self.events.append((line, text))
+
+
+def test_an_evaluation_that_is_no_number_is_told_and_nothing_gained(tiny_base: Path, tmp_path: Path) -> None:
+    cfg = cells.config(
+        str(tiny_base), data={"eval": [{"path": "unused"}]}, eval={"every_steps": 1}, checkpoint={"keep_best": True},
+        early_stopping={"patience": 2},
+    ).model_copy(update={"output_dir": str(tmp_path)})  # fmt: skip
+    (tmp_path / "metrics.jsonl").touch()
+    told: Any = Told()
+    control = Control(resolve(cfg, WorldShape(1, 1)), told, None, None)
+    bad = {"eval_loss": NAN, "eval_perplexity": NAN, "eval_loss/a": NAN, "eval_loss/b": 2.0}
+    control.evaluated(1, bad)
+    assert not control.is_best
+    assert control.of_position()["evaluation"] == {"eval_loss/b": 2.0}
+    ((line, text),) = told.events
+    assert line == {"step": 1, "event": "non_finite_evaluation", "of_metrics": "eval_loss, eval_loss/a"}
+    assert text == (
+        "evaluation at step 1: eval_loss, eval_loss/a are not finite; it is not the best state; early stopping counts it "
+        "as no improvement"
+    )
+    control.trained()
+    control.evaluated(2, {"eval_loss": 800.0, "eval_perplexity": math.inf})
+    assert control.is_best
+    assert len(told.events) == 1, "exp of a large number is no trouble"
+    control.saved()
+    for step in (3, 4):
+        assert not control.stops
+        control.trained()
+        control.evaluated(step, {"eval_loss": math.inf, "eval_perplexity": math.inf})
+        assert not control.is_best
+    assert control.stops
 
 
 # Overfitting
@@ -116,6 +165,7 @@ def told(evaluations: list[float], train: list[float], rises: int = 2) -> list[i
         ([3, 2, 2.1, 2.1, 2.2], [5, 4, 3, 2, 1], []),
         ([3, 2.5, 2], [5, 4, 3], []),
         ([2, 3, 4], [5, 4, 3], [3]),
+        ([NAN, 2, NAN, 3, 4], [6, 5, 4.5, 4, 3], [5]),
     ],
 )
 def test_a_gap_that_grows_is_told_once(evaluations: list[float], train: list[float], expected: list[int]) -> None:

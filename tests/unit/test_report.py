@@ -250,6 +250,21 @@ def test_a_step_that_was_trained_again_counts_once() -> None:
     assert [(event.step, event.name) for event in found.events] == [(2, "rolled_back")]
 
 
+def test_a_held_out_loss_that_is_no_number_is_a_warning(tmp_path: Path) -> None:
+    run_folders.training(tmp_path)
+    assert "not finite" not in text_of(page(tmp_path))
+    broken = {"step": 110, "eval_loss": None, "eval_perplexity": None, "non_finite": ["eval_loss", "eval_perplexity"]}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(broken) + "\n")
+        file.write(json.dumps({"step": 110, "event": "non_finite_evaluation", "of_metrics": "eval_loss"}) + "\n")
+    shown = text_of(page(tmp_path))
+    assert (
+        "The loss on held-out rows is not finite in 1 of 3 evaluations, that of step 110; none of them counts as an "
+        "improvement." in shown
+    )
+    assert "non finite evaluation" in shown, "among the events"
+
+
 def test_lines_that_nobody_understands() -> None:
     whole = b'{"step": 1, "loss": 2.0}\n'
     found = parse_metrics([whole, b"{\n", b"[]\n", b'{"loss": 1}\n', b"\n", b'{"step": 2, "loss": 1'])

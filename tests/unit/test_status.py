@@ -80,6 +80,54 @@ def test_a_run_in_progress(run: Path) -> None:
     assert found.notes == ()
 
 
+EVENTS: tuple[dict[str, object], ...] = (
+    {
+        "step": 40,
+        "event": "spike",
+        "because": "spike",
+        "of_step": 40,
+        "ranks": [3],
+        "of_loss": 9.5,
+        "median_loss": 1.25,
+    },
+    {"step": 61, "event": "spike", "because": "spike", "of_step": 61, "ranks": [1, 2], "of_loss": 7.5},
+    {"step": 50, "event": "rolled_back", "because": "non_finite", "of_step": 55, "ranks": [0], "of_loss": None},
+    {"step": 55, "event": "skipped", "because": "rolled_back", "of_step": 55},
+    {"step": 100, "event": "non_finite_evaluation", "of_metrics": "eval_loss, eval_loss/chat"},
+    {"step": 110, "event": "early_stopping", "early_stopping/fired": 1},
+)
+
+
+def test_what_went_wrong_is_shown_with_its_step(run: Path) -> None:
+    """The last of each kind; a step that is passed over after a return has been told of."""
+    folders.training(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in EVENTS)
+        file.write('{"step": 120, "event": "spi')
+    for start, step in (("20260304T110000Z-aaaa", 70), ("20260304T120000Z-bbbb", 90)):
+        verdict = {"step": step, "what": f"rank 2 on gpu-4 stalls: saving, after step {step}", "more": 1}
+        folders.put(run / "stalls" / start / "verdict.json", json.dumps(verdict), ago_s=1800)
+    found = status(run)
+    told = [(each.kind, each.step, each.times) for each in found.found.happened]
+    assert told == [("rolled_back", 55, 1), ("spike", 61, 2), ("stalled", 90, 2), ("non_finite_evaluation", 100, 1)]
+    assert status_json(found)["happened"][1]["told"] == "a spike, trained all the same (loss 7.5000, ranks 1, 2)"
+    console = Console(file=io.StringIO(), width=120)
+    console.print(details(found, console))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for line in (
+        "Events     step 55: left out: not finite (loss not finite, rank 0); back to step 50",
+        "step 61: a spike, trained all the same (loss 7.5000, ranks 1, 2) (2 of these, this is the last)",
+        "rank 2 on gpu-4 stalls: saving, after step 90 (2 of these, this is the last)",
+        "step 100: its evaluation is not finite (eval_loss, eval_loss/chat)",
+    ):
+        assert line in shown
+
+
+def test_a_run_in_which_nothing_went_wrong_has_no_events(run: Path) -> None:
+    assert status(folders.training(run)).found.happened == ()
+
+
 @pytest.mark.parametrize("skew_s", [-7200.0, 7200.0])
 def test_ages_do_not_follow_the_clock_of_the_node(run: Path, skew_s: float) -> None:
     """Neither its own nor that of the machine that looks, which is years behind."""

@@ -100,6 +100,27 @@ def test_limits_follow_the_steps_and_the_user() -> None:
     assert (limits.of("training", "data"), limits.of("saving", "")) == (7.5, None)
 
 
+def test_limits_follow_the_disk() -> None:
+    """The slowest save counts; what a small file took says nothing of the speed."""
+    limits = Limits(WatchdogConfig())
+    limits.planned(model_bytes=16_000_000_000, saved_bytes=2_000_000_000, step_s=None)
+    limits.read(1_000_000, 5.0)
+    assert limits.of("loading", "") == INIT_S + 160
+    limits.read(400_000_000, 10.0)
+    assert limits.of("loading", "") == INIT_S + 400
+    limits.read(500_000_000, 50.0)
+    assert limits.of("loading", "") == INIT_S + 400, "measured again when twice as much is read"
+    limits.read(800_000_000, 10.0)
+    assert limits.of("loading", "") == INIT_S + 200
+    limits.saved(1_000_000, 2.0)
+    assert limits.of("saving", "") == SAVE_S + 2
+    assert limits.of("exporting", "") == EXPORT_S + 320
+    for seconds in (10.0, 40.0, 20.0):
+        limits.saved(2_000_000_000, seconds)
+    assert limits.of("saving", "") == SAVE_S + 40
+    assert limits.of("exporting", "") == EXPORT_S + 640
+
+
 def test_time_that_was_slept_through_does_not_count() -> None:
     times = iter([0.0, 0.5, 1.0, 3601.0, 3601.5])
     clock = AwakeClock(lambda: next(times))
