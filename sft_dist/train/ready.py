@@ -108,6 +108,34 @@ class Ready:
     checkpoints: list[Path]
 
 
+@dataclass(frozen=True)
+class Met:
+    """This process among its peers, and what they do, before any data is looked at.
+
+    Args:
+        config, run, store: as in ``Ready``.
+        load: makes the renderer of the model, in this process or in another one.
+    """
+
+    config: Config
+    run: Run
+    process: Process
+    store: dist.Store
+    load: Callable[[], ChatRenderer]
+
+
+def meet(config: Config, *, heartbeat: Heartbeat | None = None, watchdog: Watchdog | None = None) -> Met:
+    """Meets the other processes and decides; arguments as for ``make_ready``."""
+    world = World.from_environment()
+    store = join(world)
+    settle(store, world)
+    if watchdog is not None:
+        watchdog.meet(store)
+    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store), heartbeat=heartbeat or Heartbeat())
+    config, run = decide(config, process)
+    return Met(config, run, process, store, renderer_of(config.model, config.data))
+
+
 def make_ready(
     config: Config, *, resume: str, heartbeat: Heartbeat | None = None, watchdog: Watchdog | None = None
 ) -> Ready:
@@ -118,15 +146,9 @@ def make_ready(
         heartbeat: begins when the run directory is taken; None: nothing is to be left there.
         watchdog: sees the other ranks from here on.
     """
-    world = World.from_environment()
-    store = join(world)
-    settle(store, world)
-    if watchdog is not None:
-        watchdog.meet(store)
-    process = Process(world, device_of(world), dist.PrefixStore("sft_dist", store), heartbeat=heartbeat or Heartbeat())
-    config, run = decide(config, process)
-    load = renderer_of(config.model, config.data)
-    renderer = load()
+    met = meet(config, heartbeat=heartbeat, watchdog=watchdog)
+    config, run, process, load = met.config, met.run, met.process, met.load
+    world, renderer = process.world, load()
 
     def taken() -> None:
         if heartbeat is not None:
@@ -142,7 +164,7 @@ def make_ready(
     told = run_on_main_first(world, process.store, "prepare", prepare)
     found = Found(**json.loads(told or ""))
     inputs = open_inputs(run, renderer, found, is_main=world.is_main)
-    return Ready(config, run, process, store, inputs, [Path(path) for path in found.checkpoints])
+    return Ready(config, run, process, met.store, inputs, [Path(path) for path in found.checkpoints])
 
 
 def decide(config: Config, process: Process) -> tuple[Config, Run]:
