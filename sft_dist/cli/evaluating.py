@@ -19,7 +19,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A run's output_dir, a folder of its checkpoints/, a whole model, or a hub id in the local cache.",
+            help="A run's output_dir, a folder of its checkpoints/, a whole model, a LoRA adapter, or a hub id in the "
+            "local cache.",
             show_default=False,
         ),
     ],
@@ -52,12 +53,18 @@ def evaluate(
             help="Prompts of these tasks go through the chat template; else as the model was trained.",
         ),
     ] = None,
-    base: Annotated[bool, typer.Option("--base/--no-base", help="Evaluate the base model of a run, too.")] = True,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="PATH", help="Base of an adapter, where it is not where it says."),
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Evaluate the base of a run or an adapter, too.")
+    ] = True,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write here; else into RUN/eval or MODEL.eval.")
     ] = None,
 ) -> None:
-    """Evaluate a run beside its base, or a model: loss, perplexity, scores of answers, long texts.
+    """Evaluate a run or an adapter beside its base, or a model: loss, perplexity, scores of answers, long texts.
 
     Under a launcher or in this process, as train does, and under any strategy. What is measured beside the loss is
     asked for by keys of `eval`, e.g. 'eval.scores={metrics: [chrf, exact_match]}'.
@@ -71,7 +78,13 @@ def evaluate(
 
     tasks = AskedTasks(names, lm_eval_tasks, limit, chat_template) if names else None
     subject = subject_of(
-        path, overrides or [], data=data or [], checkpoint=checkpoint, out=out, needs_rows=tasks is None
+        path,
+        overrides or [],
+        data=data or [],
+        checkpoint=checkpoint,
+        out=out,
+        base=base_model,
+        needs_rows=tasks is None,
     )
     check_inputs(subject.config, with_rows=subject.has_rows)
     evaluate_subject(subject, with_base=base, tasks=tasks)

@@ -7,8 +7,9 @@ and under any strategy. The base is the state before the first step; the trained
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from sft_dist.checkpoint.source import CHECKPOINTS, LATEST, find_newest_source, 
 from sft_dist.checkpoint.store import name_of
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.load import load_config, read_config
-from sft_dist.config.schema import Config, VirtualTokensMethod
+from sft_dist.config.schema import Config, LoraMethod, VirtualTokensMethod
 from sft_dist.config.validate import validate
 from sft_dist.config.validate_eval import has_eval_data
 from sft_dist.data.chat_template import ChatRenderer
@@ -30,15 +31,17 @@ from sft_dist.errors import ConfigError
 from sft_dist.evaluation.prompt import Prompter, trained_on
 from sft_dist.export.provenance import read_receipt
 from sft_dist.model.weights import check_weights
+from sft_dist.run import Run
 from sft_dist.runtime.process_group import process_group, run_on_main_first
 from sft_dist.scores.answered import Answered
 from sft_dist.scores.compare import Compared, compare
 from sft_dist.sharding import registry
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
+from sft_dist.train.adapter_alone import settings_of_adapter
 from sft_dist.train.evaluations import Evaluated, Evaluations, evaluations_of
 from sft_dist.train.preflight import take_run_directory
-from sft_dist.train.ready import Met, make_ready, meet, warn
+from sft_dist.train.ready import Met, Process, make_ready, meet, warn
 from sft_dist.train.resume import NEVER
 from sft_dist.train.run_files import writing_into
 
@@ -63,6 +66,7 @@ class Subject:
         config: by which it is built; its ``output_dir`` is where the results go.
         checkpoint: with the trained state; None: the model as it is.
         has_base: whether the state without the checkpoint is the base model.
+        adapter: that ``config`` starts from, without its run; None: none.
         has_rows: whether rows are held out; without, it is asked other things.
         trained: the configuration that it was trained by; None: nobody knows it.
     """
@@ -70,6 +74,7 @@ class Subject:
     config: Config
     checkpoint: Path | None
     has_base: bool
+    adapter: Path | None = None
     has_rows: bool = True
     trained: Config | None = None
 
@@ -98,15 +103,18 @@ def subject_of(
     data: Sequence[str],
     checkpoint: str | None,
     out: Path | None,
+    base: str | None = None,
     needs_rows: bool = True,
 ) -> Subject:
     """
     Args:
-        path: a run directory, a checkpoint, the folder of a whole model, or a hub id in the local cache.
+        path: a run directory, a checkpoint, the folder of a whole model or of a LoRA adapter, or a hub id in the
+            local cache.
         overrides: of the run's configuration, or of the least one that a model needs.
         data: files of held-out rows, in place of the run's own.
         checkpoint: of a run: the number of its steps, or ``latest``; None: that of which its ``final/`` is.
         out: folder of the results; None: ``eval/`` in the run directory, ``NAME.eval`` beside a model.
+        base: model that an adapter without its run is for; None: the one that it names.
         needs_rows: whether there is nothing to ask it without held-out rows.
 
     Raises:
@@ -115,8 +123,9 @@ def subject_of(
     folder = Path(path).expanduser()
     is_part_of_a_run = (folder / CHECKPOINTS).is_dir() or (folder / "manifest.json").is_file()
     if not is_part_of_a_run:
-        config = _of_model(path, overrides, data, out, needs_rows=needs_rows)
-        return Subject(config, None, has_base=False, has_rows=bool(data))
+        return _of_artefact(path, overrides, data, out, base, needs_rows=needs_rows)
+    if base is not None:
+        raise ConfigError("--base-model is for an adapter without its run; a run knows its base", fix="leave it out")
     chosen = checkpoint
     if chosen is None and (folder / CHECKPOINTS).is_dir():
         chosen = _step_of_final(folder)
@@ -135,23 +144,26 @@ def _step_of_final(run: Path) -> str:
     return str(step) if isinstance(step, int) and (run / CHECKPOINTS / name_of(step)).is_dir() else LATEST
 
 
-def _of_model(
-    path: str, overrides: Sequence[str], data: Sequence[str], out: Path | None, *, needs_rows: bool
-) -> Config:
+def _of_artefact(
+    path: str, overrides: Sequence[str], data: Sequence[str], out: Path | None, base: str | None, *, needs_rows: bool
+) -> Subject:
     source = find_newest_source(path)
-    if source.kind != "model":
-        raise ConfigError(
-            f"{path} is an adapter without its run", fix="give the run, or merge it: sft-dist export PATH --merge"
-        )
+    is_adapter = source.kind == "adapter"
+    kind = "an adapter without its run" if is_adapter else "a model"
+    if base is not None and not is_adapter:
+        raise ConfigError(f"--base-model is for an adapter, and {path} is {kind}", fix="leave it out")
     if not data and needs_rows:
-        raise ConfigError(f"{path} is a model, and no rows are given to evaluate it on", fix="add --data FILE")
+        raise ConfigError(f"{path} is {kind}, and no rows are given to evaluate it on", fix="add --data FILE")
+    sections = settings_of_adapter(source.folder, base) if is_adapter else {"model": {"path": path}}
     output = out or Path(f"{source.name.replace('/', '--')}.eval")
     settings: dict[str, Any] = {
-        "model": {"path": path}, "data": {"train": [{"path": data[0] if data else NO_ROWS}]}, "output_dir": str(output),
-        "train": {"global_batch_size": 1, "max_steps": 1}, "logging": {"wandb": {"mode": "disabled"}},
+        **sections, "output_dir": str(output), "train": {"global_batch_size": 1, "max_steps": 1},
+        "data": {**sections.get("data", {}), "train": [{"path": data[0] if data else NO_ROWS}]},
+        "logging": {"wandb": {"mode": "disabled"}},
     }  # fmt: skip
-    config = read_config(settings, source=path, overrides=overrides)
-    return _prepared(config, data, output, needs_rows=needs_rows)
+    config = _prepared(read_config(settings, source=path, overrides=overrides), data, output, needs_rows=needs_rows)
+    adapter = source.folder if is_adapter else None
+    return Subject(config, None, has_base=is_adapter, adapter=adapter, has_rows=bool(data))
 
 
 def _prepared(config: Config, data: Sequence[str], output: Path, *, needs_rows: bool) -> Config:
@@ -181,19 +193,18 @@ class _Asked:
         tasks: None: none were asked for.
     """
 
-    strategy: Strategy
     evaluations: Evaluations | None
     tasks: _TasksHere | None
-    found: dict[str, Evaluated]
-    of_tasks: dict[str, TaskScores]
+    found: dict[str, Evaluated] = field(default_factory=dict)
+    of_tasks: dict[str, TaskScores] = field(default_factory=dict)
 
-    def state(self, name: str, step: int) -> None:
+    def state(self, name: str, strategy: Strategy, step: int) -> None:
         """The state that the model has now; every rank must call it."""
         evaluated = Evaluated(step, {}, None)
         if self.evaluations is not None:
-            evaluated = self.evaluations.evaluate(self.strategy, step, is_end=True)
+            evaluated = self.evaluations.evaluate(strategy, step, is_end=True)
         if self.tasks is not None:
-            self.of_tasks[name] = scores = self.tasks.ask(self.strategy)
+            self.of_tasks[name] = scores = self.tasks.ask(strategy)
             evaluated = replace(evaluated, metrics={**evaluated.metrics, **scores.metrics})
         self.found[name] = evaluated
 
@@ -247,19 +258,13 @@ def evaluate_subject(subject: Subject, *, with_base: bool, tasks: AskedTasks | N
     # Before the model is built: a task that is not there is told at once.
     here = None if tasks is None else _load_tasks(tasks, subject, met, console)
     with process_group(process.world, process.device, met.store):
-        strategy = registry.apply(run, process.device)
-        verify_sharding(strategy, registry.describe(run, process.world.rank))
         evaluations = None
         if inputs is not None:
             evaluations = evaluations_of(run, met.config, process, inputs, say=console.print)
-        asked = _Asked(strategy, evaluations, here, {}, {})
-        if subject.checkpoint is None or (with_base and subject.has_base):
-            console.print(f"evaluating {run.model.path}", markup=False, soft_wrap=True)
-            asked.state(BASE, 0)
-        if subject.checkpoint is not None:
-            console.print(f"evaluating {subject.checkpoint}", markup=False, soft_wrap=True)
-            restore(subject.checkpoint, strategy, group=dist.new_group(backend="gloo"))
-            asked.state(TUNED, Manifest.read(subject.checkpoint).completed_steps)
+        asked = _Asked(evaluations, here)
+        for name, what, strategy, step in _states(subject, run, process, with_base=with_base):
+            console.print(f"evaluating {what}", markup=False, soft_wrap=True)
+            asked.state(name, strategy, step)
 
         def write() -> None:
             compared = _compared(asked.found, met.config)
@@ -270,7 +275,42 @@ def evaluate_subject(subject: Subject, *, with_base: bool, tasks: AskedTasks | N
 
         run_on_main_first(process.world, process.store, "eval", write)
         dist.barrier()
+
+
+def _states(
+    subject: Subject, run: Run, process: Process, *, with_base: bool
+) -> Iterator[tuple[str, str, Strategy, int]]:
+    """What is asked, one after the other: its name, what it is, where it is, and the steps behind it."""
+    wants_base = with_base and subject.has_base
+    if subject.adapter is not None:
+        # Parts of the base that the adapter replaces are not there any more when it is: the model is built twice.
+        if wants_base:
+            with _built(_without_adapter(run), process) as strategy:
+                yield BASE, run.model.path, strategy, 0
+        with _built(run, process) as strategy:
+            yield TUNED, str(subject.adapter), strategy, 0
+        return
+    with _built(run, process) as strategy:
+        if subject.checkpoint is None or wants_base:
+            yield BASE, run.model.path, strategy, 0
+        if subject.checkpoint is not None:
+            restore(subject.checkpoint, strategy, group=dist.new_group(backend="gloo"))
+            yield TUNED, str(subject.checkpoint), strategy, Manifest.read(subject.checkpoint).completed_steps
+
+
+@contextmanager
+def _built(run: Run, process: Process) -> Iterator[Strategy]:
+    strategy = registry.apply(run, process.device)
+    verify_sharding(strategy, registry.describe(run, process.world.rank))
+    yield strategy
     strategy.close()
+
+
+def _without_adapter(run: Run) -> Run:
+    """Its layers are there and add nothing."""
+    assert isinstance(run.model.method, LoraMethod)
+    method = run.model.method.model_copy(update={"init_from": None})
+    return replace(run, model=replace(run.model, method=method))
 
 
 def _meet_without_rows(config: Config) -> Met:
@@ -344,6 +384,7 @@ def _write(folder: Path, subject: Subject, asked: _Asked, compared: dict[str, Co
     document = {
         "model": subject.config.model.path,
         "checkpoint": None if subject.checkpoint is None else str(subject.checkpoint),
+        "adapter": None if subject.adapter is None else str(subject.adapter),
         "metrics": {name: each.metrics for name, each in found.items()},
         "compared": {name: asdict(each) for name, each in compared.items()},
         "signature": signature,
@@ -365,7 +406,7 @@ def _write(folder: Path, subject: Subject, asked: _Asked, compared: dict[str, Co
 def _show(console: Console, asked: _Asked, compared: dict[str, Compared]) -> None:
     found = asked.found
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in found:
         table.add_column(name, justify="right")
     if compared:
@@ -394,4 +435,8 @@ def _cell(name: str, key: str, asked: _Asked) -> str:
     if key not in metrics:
         return ""
     error = asked.of_tasks[name].standard_errors.get(key) if name in asked.of_tasks else None
-    return f"{metrics[key]:,.4f}" + ("" if error is None else f" ± {error:,.4f}")
+    return _shown(metrics[key]) + ("" if error is None else f" ± {_shown(error)}")
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.4f}" if abs(value) < 1e9 else f"{value:.4e}"
