@@ -57,9 +57,7 @@ def evaluate(
         str | None,
         typer.Option("--base-model", metavar="PATH", help="Base of an adapter, where it is not where it says."),
     ] = None,
-    base: Annotated[
-        bool, typer.Option("--base/--no-base", help="Evaluate the base of a run or an adapter, too.")
-    ] = True,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Evaluate its base, too.")] = True,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write here; else into RUN/eval or MODEL.eval.")
     ] = None,

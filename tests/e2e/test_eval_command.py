@@ -192,5 +192,5 @@ def test_adapters_that_cannot_be(trained: Path, rows: Path, tiny_base: Path, tmp
     subject = subject_of(
         str(copy("wrong")), [], data=[str(rows)], checkpoint=None, out=tmp_path / "out", base=str(other)
     )
-    with pytest.raises(CheckpointError, match="differs in .* tensors from the adapter"):
+    with pytest.raises(CheckpointError, match=r"differs in .* tensors from the adapter"):
         evaluate_subject(subject, with_base=False)

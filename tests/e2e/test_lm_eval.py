@@ -83,8 +83,7 @@ def test_a_run_and_its_base_have_the_scores_that_lm_eval_finds(
     if chats:
         assert tuned["lm_eval/answers/exact_match"] == 0.6  # of five questions, two were never seen
         assert base["lm_eval/answers/exact_match"] == 0
-    of_errors = found["lm_eval"]["standard_errors"]["tuned"]
-    assert of_errors["lm_eval/choices/acc"] > 0
+    assert found["lm_eval"]["standard_errors"]["base"]["lm_eval/choices/acc"] > 0
     assert found["lm_eval"]["apply_chat_template"] is chats
     assert found["lm_eval"]["num_examples"]["choices"]["effective"] == 5
     shown = capsys.readouterr().out

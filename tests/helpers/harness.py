@@ -13,8 +13,11 @@ from lm_eval.api.instance import Instance
 
 from sft_dist.config.schema import Config
 from sft_dist.data.chat_template import load_renderer
+from sft_dist.evaluation.decode import generate
 from sft_dist.evaluation.harness import HarnessModel
+from sft_dist.evaluation.likelihood import Likelihood, Span, log_likelihoods
 from sft_dist.evaluation.prompt import Prompter
+from sft_dist.runtime.process_group import gathered
 from tests.helpers import cells, generation
 
 CHOICES = ["日本の首都です。", "西の都です。", "青い😀です。"]
@@ -114,5 +117,25 @@ def answered(
             rank=dist.get_rank(), world_size=dist.get_world_size(), device=cells.CPU,
         )  # fmt: skip
         return *ask_all(model, requests), model.notes
+    finally:
+        strategy.close()
+
+
+def own_answers_as_continuations(cfg_yaml: str) -> list[Likelihood]:
+    """Of two prompts: what the model says, the same with another last token, and with another first one."""
+    _, strategy = cells.start(Config.model_validate(yaml.safe_load(cfg_yaml)))
+    share: dict[str, Any] = {
+        "rows_at_once": 2, "rank": dist.get_rank(), "world_size": dist.get_world_size(), "device": cells.CPU
+    }  # fmt: skip
+    try:
+        prompts = generation.prompts(2)
+        own = generate(strategy, prompts, max_new_tokens=6, stop_ids=[], **share)
+        answers = {number: answer for part in gathered(own) for number, answer in part.items()}
+        spans = []
+        for number, prompt in enumerate(prompts):
+            said = answers[number].tokens
+            for changed in (said, (*said[:-1], said[-1] ^ 1), (said[0] ^ 1, *said[1:])):
+                spans.append(Span(tuple(prompt), tuple(changed)))
+        return log_likelihoods(strategy, spans, with_greedy=True, **share)
     finally:
         strategy.close()
