@@ -132,10 +132,10 @@ def subject_of(
     source = find_source(folder, checkpoint=chosen)
     config = load_config(source.folder / "config.yaml", overrides)
     output = out or Path(source.run_directory or source.folder) / "eval"
-    base = not isinstance(config.method, VirtualTokensMethod)
+    has_base = not isinstance(config.method, VirtualTokensMethod)
     has_rows = bool(data) or has_eval_data(config)
     prepared = _prepared(config, data, output, needs_rows=needs_rows)
-    return Subject(prepared, source.folder, has_base=base, has_rows=has_rows, trained=config)
+    return Subject(prepared, source.folder, has_base=has_base, has_rows=has_rows, trained=config)
 
 
 def _step_of_final(run: Path) -> str:
