@@ -48,7 +48,7 @@ def memory_phases(run: Run, tape: Tape, eval_tape: Tape | None, answer_tape: Tap
     Args:
         tape: of the longest micro-batch.
         eval_tape: of the longest evaluation batch, without gradients; None where nothing is evaluated.
-        answer_tape: of the longest prompts that are read together (``answers.answering``); None where nothing is answered.
+        answer_tape: likewise, of the longest prompts that are read together; None where nothing is answered.
     """
     ledger = Ledger()
     ledger.now["context"] = context_bytes(run)
