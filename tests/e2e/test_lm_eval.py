@@ -67,7 +67,8 @@ def by_lm_eval(base: Path, adapter: Path | None, tasks: Path, *, chats: bool) ->
     }
 
 
-@pytest.mark.parametrize("chats", [True, pytest.param(False, marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("chats", [True, False])
 def test_a_run_and_its_base_have_the_scores_that_lm_eval_finds(
     trained: Path, tiny_base: Path, tasks: Path, tmp_path: Path, chats: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
