@@ -189,6 +189,7 @@ def _signal(config: Config, planned: DryRun | None) -> tuple[int, str]:
         return config.cluster.signal_before_s, "cluster.signal_before_s"
     if planned is None:
         return SIGNAL_WITHOUT_PLAN_S, "no plan says how long saving takes: 5 minutes"
+    from sft_dist.plan.answers import planned_answers
     from sft_dist.plan.disk import saved_state_bytes
     from sft_dist.plan.fit import evaluates
     from sft_dist.plan.rates import DISK_BYTES_PER_S
@@ -204,6 +205,9 @@ def _signal(config: Config, planned: DryRun | None) -> tuple[int, str]:
         parts["an evaluation (data.eval is not here)"] = UNKNOWN_EVALUATION_S
     elif data.evaluations:
         parts["an evaluation"] = SLOWER_DISK * time.phases["eval"] / data.evaluations
+        answers = planned_answers(planned.run, data)
+        if answers is not None and answers.evaluations:
+            parts["its answers"] = time.phases["answers"] / answers.evaluations
     needed = EARLINESS_S + sum(parts.values())
     said = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     seconds = max(LEAST_SIGNAL_S, math.ceil(needed / MINUTE_S) * MINUTE_S)

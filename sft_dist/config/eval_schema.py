@@ -23,7 +23,8 @@ class AnswersConfig(Section):
         8, ge=1, description="Answers that a rank generates at a time; another number may round otherwise."
     )
     when: Literal["always", "ends"] = Field(
-        "always", description="always: at every evaluation; ends: before training and after its last step."
+        "always",
+        description="always: at every evaluation; ends: before training and after its last step, an early one too.",
     )
 
 

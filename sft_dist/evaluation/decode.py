@@ -36,7 +36,7 @@ class Generated:
     """
     Args:
         tokens: the one that ended it among them.
-        finish_reason: stop: the last token is one of the stop ids; length: there was no room for more.
+        finish_reason: stop: the last token is one of the stop ids; length: there was no room for more, or no need.
     """
 
     tokens: tuple[int, ...]
@@ -50,6 +50,7 @@ class _Row:
     Args:
         number: of the prompt.
         limit: most tokens of the answer; 0 for a row that nobody reads.
+        has_stopped: by a stop id; has_been_cut: by what its tokens say.
     """
 
     number: int
@@ -57,18 +58,20 @@ class _Row:
     limit: int
     tokens: list[int] = field(default_factory=list)
     has_stopped: bool = False
+    has_been_cut: bool = False
 
     @property
     def has_ended(self) -> bool:
-        return self.has_stopped or len(self.tokens) >= self.limit
+        return self.has_stopped or self.has_been_cut or len(self.tokens) >= self.limit
 
-    def take(self, tokens: Sequence[int], stop_ids: frozenset[int]) -> None:
+    def take(self, tokens: Sequence[int], stop_ids: frozenset[int], ends: Callable[[Sequence[int]], bool]) -> None:
         """Goes on with ``tokens``, as far as it goes on at all."""
         for token in tokens:
             if self.has_ended:
                 return
             self.tokens.append(token)
             self.has_stopped = token in stop_ids
+        self.has_been_cut = not self.has_ended and ends(self.tokens)
 
     def answer(self) -> Generated:
         return Generated(tuple(self.tokens), "stop" if self.has_stopped else "length")
@@ -86,6 +89,7 @@ def generate(
     rows_at_once: int,
     temperature: float = 0.0,
     seed: int = 0,
+    ends: Callable[[Sequence[int]], bool] = lambda _: False,
     on_progress: Callable[[int], None] = lambda _: None,
     on_note: Callable[[str], None] = lambda _: None,
 ) -> dict[int, Generated]:
@@ -100,6 +104,7 @@ def generate(
         rows_at_once: most prompts of a forward pass; another number may round otherwise.
         temperature: 0: the most probable token; else tokens are drawn by their probabilities at this temperature.
         seed: of the draws, which follow from it and the number of a prompt.
+        ends: whether an answer of these tokens needs no more of them; it is asked now and then, so there may be more.
         on_progress: is told how many prompts are answered on all ranks, whenever they have looked.
         on_note: is told what makes this slower than it could be.
 
@@ -124,7 +129,7 @@ def generate(
         of_rows = [row.prompt for row in rows]
         passes = (Cached if recompute is None else Recomputed)(strategy, whole(of_rows).to(device), positions)
         draw = _Draw(rows, max(limits), temperature=temperature, seed=seed, device=device)
-        for num_ended in _answer(rows, passes, draw, max(limits), frozenset(stop_ids), device):
+        for num_ended in _answer(rows, passes, draw, max(limits), frozenset(stop_ids), ends, device):
             on_progress(first * size + num_ended)
         answers.update({row.number: row.answer() for row in rows if row.limit})
     return answers
@@ -136,6 +141,7 @@ def _answer(
     draw: _Draw,
     limit: int,
     stop_ids: frozenset[int],
+    ends: Callable[[Sequence[int]], bool],
     device: torch.device,
 ) -> Iterator[int]:
     """Generates until the rows of all ranks have ended, and yields how many have."""
@@ -145,7 +151,7 @@ def _answer(
         # [rows, passes]; here the host waits for the device.
         columns = torch.stack(generated, dim=1).tolist()
         for row, tokens in zip(running, columns, strict=True):
-            row.take(tokens, stop_ids)
+            row.take(tokens, stop_ids, ends)
         going_on = [place for place, row in enumerate(running) if not row.has_ended]
         said = torch.tensor([len(going_on), sum(row.has_ended and row.limit > 0 for row in rows)], device=device)
         dist.all_reduce(said)

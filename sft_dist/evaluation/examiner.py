@@ -136,12 +136,19 @@ class Examiner:
         Raises:
             SftError: what the answers are judged by cannot be used; later on that is a note.
         """
-        metrics = self._long(strategy)
-        if not is_end and self._settings.answers.when == "ends":
-            return Findings(metrics)
+        findings = Findings(self._long(strategy))
+        return self.answer(strategy, findings) if self.answers_at(is_end=is_end) else findings
+
+    def answers_at(self, *, is_end: bool) -> bool:
+        """Whether ``examine`` has the questions answered."""
+        return is_end or self._settings.answers.when == "always"
+
+    def answer(self, strategy: Strategy, findings: Findings) -> Findings:
+        """``findings`` of the state as it is, with the questions answered too; otherwise as ``examine``."""
+        metrics = dict(findings.metrics)
         questions = [*self._samples, *self._judged]
         if not questions:
-            return Findings(metrics)
+            return findings
         answers = self._answers(strategy, questions)
         if answers is None:
             return Findings(self._of_main(None))

@@ -13,6 +13,15 @@ def num_positions(model: SftModel) -> int | None:
     return None if positions is None else positions - _num_virtual(model)
 
 
+def most_tokens(model: SftModel) -> int | None:
+    """As ``num_positions``, and no more than let a row be computed without regard to the rows before it."""
+    positions, rope = num_positions(model), dynamic_rope(model.causal_lm.config)
+    if rope is None or not rope.has_memory:
+        return positions
+    alone = rope.from_tokens - _num_virtual(model)
+    return alone if positions is None else min(positions, alone)
+
+
 def depends_on_neighbours(model: SftModel, longest: int, *, what: str) -> str | None:
     """Why a row of ``longest`` tokens has to be alone in its forward pass, and has to be computed anew when it grows.
 

@@ -10,6 +10,7 @@ from sft_dist.hardware.gpus import Gpu
 from sft_dist.hardware.prices import prices_of
 from sft_dist.model.hub import config_source
 from sft_dist.model.known import known_models_allowed
+from sft_dist.plan.answers import assumptions_of_answers, planned_answers
 from sft_dist.plan.assumed import AssumedData, assumed_plan
 from sft_dist.plan.cache import cached_describe, cached_trace
 from sft_dist.plan.calibration import Calibration, calibration_key, lookup
@@ -18,14 +19,13 @@ from sft_dist.plan.cost import cost_assumptions
 from sft_dist.plan.data import plan_data
 from sft_dist.plan.disk import disk_bytes
 from sft_dist.plan.epoch import dealt
-from sft_dist.plan.fit import evaluates
+from sft_dist.plan.fit import eval_tapes, phases_of
 from sft_dist.plan.host import PROCESS_BYTES, host_parts
 from sft_dist.plan.machines import Machines
 from sft_dist.plan.measured_rates import rated_gpu
 from sft_dist.plan.memory import (
     allocated_range,
     assumptions_of_memory,
-    memory_phases,
     reserved_range,
     resident_parts,
     verdict,
@@ -137,6 +137,7 @@ def plan_run(
         assumptions=(
             *assumptions_of_memory(run, machines.gpu),
             *time_assumptions(machines.gpu, time),
+            *assumptions_of_answers(run, planned_answers(run, data)),
             *cost_assumptions(machines.gpu, config.hardware),
             *_assumed_network(machines),
             Assumption(f"a process takes {gib(PROCESS_BYTES)} of host memory", "Python, torch, CUDA's libraries"),
@@ -153,13 +154,15 @@ def time_plan(run: Run, machines: Machines, data: DataPlan, *, calibration: Cali
         calibration: what a run like it measured on this machine; None: as published, with the rates that
             ``sft-dist calibrate`` measured where it did. A measured step says more than measured products.
     """
+    eval_tape, answer_tape = eval_tapes(run, cached_trace)
     return plan_time(
         run,
         cached_trace(run),
         data=data,
         gpu=rated_gpu(machines.gpu, gpus_per_node=machines.gpus_per_node, calibration=calibration),
         network=machines.network,
-        eval_tape=cached_trace(run, backward=False) if evaluates(run) else None,
+        eval_tape=eval_tape,
+        answer_tape=answer_tape,
         calibration=calibration,
         model_tape=cached_trace(replace(run, activation_checkpointing=ActivationCheckpointingConfig(mode="none"))),
     )
@@ -171,8 +174,7 @@ def memory_plan(config: Config, run: Run, gpu: Gpu, data: DataPlan | None, *, to
     Args:
         total_s: that the whole run takes at the most.
     """
-    eval_tape = cached_trace(run, backward=False) if evaluates(run) else None
-    phases = memory_phases(run, cached_trace(run), eval_tape)
+    phases = phases_of(run)
     allocated = allocated_range(phases)
     context = phases[0].parts["context"]
     needed = max(phase.total_bytes for phase in phases)

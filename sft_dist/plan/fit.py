@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from sft_dist.plan.answers import answering, answers
 from sft_dist.plan.cache import cached_trace
 from sft_dist.plan.memory import memory_phases
 from sft_dist.plan.result import Phase
+from sft_dist.plan.tape import Tape
 from sft_dist.run import Run
 
 
@@ -13,9 +17,22 @@ def evaluates(run: Run) -> bool:
     return bool(run.data.eval) or run.data.eval_split is not None
 
 
+class Trace(Protocol):
+    """``cached_trace``, or what keeps its answers."""
+
+    def __call__(self, run: Run, *, backward: bool = True) -> Tape: ...
+
+
+def eval_tapes(run: Run, trace: Trace) -> tuple[Tape | None, Tape | None]:
+    """Of the longest evaluation batch, and of the longest prompts that are read together; None where there are none."""
+    if not evaluates(run):
+        return None, None
+    return trace(run, backward=False), trace(answering(run), backward=False) if answers(run.eval) else None
+
+
 def phases_of(run: Run) -> tuple[Phase, ...]:
     """Device memory of the rank that needs most, phase by phase."""
-    return memory_phases(run, cached_trace(run), cached_trace(run, backward=False) if evaluates(run) else None)
+    return memory_phases(run, cached_trace(run), *eval_tapes(run, cached_trace))
 
 
 def peak_of(run: Run) -> Phase:

@@ -7,6 +7,7 @@ from collections import Counter
 from sft_dist.config.deepspeed import Zero3Knobs
 from sft_dist.hardware.gpus import Gpu
 from sft_dist.model.spec import DTYPE_BYTES
+from sft_dist.plan.answers import cache_bytes
 from sft_dist.plan.ledger import Ledger
 from sft_dist.plan.result import Assumption, Part, Phase, PhaseName, Range, Verdict
 from sft_dist.plan.states import state_bytes
@@ -41,12 +42,13 @@ RESERVED_MEDIAN, RESERVED_HIGH = 1.15, 1.5
 PHASES: tuple[PhaseName, ...] = ("load", "forward_backward", "optimizer_step", "eval", "save")
 
 
-def memory_phases(run: Run, tape: Tape, eval_tape: Tape | None) -> tuple[Phase, ...]:
+def memory_phases(run: Run, tape: Tape, eval_tape: Tape | None, answer_tape: Tape | None = None) -> tuple[Phase, ...]:
     """The highest moment of each phase, on rank 0, which holds no less than any other rank.
 
     Args:
         tape: of the longest micro-batch.
         eval_tape: of the longest evaluation batch, without gradients; None where nothing is evaluated.
+        answer_tape: likewise, of the longest prompts that are read together; None where nothing is answered.
     """
     ledger = Ledger()
     ledger.now["context"] = context_bytes(run)
@@ -66,6 +68,11 @@ def memory_phases(run: Run, tape: Tape, eval_tape: Tape | None) -> tuple[Phase, 
         before = Counter(ledger.now)
         timeline(run, eval_tape).evaluation(ledger, eval_tape)
         ledger.now = before
+        if answer_tape is not None:
+            before = Counter(ledger.now)
+            ledger.add("answers", cache_bytes(run), "answers are generated")
+            timeline(run, answer_tape).evaluation(ledger, answer_tape)
+            ledger.now = before
     ledger.begin("save")
     ledger.touch("gather_buffers", _save_bytes(run), "gathering the largest parameter")
     return tuple(ledger.highest[name] for name in PHASES if name in ledger.highest)

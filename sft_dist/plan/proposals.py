@@ -16,7 +16,7 @@ from sft_dist.config.validate import validate
 from sft_dist.errors import ConfigError
 from sft_dist.hardware.gpus import Gpu
 from sft_dist.plan.candidates import COUNTS, FULL_NODE, as_method, gpus_to_search, machines_for
-from sft_dist.plan.fit import evaluates
+from sft_dist.plan.fit import eval_tapes
 from sft_dist.plan.host import host_parts
 from sft_dist.plan.machines import Machines
 from sft_dist.plan.memory import context_bytes, memory_phases, resident_parts, verdict
@@ -102,8 +102,7 @@ class _Trying:
         usable = machines.gpu.usable_bytes
         if verdict(sum(resident_parts(run).values()) + context_bytes(run), usable) == "does not fit":
             return False
-        eval_tape = self.tapes.of(run, backward=False) if evaluates(run) else None
-        phases = memory_phases(run, self.tapes.of(run), eval_tape)
+        phases = memory_phases(run, self.tapes.of(run), *eval_tapes(run, self.tapes.of))
         return verdict(max(phase.total_bytes for phase in phases), usable) != "does not fit"
 
 

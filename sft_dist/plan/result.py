@@ -24,6 +24,7 @@ Part = Literal[
     "gather_buffers",  # whole weights beside the shards, or casts of them
     "activations",  # kept from forward to backward, and what one block needs at work
     "logits",  # of the loss, with their gradient
+    "answers",  # keys and values of the rows that are being answered at an evaluation
     "communication",  # buckets and reduce-scatter buffers
     "temporaries",  # of the optimizer's step
     "context",  # CUDA and NCCL, outside torch's allocator
@@ -147,7 +148,7 @@ class TimePlan:
         step_parts: seconds of one optimizer step by what takes them; communication is what is not hidden.
         step: seconds of one step.
         hidden_communication_s: of a step, behind computation.
-        phases: seconds of load, prepare, train, eval, save.
+        phases: seconds of load, prepare, train, eval, save; of answers, where evaluations have questions answered.
         total: seconds of the whole run.
         tokens_per_s: all GPUs; tokens_per_s_per_gpu: one.
         mfu: model FLOPs (no recomputation) over peak; hfu: with recomputation.

@@ -22,7 +22,7 @@ from sft_dist.plan.calibration import Calibration, calibration_key, lookup
 from sft_dist.plan.candidates import Space, Variant, gpus_to_search, machines_for, variants
 from sft_dist.plan.cost import rents_nodes
 from sft_dist.plan.epoch import dealt
-from sft_dist.plan.fit import evaluates
+from sft_dist.plan.fit import eval_tapes
 from sft_dist.plan.front import front_of
 from sft_dist.plan.host import host_parts
 from sft_dist.plan.machines import Machines
@@ -174,8 +174,7 @@ class _Searching:
         held = sum(resident_parts(run).values()) + context_bytes(run)
         if verdict(held, most_usable) == "does not fit":
             return held
-        eval_tape = self.tapes.of(run, backward=False) if evaluates(run) else None
-        phases = memory_phases(run, self.tapes.of(run), eval_tape)
+        phases = memory_phases(run, self.tapes.of(run), *eval_tapes(run, self.tapes.of))
         return max(phase.total_bytes for phase in phases)
 
     def _planned(
@@ -193,8 +192,8 @@ class _Searching:
             self._refuse(HOST_TOO_SMALL, len(fitting))
             return
         data = dealt(self.data, run)
-        eval_tape = self.tapes.of(run, backward=False) if evaluates(run) else None
-        work = workload(run, self.tapes.of(run), data=data, eval_tape=eval_tape)
+        eval_tape, answer_tape = eval_tapes(run, self.tapes.of)
+        work = workload(run, self.tapes.of(run), data=data, eval_tape=eval_tape, answer_tape=answer_tape)
         size = run.batch.micro_batch_size
         for (machines, said), needed in fitting:
             known = self._calibration(machines.gpu, run)

@@ -22,6 +22,7 @@ COLOURS: dict[Part, str] = {
     "gather_buffers": "#b394f0",
     "activations": "#5cc482",
     "logits": "#bcd65a",
+    "answers": "#7fd6b5",
     "communication": "#ec86bd",
     "temporaries": "#e6cc55",
     "context": "#a3a9b3",

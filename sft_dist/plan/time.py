@@ -10,6 +10,7 @@ from sft_dist.hardware.gpus import ComputeDtype, Gpu
 from sft_dist.hardware.networks import Network
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.plan.activations import trace
+from sft_dist.plan.answers import AnswersPlan, answering, planned_answers, read_bytes
 from sft_dist.plan.calibration import Calibration
 from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
 from sft_dist.plan.efficiency import Efficiency, efficiency_of
@@ -54,6 +55,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """The questions of an evaluation.
+
+    Args:
+        prompts: one pass over the prompts of a group; tokens: one over a token of each of its rows.
+        read_bytes: of such a pass, least that is read of memory.
+    """
+
+    planned: AnswersPlan
+    prompts: Evaluation
+    tokens: Evaluation
+    read_bytes: float
+
+
+@dataclass(frozen=True)
 class Workload:
     """What a run has to do, whichever GPU does it.
 
@@ -63,7 +79,7 @@ class Workload:
         copies: to and from host memory, their bytes in place of seconds.
         step_tokens: of all ranks, in a full step.
         written_bytes: checkpoints and the final model.
-        evaluation: None where nothing is evaluated.
+        evaluation: None where nothing is evaluated; answers: None where nothing is answered.
     """
 
     run: Run
@@ -75,6 +91,7 @@ class Workload:
     step_tokens: float
     written_bytes: int
     evaluation: Evaluation | None
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +105,14 @@ class RunTime:
     efficiency: Efficiency
 
 
-def workload(run: Run, tape: Tape, *, data: DataPlan, eval_tape: Tape | None = None) -> Workload:
+def workload(
+    run: Run, tape: Tape, *, data: DataPlan, eval_tape: Tape | None = None, answer_tape: Tape | None = None
+) -> Workload:
     """
     Args:
         tape: of the run's longest micro-batch (``activations.trace``).
         eval_tape: of the longest evaluation batch; None where nothing is evaluated.
+        answer_tape: of the longest prompts that are read together; None where nothing is answered.
     """
     content = busiest_content(run, data)
     return Workload(
@@ -105,6 +125,7 @@ def workload(run: Run, tape: Tape, *, data: DataPlan, eval_tape: Tape | None = N
         step_tokens=full_step_tokens(run, data),
         written_bytes=num_checkpoints(run, data) * saved_state_bytes(run) + final_bytes(run),
         evaluation=None if eval_tape is None else _evaluation(run, data, eval_tape),
+        answers=None if answer_tape is None else _answers(run, data, answer_tape),
     )
 
 
@@ -154,19 +175,20 @@ def plan_time(
     gpu: Gpu,
     network: Network | None = None,
     eval_tape: Tape | None = None,
+    answer_tape: Tape | None = None,
     calibration: Calibration | None = None,
     model_tape: Tape | None = None,
 ) -> TimePlan:
     """
     Args:
-        tape, eval_tape: as of ``workload``.
+        tape, eval_tape, answer_tape: as of ``workload``.
         network, calibration: as of ``run_time``.
         model_tape: like ``tape`` and without recomputation, where that is at hand.
 
     Raises:
         PlanError: as ``run_time``.
     """
-    work = workload(run, tape, data=data, eval_tape=eval_tape)
+    work = workload(run, tape, data=data, eval_tape=eval_tape, answer_tape=answer_tape)
     timed = run_time(work, gpu=gpu, network=network, calibration=calibration)
     plain = as_content(run, _without_recomputation(run, tape, model_tape), work.content)
     per_rank = work.content.tokens / run.batch.sequence_parallel
@@ -283,6 +305,10 @@ def _phases(work: Workload, rates: Rates, step_s: float) -> dict[str, float]:
     run, data = work.run, work.data
     weights = run.model.num_parameters * DTYPE_BYTES[run.precision.compute]
     steps = data.steps * min(1.0, data.tokens_per_step / work.step_tokens)
+    answers = {}
+    if work.answers is not None:
+        each = answers_seconds(work.answers, rates, units=_units(work.run))
+        answers["answers"] = work.answers.planned.evaluations * each
     return {
         "load": START_S + weights / DISK_BYTES_PER_S,
         "prepare": 0.0 if data.basis == "prepared" else data.tokens.value / PREPARED_TOKENS_PER_S,
@@ -290,6 +316,7 @@ def _phases(work: Workload, rates: Rates, step_s: float) -> dict[str, float]:
         "eval": 0.0
         if work.evaluation is None
         else data.evaluations * evaluation_seconds(work.evaluation, rates, units=_units(work.run)),
+        **answers,
         "save": work.written_bytes / DISK_BYTES_PER_S,
     }
 
@@ -306,6 +333,36 @@ def evaluation_seconds(evaluation: Evaluation, rates: Rates, *, units: Units = W
         backward=False,
     )
     return evaluation.batches * forward.total_s
+
+
+def answers_seconds(answers: Answers, rates: Rates, *, units: Units = WHOLE) -> float:
+    """Of the questions of one evaluation, where every answer is as long as it may be."""
+    planned = answers.planned
+    prompts_s = evaluation_seconds(answers.prompts, rates, units=units)
+    token_s = max(evaluation_seconds(answers.tokens, rates, units=units), rates.copy_seconds(round(answers.read_bytes)))
+    return planned.groups * (prompts_s + (planned.max_new_tokens - 1) * token_s)
+
+
+def _answers(run: Run, data: DataPlan, tape: Tape) -> Answers | None:
+    """Questions are as long as rows without what is supervised of them."""
+    planned = planned_answers(run, data)
+    if planned is None:
+        return None
+    alone = answering(run)
+    prompt = max(1.0, data.tokens.value / data.rows * (1 - data.supervised_tokens / data.tokens.value))
+    last = prompt + planned.max_new_tokens / 2  # of a row, half way
+    copies = tuple(
+        t for t in host_transfers(alone, tokens=planned.rows * prompt) if t.of == "forward" and t.when == "before"
+    )
+    links = of_evaluation(collectives(alone))
+    prompts = as_content(alone, tape, Content(planned.rows * prompt, planned.rows, prompt))
+    tokens = as_content(alone, tape, Content(planned.rows, planned.rows, last))
+    return Answers(
+        planned=planned,
+        prompts=Evaluation(prompts, links, copies, 1),
+        tokens=Evaluation(tokens, links, copies, 1),
+        read_bytes=read_bytes(run, row_tokens=last, rows=planned.rows),
+    )
 
 
 def _evaluation(run: Run, data: DataPlan, tape: Tape) -> Evaluation:

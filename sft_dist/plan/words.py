@@ -46,6 +46,7 @@ PARTS: dict[Part, tuple[str, str]] = {
     "gather_buffers": ("U", "unsharded weights"),
     "activations": ("A", "activations"),
     "logits": ("L", "logits"),
+    "answers": ("K", "keys and values of answers"),
     "communication": ("N", "communication"),
     "temporaries": ("T", "temporaries"),
     "context": ("C", "CUDA and NCCL"),

@@ -23,6 +23,8 @@ def quiet_libraries() -> None:
     # c10d warns, with its C++ stack, that a peer has gone: after Ctrl-C all of them do.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # lm-eval warns of every default that a task leaves to it.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # On a full disk each line of a library's own log would be a stack trace on the console.
     logging.raiseExceptions = False
     name_accelerator()

@@ -93,6 +93,10 @@ class Control:
         if self._watch is not None:
             self._watch.trained(loss)
 
+    def would_stop(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether the run is to end here once it is told of this evaluation; arguments and errors as ``evaluated``."""
+        return self._stopping is not None and self._stopping.would_fire(step, metrics)
+
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """The state after ``step`` has been evaluated, and its line is written.
 

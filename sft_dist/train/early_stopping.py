@@ -26,11 +26,17 @@ class EarlyStopping:
         Raises:
             ConfigError: it has no such metric.
         """
+        self.waiting = self._after(step, metrics)
+
+    def would_fire(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether the run is over once note is taken of that; arguments and errors as for ``evaluated``."""
+        return has_fired(self.config, self._after(step, metrics))
+
+    def _after(self, step: int, metrics: Mapping[str, float]) -> Waiting:
         value, threshold = metric_of(metrics, self.config.metric, key="early_stopping.metric"), self.config.threshold
         if self._goal.is_better(value, self.waiting.best, by=threshold):
-            self.waiting = Waiting(best=value, best_step=step)
-        else:
-            self.waiting = self.waiting.model_copy(update={"evaluations": self.waiting.evaluations + 1})
+            return Waiting(best=value, best_step=step)
+        return self.waiting.model_copy(update={"evaluations": self.waiting.evaluations + 1})
 
     @property
     def has_fired(self) -> bool:

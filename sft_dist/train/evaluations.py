@@ -33,11 +33,14 @@ class Evaluated:
     Args:
         step: completed ones.
         metrics: by the names of ``metrics.jsonl``, the same on all ranks.
+        findings: of what is asked beside the loss; None: nothing is.
+        is_complete: all of it has been asked.
     """
 
     step: int
     metrics: Metrics
     findings: Findings | None
+    is_complete: bool = True
 
 
 class Evaluations:
@@ -59,15 +62,24 @@ class Evaluations:
 
         Args:
             step: completed steps.
-            is_end: before training, or after its last step.
+            is_end: before training, or after its last step as planned.
         """
         result = evaluate(strategy, self._data, self._run.batch, rank=self._rank, device=self._device)
         metrics: Metrics = dict(result.metrics)
-        findings = None
-        if self._examiner is not None:
-            findings = self._examiner.examine(strategy, is_end=is_end)
-            metrics |= findings.metrics
-        return Evaluated(step, metrics, findings)
+        if self._examiner is None:
+            return Evaluated(step, metrics, None)
+        findings = self._examiner.examine(strategy, is_end=is_end)
+        is_complete = self._examiner.answers_at(is_end=is_end)
+        return Evaluated(step, metrics | findings.metrics, findings, is_complete)
+
+    def complete(self, strategy: Strategy, evaluated: Evaluated) -> Evaluated:
+        """Asks what is left, of the same state, because it turned out to be the last; every rank must call it."""
+        if evaluated.is_complete:
+            return evaluated
+        assert self._examiner is not None, "something is left to ask"
+        assert evaluated.findings is not None, "something is left to ask"
+        findings = self._examiner.answer(strategy, evaluated.findings)
+        return Evaluated(evaluated.step, evaluated.metrics | findings.metrics, findings)
 
 
 class EvaluationFiles:

@@ -348,6 +348,8 @@ class Training:
         started, step = time.perf_counter(), self.completed
         with self.heartbeat.phase("evaluating"):
             result = self.evaluations.evaluate(self.strategy, step, is_end=step in (0, self.num_steps))
+            if self.control.would_stop(step, result.metrics):
+                result = self.evaluations.complete(self.strategy, result)
         if self.account is not None:
             self.account.evaluated(time.perf_counter() - started)
         if self.files is not None:

@@ -43,8 +43,11 @@ def preflight(config: Config, *, resume: str = NEVER) -> None:
     check_inputs(config)
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config, *, with_rows: bool = True) -> None:
     """Looks at the files that a run reads.
+
+    Args:
+        with_rows: those of training and held-out rows too.
 
     Raises:
         ConfigError, DataError: as ``preflight``.
@@ -71,7 +74,7 @@ def check_inputs(config: Config) -> None:
         )
     texts = config.eval.long_texts
     long_texts = [] if texts is None else [SourceConfig(path=path, format="text") for path in texts.paths]
-    for source in (*config.data.train, *config.data.eval, *long_texts):
+    for source in (*config.data.train, *config.data.eval, *long_texts) if with_rows else ():
         check_source(source)
     for key, file in files_of_evaluations(config):
         if not Path(file).is_file():

@@ -112,16 +112,24 @@ class Ready:
     checkpoints: list[Path]
 
 
-def make_ready(
-    config: Config, *, resume: str, heartbeat: Heartbeat | None = None, watchdog: Watchdog | None = None
-) -> Ready:
-    """Meets the other processes, decides, and prepares the data on rank 0 or finds them prepared.
+@dataclass(frozen=True)
+class Met:
+    """This process among its peers, and what they do, before any data is looked at.
 
     Args:
-        resume: ``never``, ``auto`` or the path of a checkpoint.
-        heartbeat: begins when the run directory is taken; None: nothing is to be left there.
-        watchdog: sees the other ranks from here on.
+        config, run, store: as in ``Ready``.
+        load: makes the renderer of the model, in this process or in another one.
     """
+
+    config: Config
+    run: Run
+    process: Process
+    store: dist.Store
+    load: Callable[[], ChatRenderer]
+
+
+def meet(config: Config, *, heartbeat: Heartbeat | None = None, watchdog: Watchdog | None = None) -> Met:
+    """Meets the other processes and decides; arguments as for ``make_ready``."""
     world = World.from_environment()
     store = join(world)
     settle(store, world)
@@ -132,8 +140,22 @@ def make_ready(
         limits=Limits(config.watchdog) if watchdog is None else watchdog.limits,
     )  # fmt: skip
     config, run = decide(config, process)
-    load = renderer_of(config.model, config.data)
-    renderer = load()
+    return Met(config, run, process, store, renderer_of(config.model, config.data))
+
+
+def make_ready(
+    config: Config, *, resume: str, heartbeat: Heartbeat | None = None, watchdog: Watchdog | None = None
+) -> Ready:
+    """Meets the other processes, decides, and prepares the data on rank 0 or finds them prepared.
+
+    Args:
+        resume: ``never``, ``auto`` or the path of a checkpoint.
+        heartbeat: begins when the run directory is taken; None: nothing is to be left there.
+        watchdog: sees the other ranks from here on.
+    """
+    met = meet(config, heartbeat=heartbeat, watchdog=watchdog)
+    config, run, process, load = met.config, met.run, met.process, met.load
+    world, renderer = process.world, load()
 
     def taken() -> None:
         if heartbeat is not None:
@@ -149,7 +171,7 @@ def make_ready(
     told = run_on_main_first(world, process.store, "prepare", prepare)
     found = Found(**json.loads(told or ""))
     inputs = open_inputs(run, renderer, found, is_main=world.is_main)
-    return Ready(config, run, process, store, inputs, [Path(path) for path in found.checkpoints])
+    return Ready(config, run, process, met.store, inputs, [Path(path) for path in found.checkpoints])
 
 
 def decide(config: Config, process: Process) -> tuple[Config, Run]:

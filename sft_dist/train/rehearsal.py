@@ -25,6 +25,7 @@ from sft_dist.train.hardest import hardest_steps
 from sft_dist.train.rehearsal_items import Items, Stage, Trained
 from sft_dist.train.rehearsal_report import Item, Measured, Report, Saving, due
 from sft_dist.train.rehearsed import FOLDER, note_rehearsed
+from sft_dist.train.rehearsed_answers import hardest_questions
 
 
 def rehearse(stage: Stage) -> float:
@@ -73,6 +74,10 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
+# What the item is called in which questions are answered.
+ANSWERS = "answers"
+
+
 class _Rehearsal:
     """The items, in their order."""
 
@@ -97,10 +102,14 @@ class _Rehearsal:
         for number, hard in enumerate(hard_steps):
             with self._item("longest row" if number else "longest batch") as item:
                 item.result = self.items.hard_step(hard, is_first=number == 0)
-        evaluation_s = None
+        evaluation_s = answers_s = None
         if stage.eval_data is not None:
             with self._item("evaluation") as item:
                 evaluation_s, item.result = self.items.evaluate(stage.eval_data)
+            questions = hardest_questions(self.run, stage.eval_data, stage.world.size)
+            if questions is not None:
+                with self._item(ANSWERS) as item:
+                    answers_s, item.result = self.items.answers(questions)
         with self._item("save beside a step") as item:
             saved, beside, item.result = self.items.save_beside_a_step()
         with self._item("reload") as item:
@@ -114,7 +123,7 @@ class _Rehearsal:
         with self._item("back to the start") as item:
             item.result = self.items.restore(start, before)
         if stage.outlook is not None:
-            found = self._measured(beside, alone, evaluation_s, saved.saving, final_s)
+            found = self._measured(beside, alone, evaluation_s, answers_s, saved.saving, final_s)
             self.report.end(self.run, found, stage.outlook, seconds=time.perf_counter() - started)
 
     @contextmanager
@@ -140,6 +149,8 @@ class _Rehearsal:
     def _does_not_fit(self, name: str, error: torch.OutOfMemoryError) -> PlanError:
         planned = "" if self.planned_peak_bytes is None else f"; {gib(self.planned_peak_bytes)} were planned"
         ways = []
+        if name == ANSWERS:
+            ways.append(f"lower eval.answers.rows_at_once (now {self.run.eval.answers.rows_at_once})")
         if self.run.batch.micro_batch_size > 1:
             ways.append(f"lower train.micro_batch_size (now {self.run.batch.micro_batch_size})")
         if self.run.activation_checkpointing.mode != "full":
@@ -152,22 +163,32 @@ class _Rehearsal:
         )
 
     def _measured(
-        self, beside: Trained, alone: Trained, evaluation_s: float | None, saving: Saving, final_s: float
+        self,
+        beside: Trained,
+        alone: Trained,
+        evaluation_s: float | None,
+        answers_s: float | None,
+        saving: Saving,
+        final_s: float,
     ) -> Measured:
         stage, run = self.stage, self.run
         data, steps = stage.order.data, stage.num_steps - stage.completed
         span = {"first": stage.completed, "last": stage.num_steps}
         before = run.eval.before_training and stage.completed == 0
+        evaluations = 0 if evaluation_s is None else before + due(run.eval.every_steps, 0, **span)
+        at_ends = min(evaluations, 1 + before)
         return Measured(
             step_s=alone.seconds,
             step_tokens=stage.order.step(stage.completed).num_tokens,
             beside_s=beside.seconds,
             tokens=steps / stage.order.steps_per_epoch * int(data.num_tokens.sum()),
             steps=steps,
-            evaluations=0 if evaluation_s is None else before + due(run.eval.every_steps, 0, **span),
+            evaluations=evaluations,
             saves=due(run.checkpoint.every_steps, stage.order.steps_per_epoch, **span),
             evaluation_s=evaluation_s,
             saving=saving,
             final_s=final_s,
             peak_bytes=self.peak_bytes if stage.device.type == "cuda" else None,
+            answers_s=answers_s,
+            times_answered=evaluations if run.eval.answers.when == "always" else at_ends,
         )

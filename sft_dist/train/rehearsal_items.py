@@ -34,6 +34,7 @@ from sft_dist.train.hardest import HardStep, hardest_evaluation
 from sft_dist.train.loop import LARGE_SHARE
 from sft_dist.train.outlook import Outlook
 from sft_dist.train.rehearsal_report import Saving
+from sft_dist.train.rehearsed_answers import HardQuestions, answer_hardest
 from sft_dist.train.starting_point import damage
 from sft_dist.train.state_digests import state_digests
 from sft_dist.train.step import evaluate, train_step
@@ -216,6 +217,11 @@ class Items:
         whole_s = seconds * hard.all_tokens / hard.tokens
         said = f"the longest micro-batch of each source, up to {hard.largest:,} tokens; loss {result.loss:.4f}"
         return whole_s, f"{said}; all of it will take about {step_seconds(whole_s)}"
+
+    def answers(self, hard: HardQuestions) -> tuple[float, str]:
+        """Seconds of all answers of an evaluation at most, and what is said."""
+        seconds, said = answer_hardest(self.run, self.strategy, hard, world=self.stage.world, device=self.stage.device)
+        return seconds, f"{said}; all of an evaluation will take at most about {step_seconds(seconds)}"
 
     def save_beside_a_step(self) -> tuple[Saved, Trained, str]:
         """Saves as the run will, while its next step is trained."""

@@ -103,6 +103,7 @@ class Measured:
         saving: of a checkpoint.
         final_s: of ``final/`` and its proof.
         peak_bytes: most that any item took on any rank; None on a CPU, where other things count too.
+        answers_s: of all answers of an evaluation, at most; None where nothing is answered. times_answered: how often.
     """
 
     step_s: float
@@ -116,6 +117,8 @@ class Measured:
     saving: Saving
     final_s: float
     peak_bytes: int | None
+    answers_s: float | None = None
+    times_answered: int = 0
 
     @property
     def steps_s(self) -> float:
@@ -137,7 +140,8 @@ class Measured:
 
     def total_s(self, every_minutes: float | None) -> float:
         evaluating_s = self.evaluations * (self.evaluation_s or 0.0)
-        return self.steps_s + evaluating_s + self.saving_s(every_minutes) + self.final_s
+        answering_s = self.times_answered * (self.answers_s or 0.0)
+        return self.steps_s + evaluating_s + answering_s + self.saving_s(every_minutes) + self.final_s
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,9 @@ def projections(run: Run, found: Measured, outlook: Outlook) -> list[Projection]
     if found.evaluation_s is not None:
         said = f"estimated from a part of it, {found.evaluations:,} of them"
         rows.insert(1, Projection("an evaluation", "", duration(found.evaluation_s), said))
+    if found.answers_s is not None:
+        said = f"at most, estimated from the longest, {found.times_answered:,} times"
+        rows.insert(2, Projection("its answers", "", duration(found.answers_s), said))
     if found.peak_bytes is not None:
         planned = "" if expected is None else gib(expected.peak_allocated_bytes)
         rows.append(Projection("peak of memory", planned, gib(found.peak_bytes), "of the device that took most"))

@@ -145,6 +145,28 @@ def test_a_run_may_stop_by_a_score(world: Worlds, tiny_base: Path, tmp_path: Pat
     assert json.loads((run / "receipt.json").read_text())["final"]["stopped_early"]
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(1, marks=pytest.mark.ci)])
+def test_a_run_that_stops_early_is_asked_what_is_asked_at_its_end(
+    world: Worlds, tiny_base: Path, tmp_path: Path, size: int
+) -> None:
+    """``when: ends`` is known to be the end only when the last evaluation has been looked at."""
+    asked = {**EVAL, "every_steps": 2, "answers": {**EVAL["answers"], "when": "ends"}}
+    cfg = config(
+        tiny_base, tmp_path / "ends", "fsdp2", steps=20, eval=asked,
+        early_stopping={"patience": 2, "threshold": 100.0},
+    )  # fmt: skip
+    world(size).run(train, cells.dump(cfg))
+    run = tmp_path / "ends/run"
+    assert [(line["step"], "eval_scores/chrf" in line) for line in evaluations(run)] == [
+        (0, True),
+        (2, False),
+        (4, True),
+    ]
+    assert sorted({line["step"] for line in lines(run / "samples.jsonl")}) == [0, 4]
+    assert sorted(file.name for file in (run / "answers").iterdir()) == ["step-00000000.jsonl", "step-00000004.jsonl"]
+    assert json.loads((run / "receipt.json").read_text())["final"]["stopped_early"]
+
+
 def test_questions_alone_change_no_step(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
     losses = []
     for name, section in (("asked", EVAL), ("silent", {"every_steps": 30})):

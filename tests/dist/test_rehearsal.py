@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from sft_dist.errors import SftError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
-from sft_dist.train import ready, rehearsal_items
+from sft_dist.train import ready, rehearsal_items, rehearsed_answers
 from sft_dist.train import run as train_run
 from sft_dist.train.outlook import look_ahead
 from sft_dist.train.rehearsed import FOLDER, remove_leftovers
@@ -145,6 +146,41 @@ def test_a_rehearsed_run_is_the_run(
     waste = json.loads((rehearsed / "receipt.json").read_text())["waste"]
     assert waste["rehearsing_s"] > 0.2
     assert json.loads((plain / "receipt.json").read_text())["waste"]["rehearsing_s"] == 0
+
+
+def test_questions_are_answered_in_a_rehearsal(world: Worlds, tiny_base: Path, tmp_path: Path) -> None:
+    """Once, with the longest; the run afterwards is the run."""
+    asked = {
+        "every_steps": 2, "scores": {"metrics": ["chrf"]}, "answers": {"max_new_tokens": 9, "rows_at_once": 2}
+    }  # fmt: skip
+    plain, rehearsed = tmp_path / "plain", tmp_path / "rehearsed"
+    assert world(2).run(run, config(tiny_base, plain, "lora", "fsdp2", eval=asked), "no") == [""] * 2
+    # Nine rows: five groups of two, three of them on one of two ranks; the longest are asked.
+    prompts, groups, seconds, said = world(2).run(
+        hardest, config(tiny_base, tmp_path / "alone", "lora", "fsdp2", eval=asked)
+    )[0]
+    assert groups == 3
+    assert seconds > 0
+    assert said.startswith(f"2 questions of up to {prompts[0]} tokens, answers of 9")
+    assert world(2).run(run, config(tiny_base, rehearsed, "lora", "fsdp2", eval=asked), "first") == [""] * 2
+    assert result(rehearsed) == result(plain)
+
+
+def hardest(cfg_yaml: str) -> tuple[list[int], int, float, str]:
+    """Lengths of the questions that a rehearsal asks, the groups of all, seconds, and what is said."""
+    resolved, strategy = cells.start(Config.model_validate(yaml.safe_load(cfg_yaml)))
+    try:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        data = cells.synthetic_data(rows=9, seed=99, packing=False)
+        questions = rehearsed_answers.hardest_questions(resolved, data, size)
+        assert questions is not None
+        place = World(rank, rank, WorldShape(1, size))
+        seconds, said = rehearsed_answers.answer_hardest(resolved, strategy, questions, world=place, device=cells.CPU)
+        lens = sorted((int(np.flatnonzero(data.row(row)[1])[0]) for row in range(9)), reverse=True)
+        assert [len(prompt) for prompt in questions.prompts] == lens[:2]
+        return lens, questions.groups, seconds, said
+    finally:
+        strategy.close()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_dist.errors import ConfigError
+from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.train.evaluating import evaluate_subject, subject_of
 from tests.helpers.taught import PAIRS, conversation, write_rows
+from tests.helpers.tiny_model import build_base
 from tests.helpers.trained_run import train_run
 
 SCORES = "eval.scores={metrics: [exact_match, chrf]}"
@@ -109,7 +112,7 @@ def test_two_processes_find_what_one_finds(trained: Path, rows: Path, tmp_path: 
 def test_mistakes(trained: Path, tiny_base: Path, tmp_path: Path) -> None:
     for path, data, what in (
         (tiny_base, [], "is a model, and no rows are given"),
-        (trained / "final", ["x.jsonl"], "is an adapter without its run"),
+        (trained / "final", [], "is an adapter without its run, and no rows are given"),
         (trained, [], "the run has held out no rows"),
         (tmp_path / "nowhere", ["x.jsonl"], "nowhere"),
     ):
@@ -118,3 +121,76 @@ def test_mistakes(trained: Path, tiny_base: Path, tmp_path: Path) -> None:
         assert what in caught.value.what
     with pytest.raises(ConfigError, match="no complete checkpoint of step 7"):
         subject_of(str(trained), [], data=["x.jsonl"], checkpoint="7", out=None)
+
+
+def test_an_adapter_without_its_run(trained: Path, rows: Path, tmp_path: Path) -> None:
+    """What it scores is what its run scores."""
+    adapter = Path(shutil.copytree(trained / "final", tmp_path / "adapter"))
+    of_run, alone = evaluate(trained, rows, tmp_path / "run"), evaluate(adapter, rows, tmp_path / "out")
+    assert alone["adapter"] == str(adapter)
+    for state in ("base", "tuned"):
+        assert alone["metrics"][state] == pytest.approx(of_run["metrics"][state], rel=1e-6)
+        name = f"answers-{state}.jsonl"
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "run" / name).read_text()
+    assert alone["metrics"]["tuned"]["eval_scores/exact_match"] == 1.0
+
+
+@pytest.mark.ci
+def test_an_adapter_that_peft_made(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    """Nothing of ours is beside it; a whole part comes with it, and its base is somewhere else."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    settings = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    tuned = get_peft_model(model, settings)
+    tuned.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "models/lost"}))
+    with pytest.raises(ConfigError, match="models/lost, is not on this machine") as caught:
+        subject_of(str(tmp_path / "adapter"), [], data=[str(rows)], checkpoint=None, out=None)
+    assert "--base-model" in caught.value.fix
+    found = {}
+    for strategy in ("ddp", "zero3"):
+        subject = subject_of(
+            str(tmp_path / "adapter"), ["precision.compute=fp32", f"sharding.strategy={strategy}"], data=[str(rows)],
+            checkpoint=None, out=tmp_path / strategy, base=str(tiny_base),
+        )  # fmt: skip
+        evaluate_subject(subject, with_base=True)
+        found[strategy] = json.loads((tmp_path / strategy / "eval.json").read_text())["metrics"]
+    merged = tuned.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "merged")
+    for strategy, of_adapter in found.items():
+        for state, model_folder in (("base", tiny_base), ("tuned", tmp_path / "merged")):
+            out = tmp_path / f"{strategy}-{state}"
+            subject = subject_of(
+                str(model_folder), ["precision.compute=fp32"], data=[str(rows)], checkpoint=None, out=out
+            )
+            evaluate_subject(subject, with_base=False)
+            expected = json.loads((out / "eval.json").read_text())["metrics"]["base"]["eval_loss"]
+            assert of_adapter[state]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_adapters_that_cannot_be(trained: Path, rows: Path, tiny_base: Path, tmp_path: Path) -> None:
+    def copy(name: str, **changes: object) -> Path:
+        folder = Path(shutil.copytree(trained / "final", tmp_path / name))
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return folder
+
+    for name, changes, what in (
+        ("prefix", {"peft_type": "PREFIX_TUNING"}, "is a prefix tuning adapter without its run"),
+        ("ranks", {"rank_pattern": {"q_proj": 2}}, "has rank_pattern"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            subject_of(str(copy(name, **changes)), [], data=[str(rows)], checkpoint=None, out=None)
+    with pytest.raises(ConfigError, match="--base-model is for an adapter without its run"):
+        subject_of(str(trained), [], data=[str(rows)], checkpoint=None, out=None, base=str(tiny_base))
+    other = build_base(tmp_path / "other", hidden_size=32)
+    subject = subject_of(
+        str(copy("wrong")), [], data=[str(rows)], checkpoint=None, out=tmp_path / "out", base=str(other)
+    )
+    with pytest.raises(CheckpointError, match=r"differs in .* tensors from the adapter"):
+        evaluate_subject(subject, with_base=False)

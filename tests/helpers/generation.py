@@ -26,6 +26,7 @@ from sft_dist.data.loader import TrainingOrder
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.evaluation.decode import Generated, gather, generate
 from sft_dist.model.export import export, publish
+from sft_dist.run import Run
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.train.step import train_step
 from tests.helpers import cells
@@ -86,16 +87,20 @@ def answer(
             on_note=notes.append, **how,
         )  # fmt: skip
         if folder is not None:
-            everything = run.model.method.type == "full"
-            export(
-                Path(folder), run.model, strategy.model, strategy.full_parameters(trainable_only=not everything),
-                load_tokenizer(run.model.path, added=run.model.tokens.added), is_main=rank == 0, seed=run.seed,
-            )  # fmt: skip
-            if rank == 0:
-                publish(Path(folder))
+            export_to(Path(folder), run, strategy)
         return Answered(gather(own, rank=rank, world_size=size), told, notes)
     finally:
         strategy.close()
+
+
+def export_to(folder: Path, run: Run, strategy: Strategy) -> None:
+    everything, rank = run.model.method.type == "full", dist.get_rank()
+    export(
+        folder, run.model, strategy.model, strategy.full_parameters(trainable_only=not everything),
+        load_tokenizer(run.model.path, added=run.model.tokens.added), is_main=rank == 0, seed=run.seed,
+    )  # fmt: skip
+    if rank == 0:
+        publish(folder)
 
 
 def losses_around(cfg_yaml: str, asked: Prompts, how: dict[str, Any] | None) -> list[float]:
