@@ -83,10 +83,32 @@ def test_choices_are_kept_taken_back_and_counted(run: Path, tmp_path: Path) -> N
     again = Votes(file, seed=3)
     assert again.by_pair == votes.by_pair
     assert again.tally(comparison) == Tally(first=0, second=2, tie=1, bad=1, open=2)
+    again.choose(comparison.pairs[5], "bad")
+    assert Votes(file, seed=3).tally(comparison).open == 1, "behind a line that was cut short"
     noted = [json.loads(line) for line in file.read_text().splitlines()[:5]]
     assert [line["better"] for line in noted[:4]] == [None, None, "second", "second"]
     side = "left" if comparison.pairs[2].is_swapped(3) else "right"
     assert noted[2][side] == "tuned 2"
+
+
+def test_choices_count_for_whom_they_were_with_any_seed(run: Path, tmp_path: Path) -> None:
+    comparison, file = read_comparison(run), tmp_path / "review.jsonl"
+    votes = Votes(file, seed=0)
+    for pair in comparison.pairs:
+        votes.choose(pair, "left" if pair.is_swapped(0) else "right")
+    assert len({pair.is_swapped(0) == pair.is_swapped(5) for pair in comparison.pairs}) == 2
+    assert Votes(file, seed=5).tally(comparison) == votes.tally(comparison) == Tally(0, 6, 0, 0, 0)
+    assert Votes(file, seed=5).by_pair != votes.by_pair
+
+
+def test_texts_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    for name in ("base", "tuned"):
+        write(tmp_path / f"answers-{name}.jsonl", ("one\u2028two", f"{name}\x85\u2029"), ("next", name))
+    comparison = read_comparison(tmp_path)
+    assert comparison.pairs[0].answers == ("base\x85\u2029", "tuned\x85\u2029")
+    for pair in comparison.pairs:
+        Votes(tmp_path / "review.jsonl", seed=0).choose(pair, "tie")
+    assert Votes(tmp_path / "review.jsonl", seed=0).tally(comparison).tie == 2
 
 
 @pytest.mark.parametrize(("first", "second"), [(3, 9), (0, 5), (40, 60), (7, 7)])
