@@ -289,6 +289,45 @@ def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None
     assert [(event.step, event.value) for event in seen] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
 
 
+def test_tensorboard_gets_all_lines_where_its_folder_was_deleted(tmp_path: Path) -> None:
+    before = [line(1), line(2, loss=math.nan), {"step": 2, "eval_scores/bleu": 30.0}]
+    with RunLogger(tmp_path, OFF, {}, num_steps=4) as logger:
+        for each in before:
+            logger._write(each)
+    on = OFF.model_copy(update={"tensorboard": True})
+    with RunLogger(tmp_path, on, {}, num_steps=4, completed=2) as logger:
+        logger.training_step(line(3))
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in seen.Scalars("train/loss")] == [1, 2, 3]
+    assert math.isnan(seen.Scalars("train/loss")[1].value)
+    assert [(event.step, event.value) for event in seen.Scalars("eval/scores/bleu")] == [(2, 30.0)]
+
+
+def test_tensorboard_of_a_run_that_goes_back_has_each_step_once(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, OFF.model_copy(update={"tensorboard": True}), {}, num_steps=4) as logger:
+        logger.evaluation({"step": 0, "eval_loss": 5.0, "eval_perplexity": 20.0})
+        for step in (1, 2, 3):
+            logger.training_step(line(step))
+        logger.go_back(1)
+        logger.training_step(line(2, loss=9.0))
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [(1, 1.5), (2, 9.0)]
+    assert len(seen.Scalars("eval/loss")) == 1
+
+
+def test_tensorboard_of_a_run_that_begins_anew_has_nothing_of_before(tmp_path: Path) -> None:
+    """Killed before it had saved: its first steps are trained again."""
+    on = OFF.model_copy(update={"tensorboard": True})
+    for start, steps in ((0, (1, 2, 3)), (1, (1, 2))):
+        with RunLogger(tmp_path, on, {}, num_steps=4) as logger:
+            logger.evaluation({"step": 0, "eval_loss": 5.0 + start, "eval_perplexity": 20.0})
+            for step in steps:
+                logger.training_step(line(step, loss=10.0 * start + step))
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [(1, 11.0), (2, 12.0)]
+    assert [(event.step, event.value) for event in seen.Scalars("eval/loss")] == [(0, 6.0)]
+
+
 def test_tensorboard_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"logging\.tensorboard: TensorBoard cannot be imported") as caught:
