@@ -45,6 +45,12 @@ def test_over_several_groups_the_one_that_waits_for_nobody() -> None:
     # A save that is going on in its own group blames nobody who waits in training.
     found = ranks({"all": 7, "save": 3}, {"all": 6, "save": 4}, {"all": 7, "save": 4})
     assert judged([*found]) == Guilty((1,)) or judged([*found]) == Guilty((0, 1))
+    # A group in which all are level holds nobody up: 2 does not wait in "c".
+    assert judged([*ranks({"a": 5}, {"a": 4, "b": 9}, {"b": 8, "c": 20}, {"c": 20})]) == Guilty((2,))
+
+
+def test_where_each_waits_for_another_those_that_are_least_far() -> None:
+    assert judged([*ranks({"a": 5, "b": 6}, {"a": 4, "b": 9}, {"a": 5, "b": 9})]) == Guilty((0,))
 
 
 def test_without_collectives_the_place_tells() -> None:
@@ -70,6 +76,8 @@ def test_who_is_within_its_own_limit_is_let_be() -> None:
     late = ranks({"all": 7}, {"all": 6})
     for patient in (replace(late[1], limit_s=600.0), replace(late[1], limit_s=None), replace(late[1], still_s=2.0)):
         assert judged([late[0], patient]) is None
+    several = ranks({"all": 7}, {"all": 6}, {"all": 6})
+    assert judged([several[0], several[1], replace(several[2], limit_s=600.0)]) is None, "not all that are behind"
     same = ranks({"all": 7}, {"all": 7})
     assert judged([same[0], replace(same[1], still_s=299.0)]) is None
     assert judged([replace(each, still_s=299.0) for each in late]) is None
@@ -121,6 +129,12 @@ def test_what_is_told() -> None:
     assert verdict.verdict_of(Guilty((1,), is_silent=True), [found[0], None]).what.startswith("rank 1 has never said")
     assert verdict.verdict_of(Guilty(()), found).what.startswith("all ranks wait at the same place: none is behind")
     assert verdict.verdict_of(Guilty(()), [HUNG]).what.startswith("this process makes no progress, training")
+    longest = verdict.verdict_of(Guilty(()), [found[0], replace(found[1], still_s=400.0)])
+    assert (longest.host, longest.still_s) == (None, 400.0), "no node is blamed; the longest stillness is told"
+    several = ranks({"all": 7}, {"all": 6}, {"all": 6}, {"all": 6})
+    assert "rank 1 on n1 (and ranks 2, 3) stalls" in verdict.verdict_of(Guilty((1, 2, 3)), several).what
+    gone = verdict.verdict_of(Guilty((1,), is_silent=True), [found[0], replace(found[1], phase="ended")])
+    assert gone.what == "rank 1 on n1 has ended, and the others still wait for it"
 
 
 def test_one_verdict_and_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
