@@ -62,6 +62,13 @@ def test_it_goes_on_where_it_was() -> None:
     assert second.told(5) == (
         "stopped early at step 5: eval_loss was 4.0000 at step 2, and 3 evaluations since then have not improved it"
     )
+    assert second.metrics() == {
+        "early_stopping/fired": 1, "early_stopping/evaluations": 3, "early_stopping/best": 4.0,
+        "early_stopping/best_step": 2,
+    }  # fmt: skip
+    nothing = EarlyStopping(config, Waiting(best=0.0, best_step=2, evaluations=1)).told(3)
+    assert nothing.endswith("eval_loss was 0.0000 at step 2, and 1 evaluation since then has not improved it")
+    assert "eval_loss never was a number" in EarlyStopping(config, None).told(3)
     assert not has_fired(EarlyStoppingConfig(patience=4), second.waiting), "the patience of now decides"
     assert not has_fired(None, second.waiting)
 
@@ -115,6 +122,7 @@ def told(evaluations: list[float], train: list[float], rises: int = 2) -> list[i
         ([3, 2, 2.1, 2.2, 2.3], [5, 4, 4.5, 5, 6], []),
         ([3, 2, 2.1, 2.1, 2.2], [5, 4, 3, 2, 1], []),
         ([3, 2.5, 2], [5, 4, 3], []),
+        ([2, 3, 4], [5, 4, 5], []),
         ([2, 3, 4], [5, 4, 3], [3]),
     ],
 )
@@ -132,6 +140,18 @@ def test_the_evaluation_before_training_has_no_training_loss_to_compare_with() -
     assert said is not None
     assert "risen 1 times in a row, 2.0000 to 3.0000, while the training loss fell from 5.0000 to 4.0000" in said
     assert "The best evaluation is that of step 0 (1.0000)" in said
+
+
+def test_the_training_loss_is_the_mean_of_the_steps_between() -> None:
+    watch = OverfitWatch(1)
+    said = []
+    for step, losses in enumerate(([4.0, 2.0], [6.0, 1.0], [3.0, 2.0]), 1):
+        for loss in losses:
+            watch.trained(loss)
+        said.append(watch.evaluated(step, float(step)))
+    assert said[:2] == [None, None]
+    assert said[2] is not None
+    assert "fell from 3.5000 to 2.5000" in said[2]
 
 
 def test_a_resumed_run_reads_what_was_before() -> None:

@@ -111,6 +111,19 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
         assert written(tmp_path)[1] == {"step": 1, "eval_loss": 0.5, "eval_perplexity": math.exp(0.5)}
 
 
+def test_what_people_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=4) as logger:
+        logger.training_step(line(1, step_time_s=10.0))
+        logger.evaluation(
+            {"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.65, "eval_loss/chat": 0.75, "eval_long_loss": 2.0,
+             "eval_scores/bleu": 30.25, "eval_scores/bleu/chat": 12.0}
+        )  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/4  loss 1.5000  10 tokens/s  lr 1.00e-03  about 30 s left",
+        "eval at step 1: loss 0.5000, perplexity 1.65", "  chat: 0.7500", "  long_loss 2, bleu 30.25",
+    ]  # fmt: skip
+
+
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
     with RunLogger(tmp_path, OFF, {}, num_steps=2) as logger:
         logger.training_step(line(1, loss=math.nan, grad_norm=math.inf))
@@ -266,7 +279,7 @@ def test_trackers_get_tables_and_results_and_no_secret(tmp_path: Path) -> None:
         logger.training_step(line(1, loss=math.nan))
         logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.6})
         logger.table("samples", ["prompt", "answer"], [["日本の首都は?", "東京 | です\n。"]], step=1)
-        logger.conclude({"loss": 0.5}, tmp_path / "final")
+        logger.conclude({"loss": 0.5, "base": "hf_" + "a" * 30}, tmp_path / "final")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if b"hf_aaaaaaaa" in path.read_bytes()]
     [offline] = tmp_path.glob("wandb/offline-run-*")
@@ -369,6 +382,14 @@ def test_a_run_that_goes_back_trains_the_steps_again(
         "step": 1, "event": "rolled_back", "of_step": 3, "of_loss": None, "ranks": [1], "non_finite": ["of_loss"]
     }  # fmt: skip
     assert logged_now == logged
+
+
+def test_lines_that_wait_for_room_go_back_too(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=4) as logger:
+        logger._lines.waiting.extend(json.dumps(line(step)) for step in (1, 2))
+        logger.go_back(1)
+        logger.training_step(line(2, loss=9.0))
+    assert [(entry["step"], entry["loss"]) for entry in written(tmp_path)] == [(1, 1.5), (2, 9.0)]
 
 
 def test_a_run_that_goes_back_to_its_start_keeps_what_was_before_it(tmp_path: Path) -> None:

@@ -152,8 +152,25 @@ def test_only_the_page_of_this_start_is_answered(server: ReviewServer) -> None:
     status, text = ask(server, "/state", **key)
     assert status == 200
     assert "base" not in {key for pair in json.loads(text)["pairs"] for key in pair}
+    assert ask(server, "/result", **key, Host="evil.example")[0] == 403
     with pytest.raises(ConfigError, match="cannot be used"):
         ReviewServer(server._comparison, server._votes, seed=0, port=server.port)
+
+
+def test_the_page_gets_the_sides_of_the_seed_and_not_whose_they_are(server: ReviewServer, run: Path) -> None:
+    key, pairs = {"X-Key": server.key}, read_comparison(run).pairs
+    assert len({pair.is_swapped(0) for pair in pairs}) == 2
+    seconds = ["left" if pair.is_swapped(0) else "right" for pair in pairs]
+    for pair, side in zip(pairs[:5], seconds, strict=False):
+        assert ask(server, "/choose", body={"pair": pair.id, "choice": side}, **key)[0] == 200
+    state = json.loads(ask(server, "/state", **key)[1])
+    assert set(state) == {"pairs", "equal"}
+    assert all(set(each) == {"id", "prompt", "reference", "left", "right", "choice"} for each in state["pairs"])
+    assert [each["choice"] for each in state["pairs"]] == [*seconds[:5], None]
+    assert [each[side] for each, side in zip(state["pairs"], seconds, strict=True)] == [p.answers[1] for p in pairs]
+    result = json.loads(ask(server, "/result", **key)[1])
+    assert (result["names"], result["first"], result["second"], result["open"]) == (["base", "support"], 0, 5, 1)
+    assert "support" not in ask(server, f"/?key={server.key}")[1]
 
 
 @needs_browser

@@ -40,6 +40,7 @@ def test_a_spike_is_told_by_the_median_of_the_last_losses(losses: list[float], l
     assert watch.admits(10, loss), "it is only told"
     if trouble is not None:
         assert (trouble.kind, trouble.remedy) == ("spike", "warn")
+        assert str(trouble).startswith(f"loss {loss:g} is a spike, 3.0 times the median")
     assert spikes(losses, policy="off").trouble(10, loss, 1.0) is None
     assert spikes(losses, policy="skip").admits(10, loss) != is_spike
 
@@ -53,6 +54,18 @@ def test_what_is_not_finite_has_a_rule_of_its_own(policy: str, loss: float, norm
         assert trouble is not None
         assert (trouble.kind, trouble.remedy) == ("non_finite", remedy)
         assert watch.admits(5, loss) == math.isfinite(loss)
+
+
+def test_half_of_an_odd_window_is_its_larger_half() -> None:
+    assert spikes([1.0, 1.0], window=5).trouble(3, 9.0, 1.0) is None
+    assert spikes([1.0, 1.0, 1.0], window=5).trouble(4, 9.0, 1.0) is not None
+
+
+@pytest.mark.parametrize("key", ["policy", "non_finite"])
+def test_what_either_rule_asks_for_is_made_ready(key: str) -> None:
+    for remedy, waits, may_go_back in (("skip", True, False), ("roll_back", False, True)):
+        watch = spikes([], **{key: remedy})
+        assert (watch.waits, watch.may_go_back) == (waits, may_go_back)
 
 
 def test_too_many_in_a_row_end_the_run() -> None:

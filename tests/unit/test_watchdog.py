@@ -99,11 +99,13 @@ def test_limits_before_anything_is_measured(phase: Doing, part: str, seconds: fl
 
 def test_limits_follow_the_steps_and_the_user() -> None:
     limits = Limits(WatchdogConfig(save_s="off", data_s=7.5))
-    for _ in range(5):
+    for _ in range(4):
         limits.stepped(2.0)
+    assert limits.of("training", "") == FIRST_STEP_S, "the first ones compile"
+    limits.stepped(2.0)
     assert (limits.of("training", ""), limits.of("evaluating", "")) == (STEP_S, EVAL_S)
-    for _ in range(100):
-        limits.stepped(818.0)
+    for step_s in [818.0] * 60 + [1.0] * 20 + [2000.0] * 20:
+        limits.stepped(step_s)
     assert (limits.of("training", ""), limits.of("evaluating", "")) == (8180.0, 8180.0)
     assert (limits.of("training", "data"), limits.of("saving", "")) == (7.5, None)
 
@@ -151,6 +153,13 @@ def test_one_verdict_and_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert nodes.stalled_node(tmp_path, replace(attempt, restart=0), attempt.nodes) == {}
     (folder / verdict.FILE).write_text(json.dumps({"cut": 1})[:-3])
     assert nodes.stalled_node(tmp_path, attempt, attempt.nodes) == {}
+
+
+def test_where_a_rank_is() -> None:
+    assert replace(HUNG, part="rank 0", step=None).where == "waiting for rank 0"
+    assert replace(HUNG, part="").where == "training, after step 119"
+    for still_s, is_over in ((299.9, False), (300.0, True)):
+        assert replace(HUNG, still_s=still_s).is_over == is_over
 
 
 def test_records(tmp_path: Path) -> None:
