@@ -52,8 +52,8 @@ def test_a_loss_that_never_rises_has_no_turning() -> None:
 
 
 def test_a_rise_that_is_small_beside_the_fall_is_no_turning() -> None:
-    assert LrCurve(tuple(RATES[:40]), tuple([*(5 - 0.1 * n for n in range(30)), *[2.2] * 10])).turning is None
-    early = LrCurve(tuple(RATES[:20]), tuple([5.0, 4.0, 3.0, 2.0, *(3.0 + n for n in range(16))]))
+    assert LrCurve(tuple(RATES[:40]), (*(5 - 0.1 * n for n in range(30)), *[2.2] * 10)).turning is None
+    early = LrCurve(tuple(RATES[:20]), (5.0, 4.0, 3.0, 2.0, *(3.0 + n for n in range(16))))
     assert early.steepest in RATES[:4]
 
 
