@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from sft_dist.checkpoint.manifest import Waiting
+from sft_dist.checkpoint.manifest import Position, Waiting
 from sft_dist.config.control_schema import EarlyStoppingConfig, Goal, known_mode
+from sft_dist.config.schema import CheckpointConfig
 from sft_dist.errors import ConfigError
+from sft_dist.train.control import Control
 from sft_dist.train.early_stopping import EarlyStopping, has_fired
+from sft_dist.train.final_state import FinalState
 from sft_dist.train.overfitting import OverfitWatch
 
 NAN = math.nan
@@ -98,6 +103,70 @@ def test_nothing_is_better_by_being_no_number() -> None:
         assert not goal.is_better(NAN, 1.0)
         assert goal.is_better(1.0, None)
         assert not goal.is_better(1.0, 1.0)
+
+
+# The best state
+
+
+def control(best: Position | None = None, *, keep_best: bool = True, metric: str = "eval_loss") -> Control:
+    run: Any = SimpleNamespace(
+        checkpoint=CheckpointConfig(keep_best=keep_best, best_metric=metric), early_stopping=EarlyStoppingConfig()
+    )
+    return Control(run, None, best, None)
+
+
+def test_the_best_state_is_kept_once_and_of_equals_the_first() -> None:
+    decides, kept = control(), []
+    for step, loss in enumerate((5.0, 4.0, NAN, 4.0, 3.0), 1):
+        decides.trained()
+        assert not decides.is_best, "not evaluated yet"
+        decides.evaluated(step, {"eval_loss": loss})
+        if decides.is_best:
+            kept.append(step)
+            decides.saved()
+            assert not decides.is_best, "it is kept"
+    assert kept == [1, 2, 5]
+    assert decides.waiting == Waiting(best=3.0, best_step=5)
+    worse = control(keep_best=False)
+    worse.evaluated(1, {"eval_loss": 1.0})
+    assert not worse.is_best
+
+
+def test_a_resumed_run_knows_the_best_of_before() -> None:
+    before = Position(completed_steps=4, eval_loss=2.0, evaluation={"eval_scores/bleu": 30.0})
+    for metric, values in (("eval_loss", (2.5, 2.0, 1.5)), ("eval_scores/bleu", (20.0, 30.0, 31.0))):
+        decides = control(before, metric=metric)
+        found = []
+        for value in values:
+            decides.evaluated(5, {"eval_loss": 9.0} | {metric: value})
+            found.append(decides.is_best)
+        assert found == [False, False, True]
+
+
+def test_what_a_checkpoint_tells_of_its_evaluation() -> None:
+    decides = control()
+    decides.evaluated(3, {"eval_loss": 2.0, "eval_perplexity": math.inf, "eval_scores/bleu": 30.0})
+    told_of_it = decides.of_position()
+    assert (told_of_it["eval_loss"], told_of_it["evaluation"]) == (2.0, {"eval_scores/bleu": 30.0})
+    assert told_of_it["waiting"] == Waiting(best=2.0, best_step=3)
+    decides.trained()
+    assert (decides.of_position()["eval_loss"], decides.of_position()["evaluation"]) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (FinalState(40, 40, 40), "of step 40, the last one"),
+        (FinalState(30, 30, 40, stopped_early=True),
+         "of step 30, the last one; stopped early after step 30 of 40"),
+        (FinalState(20, 40, 40, "eval_loss", 0.5),
+         "of step 20, the best evaluation: eval_loss 0.5000; training ended after step 40"),
+        (FinalState(20, 30, 40, "eval_loss", 0.0, stopped_early=True),
+         "of step 20, the best evaluation: eval_loss 0.0000; training stopped early after step 30 of 40"),
+    ],
+)  # fmt: skip
+def test_which_state_a_card_names(state: FinalState, said: str) -> None:
+    assert state.told() == said
 
 
 # Overfitting
