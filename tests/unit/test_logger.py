@@ -205,6 +205,36 @@ def test_wandb_gets_the_lines_of_earlier_starts_that_it_lacks(
     assert [step for step, _ in wandb.logged] == logged
 
 
+def test_wandb_gets_what_was_not_finite_as_that(tmp_path: Path, wandb: FakeWandb) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=9) as logger:
+        logger.training_step(line(1, loss=math.nan))
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=9, completed=1):
+        pass
+    [(step, loss)] = wandb.logged
+    assert (step, math.isnan(loss)) == (1, True)
+
+
+def test_wandb_is_started_again_so_often_and_no_more(
+    tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known: set[int] = set()
+
+    def log(metrics: dict[str, Any], step: int) -> None:
+        if step not in known:  # its process is gone whenever there is something new
+            known.add(step)
+            raise OSError("gone")
+
+    wandb.log = log
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=9) as logger:
+        for step in range(1, 7):
+            logger.training_step(line(step))
+            done = threading.Event()
+            logger._track(lambda _, done=done: done.set())
+            done.wait(0.5)  # a lost one does nothing more
+    assert len(wandb.ids) == 1 + wandb_run.MAX_RESTARTS
+    assert capsys.readouterr().out.count("W&B takes nothing more (gone)") == 1
+
+
 def test_a_process_of_wandb_that_is_gone_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
     """As a scheduler's SIGTERM to all processes of a job ends it, in mid-run and again before the end."""
 

@@ -18,7 +18,7 @@ import pytest
 from sft_dist.cluster.sweep_table import LOSS_OF_STEPS as OF_A_SWEEP
 from sft_dist.errors import ConfigError
 from sft_dist.report.axes import logarithmic, short, straight
-from sft_dist.report.beside import Page
+from sft_dist.report.beside import Page, _environment
 from sft_dist.report.chart import Chart, Line, draw
 from sft_dist.report.charts import cumulative, score_charts, score_name, told_of
 from sft_dist.report.command import REPORT, unfinished_page, write_report
@@ -573,6 +573,14 @@ def test_the_page_is_written_beside_the_run_and_at_its_end(tmp_path: Path) -> No
     assert told == []
     assert took_s < 1.0  # a process begins; the rest is beside
     assert not list(tmp_path.glob(".report*"))
+
+
+def test_what_writes_it_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "OF_NO_RANK"):
+        monkeypatch.setenv(name, "1")
+    kept = _environment()
+    assert [name for name in kept if name.startswith(("RANK", "LOCAL", "WORLD", "MASTER", "TORCHELASTIC"))] == []
+    assert kept["OF_NO_RANK"] == "1"
 
 
 def test_a_run_that_has_not_begun_gets_no_page(tmp_path: Path) -> None:

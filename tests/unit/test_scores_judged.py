@@ -214,6 +214,15 @@ def test_a_schema_that_cannot_be_used_is_told(tmp_path: Path, content: str | Non
         score([answered("{}", "")], ScoresConfig(metrics=["json_schema"], json_schema=str(path)))
 
 
+def test_an_answer_that_is_nested_too_deep_for_a_check_is_not_accepted(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"$ref": "#"}}')
+    settings = ScoresConfig(metrics=["json_valid", "json_schema"], json_schema=f"{tmp_path}/schema.json")
+    deep = "[" * 500 + "]" * 500
+    assert score([answered(deep, ""), answered("[[]]", "")], settings).per_example == {
+        "json_valid": [1, 1], "json_schema": [0, 1]
+    }  # fmt: skip
+
+
 def test_a_schema_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr("urllib.request.urlopen", lambda request, *_, **__: asked.append(request))
