@@ -20,6 +20,7 @@ from sft_dist.config.schema import LoggingConfig, WandbConfig
 from sft_dist.errors import ConfigError, Preempted
 from sft_dist.metrics import wandb_run
 from sft_dist.metrics.logger import RunLogger
+from sft_dist.metrics.tensorboard_run import TensorboardRun
 from sft_dist.metrics.tracker import MOST_WAITING, Feed, Lines
 from tests.helpers.offline_wandb import OfflineRun, offline_runs
 
@@ -337,6 +338,7 @@ def test_tensorboard_gets_all_lines_where_its_folder_was_deleted(tmp_path: Path)
     with RunLogger(tmp_path, OFF, {}, num_steps=4) as logger:
         for each in before:
             logger._write(each)
+    TensorboardRun(tmp_path, completed=2).finish(code=1, is_preempted=False, lines=list)  # had written nothing yet
     on = OFF.model_copy(update={"tensorboard": True})
     with RunLogger(tmp_path, on, {}, num_steps=4, completed=2) as logger:
         logger.training_step(line(3))

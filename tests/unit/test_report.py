@@ -209,6 +209,15 @@ def test_what_the_page_says_of_a_run_that_goes_on(tmp_path: Path) -> None:
     assert "Step 0 is the base" in words
 
 
+def test_the_first_steps_of_a_process_are_no_speed(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path, steps=5, finished=False)
+    written = [line for line in lines(5) if "loss" in line]
+    for line, seconds in zip(written, (90.0, 80.0, 4.0, 4.5, 5.0), strict=True):
+        line["step_time_s"] = seconds
+    write_metrics(folder, written)
+    assert {row.name: row.actual for row in read(folder).compared}["Step"] == 4.5
+
+
 def test_answers_on_the_page_are_the_first_and_the_last(tmp_path: Path) -> None:
     write_metrics(tmp_path, lines(30))
     said = [
