@@ -117,7 +117,7 @@ def control(best: Position | None = None, *, keep_best: bool = True, metric: str
 
 def test_the_best_state_is_kept_once_and_of_equals_the_first() -> None:
     decides, kept = control(), []
-    for step, loss in enumerate((5.0, 4.0, NAN, 4.0, 3.0), 1):
+    for step, loss in enumerate((5.0, 4.0, NAN, 4.5, 4.0, 3.0), 1):
         decides.trained()
         assert not decides.is_best, "not evaluated yet"
         decides.evaluated(step, {"eval_loss": loss})
@@ -126,8 +126,8 @@ def test_the_best_state_is_kept_once_and_of_equals_the_first() -> None:
             decides.saved()
             assert not decides.is_best, "it is kept"
         decides.saved()  # what is saved in any case is not the best for that
-    assert kept == [1, 2, 5]
-    assert decides.waiting == Waiting(best=3.0, best_step=5)
+    assert kept == [1, 2, 6]
+    assert decides.waiting == Waiting(best=3.0, best_step=6)
     worse = control(keep_best=False)
     worse.evaluated(1, {"eval_loss": 1.0})
     assert not worse.is_best

@@ -163,6 +163,16 @@ def test_a_run_in_its_first_minute(tmp_path: Path) -> None:
     assert "Config.yaml cannot be read" in text_of(page(tmp_path))
 
 
+def test_a_run_that_waits_for_somebody_is_marked_as_trouble(tmp_path: Path) -> None:
+    run_folders.submitted(tmp_path)
+    for reason, style in (("Priority", "plain"), ("JobHeldAdmin", "error")):
+        found = read_report(
+            tmp_path, clock=CLOCK, ask=lambda _, reason=reason: run_folders.job("PENDING", reason=reason)
+        )
+        assert found.status.verdict.kind == "waiting"
+        assert f'class="panel verdict {style}"' in render(found)
+
+
 def test_a_killed_run(tmp_path: Path) -> None:
     folder = whole_run(tmp_path, steps=120, finished=False)
     write_metrics(folder, lines(120), cut='{"step": 121, "lo')
