@@ -9,13 +9,14 @@ HIDDEN = "[hidden]"
 
 # Names of settings and environment variables whose values are secrets.
 _NAMES = re.compile(
-    r"(?i)(^|[_.-])(token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?)($|[_.-])"
+    r"(?i)(^|[_.-])(token|secret|password|passwd|pwd|passphrase|api_?key|access_?key|private_?key|credentials?)($|[_.-])"
 )
 
-# Values that are secrets whatever they are called: keys of Hugging Face, W&B, OpenAI, AWS, GitHub; passwords in URLs.
+# Values that are secrets whatever they are called: keys of Hugging Face, W&B, OpenAI, AWS, GitHub, Slack; passwords in
+# URLs.
 _VALUES = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v\d_[A-Za-z0-9_]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
-    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"\bhf_[A-Za-z0-9]{20,}|\bwandb_v\d_[A-Za-z0-9_]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bA[KS]IA[0-9A-Z]{16}\b"
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bxox[abprs]-[\w-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 
 

@@ -39,9 +39,11 @@ class TensorboardRun:
                 f"logging.tensorboard: TensorBoard cannot be imported ({error})",
                 fix="pip install 'sft-dist[tensorboard]', or set logging.tensorboard to false",
             ) from error
-        # Earlier starts have written their own files, unless the folder was deleted meanwhile.
+        # Earlier starts have written their own files, unless the folder was deleted meanwhile. Looked at before the file of
+        # this start is there, which is not empty either: it takes back.
         self._has_earlier = any(file.stat().st_size > _EMPTY_BYTES for file in (folder / FOLDER).glob("events.*"))
-        purge_step = completed + 1 if completed else None
+        # A run of no steps begins anew, its evaluation before the first one, too.
+        purge_step = completed + 1 if completed else 0
         self._new_writer = partial(SummaryWriter, str(folder / FOLDER))
         self._writer = self._new_writer(purge_step=purge_step)  # type: ignore[no-untyped-call]
 
@@ -84,8 +86,8 @@ class TensorboardRun:
         """Its thread ends with this process."""
 
 
-# A file that has nothing but its own version in it.
-_EMPTY_BYTES = 100
+# A file that has nothing but its own version in it, and what it takes back.
+_EMPTY_BYTES = 180
 
 
 def _tag(name: str) -> str:

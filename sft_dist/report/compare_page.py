@@ -16,6 +16,7 @@ from sft_dist.report.charts import MAX_SCORES, WITH_THE_LOSS, cumulative, score_
 from sft_dist.report.compare import Comparison
 from sft_dist.report.compare_words import facts
 from sft_dist.report.model import ReportData
+from sft_dist.report.redact import redacted_text
 from sft_dist.report.series import curve
 
 # Column, title, whether the smoothed curve stands for it.
@@ -37,7 +38,7 @@ def render_comparison(comparison: Comparison) -> str:
         title=", ".join(names),
         names=names,
         hues=HUES,
-        verdicts=[report.status.verdict.line for report in comparison.reports],
+        verdicts=[redacted_text(report.status.verdict.line) for report in comparison.reports],
         facts=facts(comparison.rows),
         differences=comparison.differences,
         loss_of_steps=LOSS_OF_STEPS,

@@ -36,7 +36,12 @@ class Pair:
 
     def is_swapped(self, seed: int) -> bool:
         """Whether the second answer stands on the left: by chance, and always the same for a seed."""
-        return bool(xxhash.xxh3_64_intdigest(f"{seed} {self.id}".encode()) & 1)
+        return is_swapped(self.id, seed)
+
+
+def is_swapped(pair: str, seed: int) -> bool:
+    """The same of a pair by its id alone."""
+    return bool(xxhash.xxh3_64_intdigest(f"{seed} {pair}".encode()) & 1)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ def _by_prompt(lines: Iterator[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not str.splitlines, which ends a line at U+2028 and others that an answer may hold, too.
+    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
             line["prompt"], line["answer"], line["reference"]

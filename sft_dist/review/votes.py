@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from sft_dist.review.pairs import Comparison, Pair
+from sft_dist.review.pairs import Comparison, Pair, is_swapped
 
 # left and right: that answer is better; tie: both are good; bad: neither is.
 Choice = Literal["left", "right", "tie", "bad"]
@@ -23,17 +23,26 @@ class Votes:
     """The choices of one reviewer; every one is on the disk when ``choose`` returns.
 
     Args:
-        file: of earlier choices, which count; a line that was cut short does not.
+        file: of earlier choices, which count, with whatever seed they were made; a line that was cut short does not.
         seed: of the sides.
     """
 
     def __init__(self, file: Path, *, seed: int) -> None:
         self._file, self._seed = file, seed
         self.by_pair: dict[str, Choice] = {}
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else ():
-            if line.endswith("\n"):
+        for line in file.read_bytes().splitlines() if file.exists() else ():
+            try:
                 noted = json.loads(line)
-                self._count(noted["pair"], noted["choice"])
+            except ValueError:
+                continue
+            self._count(noted["pair"], self._on_its_side(noted))
+
+    def _on_its_side(self, noted: dict[str, Any]) -> Choice | None:
+        """The choice of a line, by the sides of this seed."""
+        if noted["better"] is None:
+            choice: Choice | None = noted["choice"]
+            return choice
+        return "left" if (noted["better"] == "second") == is_swapped(noted["pair"], self._seed) else "right"
 
     def choose(self, pair: Pair, choice: Choice | None) -> None:
         """
@@ -51,8 +60,11 @@ class Votes:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
         self._file.parent.mkdir(parents=True, exist_ok=True)
+        # The line break comes first where an earlier line was cut short: nothing may be written behind that.
+        written = self._file.read_bytes() if self._file.exists() else b""
+        begin = "" if written.endswith(b"\n") or not written else "\n"
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(begin + json.dumps(line, ensure_ascii=False) + "\n")
         self._count(pair.id, choice)
 
     def _count(self, pair: str, choice: Choice | None) -> None:

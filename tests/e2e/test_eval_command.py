@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.train.evaluating import evaluate_subject, subject_of
+from sft_dist.train.evaluating import _step_of_final, evaluate_subject, subject_of
 from tests.helpers.taught import PAIRS, conversation, write_rows
 from tests.helpers.tiny_model import build_base
 from tests.helpers.trained_run import train_run
@@ -107,6 +107,17 @@ def test_two_processes_find_what_one_finds(trained: Path, rows: Path, tmp_path: 
     assert two["compared"] == alone["compared"]
     for state in ("base", "tuned"):
         assert two["metrics"][state]["eval_loss"] == pytest.approx(alone["metrics"][state]["eval_loss"], rel=1e-5)
+
+
+def test_the_checkpoint_of_final_is_evaluated_and_not_the_newest(tmp_path: Path) -> None:
+    (tmp_path / "receipt.json").write_text(json.dumps({"format": 1, "final": {"step": 20}}))
+    for step in (20, 40):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    assert _step_of_final(tmp_path) == "20"
+    (tmp_path / "checkpoints/step-00000020").rmdir()
+    assert _step_of_final(tmp_path) == "latest", "it is gone"
+    (tmp_path / "receipt.json").unlink()
+    assert _step_of_final(tmp_path) == "latest"
 
 
 def test_mistakes(trained: Path, tiny_base: Path, tmp_path: Path) -> None:

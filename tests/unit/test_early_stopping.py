@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sft_dist.checkpoint.manifest import Waiting
+from sft_dist.checkpoint.manifest import Position, Waiting
 from sft_dist.config.control_schema import EarlyStoppingConfig, Goal, known_mode
+from sft_dist.config.schema import CheckpointConfig
 from sft_dist.errors import ConfigError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from sft_dist.train.control import Control
 from sft_dist.train.early_stopping import EarlyStopping, has_fired
+from sft_dist.train.final_state import FinalState
 from sft_dist.train.overfitting import OverfitWatch
 from tests.helpers import cells
 
@@ -68,6 +71,13 @@ def test_it_goes_on_where_it_was() -> None:
     assert second.told(5) == (
         "stopped early at step 5: eval_loss was 4.0000 at step 2, and 3 evaluations since then have not improved it"
     )
+    assert second.metrics() == {
+        "early_stopping/fired": 1, "early_stopping/evaluations": 3, "early_stopping/best": 4.0,
+        "early_stopping/best_step": 2,
+    }  # fmt: skip
+    nothing = EarlyStopping(config, Waiting(best=0.0, best_step=2, evaluations=1)).told(3)
+    assert nothing.endswith("eval_loss was 0.0000 at step 2, and 1 evaluation since then has not improved it")
+    assert "eval_loss never was a number" in EarlyStopping(config, None).told(3)
     assert not has_fired(EarlyStoppingConfig(patience=4), second.waiting), "the patience of now decides"
     assert not has_fired(None, second.waiting)
 
@@ -142,6 +152,72 @@ def test_an_evaluation_that_is_no_number_is_told_and_nothing_gained(tiny_base: P
     assert control.stops
 
 
+# The best state
+
+
+def control(best: Position | None = None, *, keep_best: bool = True, metric: str = "eval_loss") -> Control:
+    run: Any = SimpleNamespace(
+        checkpoint=CheckpointConfig(keep_best=keep_best, best_metric=metric), early_stopping=EarlyStoppingConfig()
+    )
+    logger: Any = Told()
+    return Control(run, logger, best, None)
+
+
+def test_the_best_state_is_kept_once_and_of_equals_the_first() -> None:
+    decides, kept = control(), []
+    for step, loss in enumerate((5.0, 4.0, NAN, 4.5, 4.0, 3.0), 1):
+        decides.trained()
+        assert not decides.is_best, "not evaluated yet"
+        decides.evaluated(step, {"eval_loss": loss})
+        if decides.is_best:
+            kept.append(step)
+            decides.saved()
+            assert not decides.is_best, "it is kept"
+        decides.saved()  # what is saved in any case is not the best for that
+    assert kept == [1, 2, 6]
+    assert decides.waiting == Waiting(best=3.0, best_step=6)
+    worse = control(keep_best=False)
+    worse.evaluated(1, {"eval_loss": 1.0})
+    assert not worse.is_best
+
+
+def test_a_resumed_run_knows_the_best_of_before() -> None:
+    before = Position(completed_steps=4, eval_loss=2.0, evaluation={"eval_scores/bleu": 30.0})
+    for metric, values in (("eval_loss", (2.5, 2.0, 1.5)), ("eval_scores/bleu", (20.0, 30.0, 31.0))):
+        decides = control(before, metric=metric)
+        found = []
+        for value in values:
+            decides.evaluated(5, {"eval_loss": 9.0} | {metric: value})
+            found.append(decides.is_best)
+        assert found == [False, False, True]
+
+
+def test_what_a_checkpoint_tells_of_its_evaluation() -> None:
+    decides = control()
+    decides.evaluated(3, {"eval_loss": 2.0, "eval_perplexity": math.inf, "eval_scores/bleu": 30.0})
+    told_of_it = decides.of_position()
+    assert (told_of_it["eval_loss"], told_of_it["evaluation"]) == (2.0, {"eval_scores/bleu": 30.0})
+    assert told_of_it["waiting"] == Waiting(best=2.0, best_step=3)
+    decides.trained()
+    assert (decides.of_position()["eval_loss"], decides.of_position()["evaluation"]) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (FinalState(40, 40, 40), "of step 40, the last one"),
+        (FinalState(30, 30, 40, stopped_early=True),
+         "of step 30, the last one; stopped early after step 30 of 40"),
+        (FinalState(20, 40, 40, "eval_loss", 0.5),
+         "of step 20, the best evaluation: eval_loss 0.5000; training ended after step 40"),
+        (FinalState(20, 30, 40, "eval_loss", 0.0, stopped_early=True),
+         "of step 20, the best evaluation: eval_loss 0.0000; training stopped early after step 30 of 40"),
+    ],
+)  # fmt: skip
+def test_which_state_a_card_names(state: FinalState, said: str) -> None:
+    assert state.told() == said
+
+
 # Overfitting
 
 
@@ -164,6 +240,7 @@ def told(evaluations: list[float], train: list[float], rises: int = 2) -> list[i
         ([3, 2, 2.1, 2.2, 2.3], [5, 4, 4.5, 5, 6], []),
         ([3, 2, 2.1, 2.1, 2.2], [5, 4, 3, 2, 1], []),
         ([3, 2.5, 2], [5, 4, 3], []),
+        ([2, 3, 4], [5, 4, 5], []),
         ([2, 3, 4], [5, 4, 3], [3]),
         ([NAN, 2, NAN, 3, 4], [6, 5, 4.5, 4, 3], [5]),
     ],
@@ -182,6 +259,18 @@ def test_the_evaluation_before_training_has_no_training_loss_to_compare_with() -
     assert said is not None
     assert "risen 1 times in a row, 2.0000 to 3.0000, while the training loss fell from 5.0000 to 4.0000" in said
     assert "The best evaluation is that of step 0 (1.0000)" in said
+
+
+def test_the_training_loss_is_the_mean_of_the_steps_between() -> None:
+    watch = OverfitWatch(1)
+    said = []
+    for step, losses in enumerate(([4.0, 2.0], [6.0, 1.0], [3.0, 2.0]), 1):
+        for loss in losses:
+            watch.trained(loss)
+        said.append(watch.evaluated(step, float(step)))
+    assert said[:2] == [None, None]
+    assert said[2] is not None
+    assert "fell from 3.5000 to 2.5000" in said[2]
 
 
 def test_a_resumed_run_reads_what_was_before() -> None:

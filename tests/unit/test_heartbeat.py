@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from sft_dist.errors import DataError, Preempted
+from sft_dist.errors import DataError, Preempted, Stalled
 from sft_dist.metrics import heartbeat
-from sft_dist.metrics.heartbeat import HEARTBEAT, Beat, Heartbeat
+from sft_dist.metrics.heartbeat import HEARTBEAT, Beat, Heartbeat, tell_end
 from tests.helpers.disks import locked
 from tests.helpers.small_disk import small_disk
 
@@ -40,11 +41,13 @@ def seen(folder: Path, wanted: Callable[[Beat], bool]) -> Beat:
 def test_each_phase_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with Heartbeat() as beats:
         with beats.phase("preparing"):
             begin(beats, tmp_path)
             first = seen(tmp_path, lambda beat: beat.phase == "preparing")
             assert (first.job_id, first.restart, first.step, first.world_size) == ("4711", 2, None, 2)
+            assert first.launch_restarts == 1
         seen(tmp_path, lambda beat: beat.phase == "loading")
         beats.at(10, 100)
         with beats.phase("rehearsing"), beats.phase("proving"):
@@ -61,9 +64,12 @@ def test_each_phase_is_written_at_once(tmp_path: Path, monkeypatch: pytest.Monke
                 assert beat.step_at is not None
                 assert beat.step_at <= beat.written_at
             seen(tmp_path, lambda beat: beat.phase == "training")
+            beats.completed(14)
     last = Beat.read(tmp_path)
     assert last is not None
-    assert (last.phase, last.exit_code, last.step) == ("done", 0, 13)
+    assert (last.phase, last.exit_code, last.step) == ("done", 0, 14)
+    assert last.step_at is not None
+    assert last.step_at > beat.step_at, "of the last step"
     assert [path.name for path in tmp_path.iterdir()] == [HEARTBEAT]
 
 
@@ -93,6 +99,27 @@ def test_how_it_ended(tmp_path: Path, error: BaseException, phase: str, code: in
     last = Beat.read(tmp_path)
     assert last is not None
     assert (last.phase, last.during, last.exit_code, last.what) == (phase, "evaluating", code, what)
+    assert last.phase_since == last.written_at, "it ended now"
+
+
+def test_the_end_of_one_that_does_not_run_is_told_by_another(tmp_path: Path) -> None:
+    stalled = Stalled("rank 0 on n0 gives no sign of life\nand more", fix="x")
+    tell_end(tmp_path, stalled)
+    assert not list(tmp_path.iterdir()), "no heartbeat, no end"
+    with Heartbeat() as beats, beats.phase("evaluating"):
+        begin(beats, tmp_path)
+        alive = seen(tmp_path, lambda beat: beat.phase == "evaluating")
+    ended = (tmp_path / HEARTBEAT).read_text()
+    tell_end(tmp_path, stalled)
+    assert (tmp_path / HEARTBEAT).read_text() == ended, "what it said of its end itself stays"
+    (tmp_path / HEARTBEAT).write_text(json.dumps(asdict(alive)))
+    tell_end(tmp_path, stalled)
+    last = Beat.read(tmp_path)
+    assert last is not None
+    assert (last.phase, last.during, last.exit_code, last.what) == (
+        "failed", "evaluating", 8, "rank 0 on n0 gives no sign of life"
+    )  # fmt: skip
+    assert last.written_at > alive.written_at
 
 
 def test_one_that_has_not_begun_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from sft_dist.config.schema import LoggingConfig, WandbConfig
 from sft_dist.errors import ConfigError, Preempted
 from sft_dist.metrics import wandb_run
 from sft_dist.metrics.logger import RunLogger
+from sft_dist.metrics.tensorboard_run import TensorboardRun
 from sft_dist.metrics.tracker import MOST_WAITING, Feed, Lines, Table
 from tests.helpers.offline_wandb import OfflineRun, offline_runs
 
@@ -133,6 +134,19 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
         assert written(tmp_path)[1] == {"step": 1, "eval_loss": 0.5, "eval_perplexity": math.exp(0.5)}
 
 
+def test_what_people_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=4) as logger:
+        logger.training_step(line(1, step_time_s=10.0))
+        logger.evaluation(
+            {"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.65, "eval_loss/chat": 0.75, "eval_long_loss": 2.0,
+             "eval_scores/bleu": 30.25, "eval_scores/bleu/chat": 12.0}
+        )  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/4  loss 1.5000  10 tokens/s  lr 1.00e-03  about 30 s left",
+        "eval at step 1: loss 0.5000, perplexity 1.65", "  chat: 0.7500", "  long_loss 2, bleu 30.25",
+    ]  # fmt: skip
+
+
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
     with RunLogger(tmp_path, OFF, {}, num_steps=2) as logger:
         logger.training_step(line(1, loss=math.nan, grad_norm=math.inf))
@@ -212,6 +226,36 @@ def test_wandb_gets_the_lines_of_earlier_starts_that_it_lacks(
     with RunLogger(tmp_path, to_wandb(mode), {}, num_steps=9, completed=4) as logger:
         logger.training_step(line(5))
     assert [step for step, _ in wandb.logged] == logged
+
+
+def test_wandb_gets_what_was_not_finite_as_that(tmp_path: Path, wandb: FakeWandb) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=9) as logger:
+        logger.training_step(line(1, loss=math.nan))
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=9, completed=1):
+        pass
+    [(step, loss)] = wandb.logged
+    assert (step, math.isnan(loss)) == (1, True)
+
+
+def test_wandb_is_started_again_so_often_and_no_more(
+    tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known: set[int] = set()
+
+    def log(metrics: dict[str, Any], step: int) -> None:
+        if step not in known:  # its process is gone whenever there is something new
+            known.add(step)
+            raise OSError("gone")
+
+    wandb.log = log
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=9) as logger:
+        for step in range(1, 7):
+            logger.training_step(line(step))
+            done = threading.Event()
+            logger._track(lambda _, done=done: done.set())
+            done.wait(0.5)  # a lost one does nothing more
+    assert len(wandb.ids) == 1 + wandb_run.MAX_RESTARTS
+    assert capsys.readouterr().out.count("W&B takes nothing more (gone)") == 1
 
 
 def test_a_process_of_wandb_that_is_gone_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
@@ -297,7 +341,7 @@ def test_trackers_get_tables_and_results_and_no_secret(tmp_path: Path) -> None:
         logger.training_step(line(1, loss=math.nan))
         logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.6})
         logger.table(Table("samples", ["prompt", "answer"], lambda: [["日本の首都は?", "東京 | です\n。"]], step=1))
-        logger.conclude({"loss": 0.5}, tmp_path / "final")
+        logger.conclude({"loss": 0.5, "base": "hf_" + "a" * 30}, tmp_path / "final")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if b"hf_aaaaaaaa" in path.read_bytes()]
     [offline] = tmp_path.glob("wandb/offline-run-*")
@@ -318,6 +362,46 @@ def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None
                 logger.training_step(line(step, loss=10.0 * completed + step))
     seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in seen] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
+
+
+def test_tensorboard_gets_all_lines_where_its_folder_was_deleted(tmp_path: Path) -> None:
+    before = [line(1), line(2, loss=math.nan), {"step": 2, "eval_scores/bleu": 30.0}]
+    with RunLogger(tmp_path, OFF, {}, num_steps=4) as logger:
+        for each in before:
+            logger._write(each)
+    TensorboardRun(tmp_path, completed=2).finish(code=1, is_preempted=False, lines=list)  # had written nothing yet
+    on = OFF.model_copy(update={"tensorboard": True})
+    with RunLogger(tmp_path, on, {}, num_steps=4, completed=2) as logger:
+        logger.training_step(line(3))
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in seen.Scalars("train/loss")] == [1, 2, 3]
+    assert math.isnan(seen.Scalars("train/loss")[1].value)
+    assert [(event.step, event.value) for event in seen.Scalars("eval/scores/bleu")] == [(2, 30.0)]
+
+
+def test_tensorboard_of_a_run_that_goes_back_has_each_step_once(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, OFF.model_copy(update={"tensorboard": True}), {}, num_steps=4) as logger:
+        logger.evaluation({"step": 0, "eval_loss": 5.0, "eval_perplexity": 20.0})
+        for step in (1, 2, 3):
+            logger.training_step(line(step))
+        logger.go_back(1)
+        logger.training_step(line(2, loss=9.0))
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [(1, 1.5), (2, 9.0)]
+    assert len(seen.Scalars("eval/loss")) == 1
+
+
+def test_tensorboard_of_a_run_that_begins_anew_has_nothing_of_before(tmp_path: Path) -> None:
+    """Killed before it had saved: its first steps are trained again."""
+    on = OFF.model_copy(update={"tensorboard": True})
+    for start, steps in ((0, (1, 2, 3)), (1, (1, 2))):
+        with RunLogger(tmp_path, on, {}, num_steps=4) as logger:
+            logger.evaluation({"step": 0, "eval_loss": 5.0 + start, "eval_perplexity": 20.0})
+            for step in steps:
+                logger.training_step(line(step, loss=10.0 * start + step))
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [(1, 11.0), (2, 12.0)]
+    assert [(event.step, event.value) for event in seen.Scalars("eval/loss")] == [(0, 6.0)]
 
 
 def test_tensorboard_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +445,14 @@ def test_a_run_that_goes_back_trains_the_steps_again(
         "step": 1, "event": "rolled_back", "of_step": 3, "of_loss": None, "ranks": [1], "non_finite": ["of_loss"]
     }  # fmt: skip
     assert logged_now == logged
+
+
+def test_lines_that_wait_for_room_go_back_too(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, OFF, {}, num_steps=4) as logger:
+        logger._lines.waiting.extend(json.dumps(line(step)) for step in (1, 2))
+        logger.go_back(1)
+        logger.training_step(line(2, loss=9.0))
+    assert [(entry["step"], entry["loss"]) for entry in written(tmp_path)] == [(1, 1.5), (2, 9.0)]
 
 
 def test_a_run_that_goes_back_to_its_start_keeps_what_was_before_it(tmp_path: Path) -> None:

@@ -51,6 +51,18 @@ def test_a_loss_that_never_rises_has_no_turning() -> None:
     assert "raise --max-lr" in found.told()[1]
 
 
+def test_it_has_diverged_at_twice_the_lowest_loss_and_not_the_first() -> None:
+    for last, has_diverged in ((3.9, False), (4.1, True)):
+        losses = (5.0, 5.0, 5.0, 2.0, 2.0, 2.0, last, last, last)
+        assert LrCurve(tuple(RATES[:9]), losses).has_diverged == has_diverged
+
+
+def test_a_rise_that_is_small_beside_the_fall_is_no_turning() -> None:
+    assert LrCurve(tuple(RATES[:40]), (*(5 - 0.1 * n for n in range(30)), *[2.2] * 10)).turning is None
+    early = LrCurve(tuple(RATES[:20]), (5.0, 4.0, 3.0, 2.0, *(3.0 + n for n in range(16))))
+    assert early.steepest in RATES[:4]
+
+
 def test_a_loss_that_never_falls_suggests_nothing() -> None:
     found = LrCurve(tuple(RATES[:20]), tuple(1.0 + 0.01 * n for n in range(20)))
     assert found.suggested is None

@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 import time
+from collections.abc import Sequence
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,11 +17,13 @@ import pytest
 
 from sft_dist.errors import ConfigError
 from sft_dist.report.axes import logarithmic, short, straight
-from sft_dist.report.beside import Page
-from sft_dist.report.charts import score_name
+from sft_dist.report.beside import Page, _environment
+from sft_dist.report.chart import Chart, Line, draw
+from sft_dist.report.charts import cumulative, score_charts, score_name, told_of
 from sft_dist.report.command import REPORT, unfinished_page, write_report
 from sft_dist.report.compare import compare, comparison_json, differences, names_of, read_reports
-from sft_dist.report.compare_page import render_comparison
+from sft_dist.report.compare_page import comparison_charts, render_comparison
+from sft_dist.report.compare_words import facts
 from sft_dist.report.metrics import parse_metrics
 from sft_dist.report.model import ReportData
 from sft_dist.report.page import render
@@ -159,6 +162,16 @@ def test_a_run_in_its_first_minute(tmp_path: Path) -> None:
     assert "Config.yaml cannot be read" in text_of(page(tmp_path))
 
 
+def test_a_run_that_waits_for_somebody_is_marked_as_trouble(tmp_path: Path) -> None:
+    run_folders.submitted(tmp_path)
+    for reason, style in (("Priority", "plain"), ("JobHeldAdmin", "error")):
+        found = read_report(
+            tmp_path, clock=CLOCK, ask=lambda _, reason=reason: run_folders.job("PENDING", reason=reason)
+        )
+        assert found.status.verdict.kind == "waiting"
+        assert f'class="panel verdict {style}"' in render(found)
+
+
 def test_a_killed_run(tmp_path: Path) -> None:
     folder = whole_run(tmp_path, steps=120, finished=False)
     write_metrics(folder, lines(120), cut='{"step": 121, "lo')
@@ -180,6 +193,52 @@ def test_a_run_that_goes_on_is_compared_by_its_forecast(tmp_path: Path) -> None:
     assert rows["Time"].actual == ahead.total_s
     assert "(forecast of the whole)" in text_of(page(folder))
     assert rows["Step"].actual == statistics.median([line["step_time_s"] for line in lines(120) if "loss" in line][2:])
+
+
+def test_what_the_page_says_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path, steps=120, finished=False)
+    written = [line | {"mfu": 0.2 + 0.1 * (line["step"] > 60)} if "loss" in line else line for line in lines(120)]
+    for line in written[1:4]:
+        line["step_time_s"] = 90.0
+    write_metrics(folder, written)
+    receipt = json.loads((folder / "receipt.json").read_text())
+    del receipt["planned"]["total_s"]
+    put(folder / "receipt.json", json.dumps(receipt | {"planned": receipt["planned"] | {"total_s": 7200}}), ago_s=600)
+    found = read(folder)
+    rows = {row.name: row for row in found.compared}
+    assert found.restarts == [40], "behind the step that was the last before it"
+    assert (rows["Peak memory of a GPU"].actual, rows["USD"].planned) == (61.2 * 2**30, 20.0)
+    assert rows["Step"].ratio == pytest.approx(rows["Step"].actual / 3.9)  # type: ignore[operator]
+    words = text_of(page(folder))
+    assert "MFU 30%" in words
+    assert "32% of them supervised" in words
+    assert "goes on" in words
+    assert "cut short" not in words
+    assert 'class="panel verdict good"' in page(folder)
+    assert "Step 0 is the base" in words
+
+
+def test_the_first_steps_of_a_process_are_no_speed(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path, steps=5, finished=False)
+    written = [line for line in lines(5) if "loss" in line]
+    for line, seconds in zip(written, (90.0, 80.0, 4.0, 4.5, 5.0), strict=True):
+        line["step_time_s"] = seconds
+    write_metrics(folder, written)
+    assert {row.name: row.actual for row in read(folder).compared}["Step"] == 4.5
+
+
+def test_answers_on_the_page_are_the_first_and_the_last(tmp_path: Path) -> None:
+    write_metrics(tmp_path, lines(30))
+    said = [
+        {"step": step, "sample": 0, "prompt": "질문입니다" * 500, "answer": f"said at {step}"} for step in (10, 20, 30)
+    ]
+    put(tmp_path / "samples.jsonl", "".join(json.dumps(each) + "\n" for each in said), ago_s=1)
+    html = page(tmp_path)
+    words = text_of(html)
+    assert "Base, before training" not in words
+    assert re.search(r"Step 10 said at 10 Step 30 said at 30", words)
+    assert '<p class="prompt" lang="ko">' in html
+    assert "(500 more characters)" in words
 
 
 def test_one_step(tmp_path: Path) -> None:
@@ -265,6 +324,16 @@ def test_a_held_out_loss_that_is_no_number_is_a_warning(tmp_path: Path) -> None:
     assert "non finite evaluation" in shown, "among the events"
 
 
+def test_time_never_goes_back_and_scores_of_a_step_belong_together() -> None:
+    found = parsed(*({"step": s, "loss": 1.0, "elapsed_s": 3600.0 * h} for s, h in ((1, 1), (2, 5), (3, 4))),
+                   {"step": 3, "eval_loss": 2.0}, {"step": 3, "eval_scores/bleu": 9.0})  # fmt: skip
+    assert cumulative(found)["hours"] == (1, 5, 5)
+    assert [(each.step, each.scores) for each in found.evaluations] == [
+        (3, {"eval_loss": 2.0, "eval_scores/bleu": 9.0})
+    ]
+    assert score_charts(found) == [], "one value is no curve"
+
+
 def test_lines_that_nobody_understands() -> None:
     whole = b'{"step": 1, "loss": 2.0}\n'
     found = parse_metrics([whole, b"{\n", b"[]\n", b'{"loss": 1}\n', b"\n", b'{"step": 2, "loss": 1'])
@@ -317,10 +386,51 @@ def test_axes_have_room_for_their_figures(figures: list[float]) -> None:
     assert logarithmic([0.0, -1.0]) is None
 
 
+def test_places_on_an_axis() -> None:
+    line, log = straight([0.0, 10.0], tight=True), logarithmic([1.0, 100.0])
+    assert (line.at(2.5), line.at(2.5, upwards=True)) == (250, 750)
+    assert log is not None
+    assert (log.share(log.low), log.share(log.high)) == (0, 1)
+    assert log.share(10.0) == pytest.approx(0.5)
+    assert straight([0, 3], whole=True, tight=True).ticks == (0, 1, 2, 3)
+
+
+def test_what_is_drawn_lies_where_its_figures_say() -> None:
+    falling = [math.exp(-i / 20) for i in range(100)]
+    made = curve({"steps": range(1, 101)}, falling, max_points=50)
+    html = str(draw(Chart("loss", "Loss", "", {"steps": (0.0, 100.0)}, [Line("loss", made)])))
+    assert re.findall(r'data-view="([^"]+)"( hidden)?', html) == [("steps linear", ""), ("steps log", " hidden")]
+    [line] = values_of(html, "loss")["lines"]
+    assert line["smooth"] == pytest.approx(smoothed(falling)[1::2], rel=1e-6)
+    assert line["x"]["steps"] == list(range(2, 101, 2))
+    for name, share in (("linear", lambda v, a, b: (v - a) / (b - a)),
+                        ("log", lambda v, a, b: math.log(v / a) / math.log(b / a))):  # fmt: skip
+        view = re.findall(rf'<div class="view" data-view="steps {name}".*?</div>', html, re.S)[0]
+        low, high = values_of(html, "loss")["views"][f"steps {name}"]["y"]
+
+        def places(figures: Sequence[float | None], share: Any = share, low: float = low, high: float = high) -> Any:
+            return [pytest.approx(1000 * (1 - share(figure, low, high)), abs=0.1) for figure in figures]
+
+        for style, figures in (("raw h0 faint", made.mean), ("smooth h0", made.smooth)):
+            [path] = re.findall(rf'class="{style}" d="M(.*?)"', view)
+            points = [tuple(map(float, point.split())) for point in path.split("L")]
+            assert points == list(zip(range(20, 1001, 20), places(figures), strict=True))
+        [band] = re.findall(r'class="band h0" d="M(.*?)Z"', view)
+        assert [float(point.split()[1]) for point in band.split("L")] == places([*made.high, *made.low[::-1]])
+        ticks = re.findall(r'class="y" style="top:(.*?)%">(.*?)<', view)
+        assert len(ticks) > 2
+        assert [10 * float(top) for top, _ in ticks] == places([float(figure) for _, figure in ticks])
+    few = Chart("few", "Few", "", {"steps": (0.0, 2.0)}, [Line("few", curve({"steps": (1, 2)}, [1.0, 2.0]))])
+    assert re.findall(r'class="x.*?>(.*?)<', str(draw(few)))[:3] == ["0", "1", "2"], "no half step"
+
+
 def test_words() -> None:
     assert [short(v) for v in (0, 0.25, 12_000, 1_500_000, 2e-5, 1.5e-4, 2.5)] == [
         "0", "0.25", "12,000", "1.5 M", "2e-5", "1.5e-4", "2.5"
     ]  # fmt: skip
+    assert told_of([1, 2, 3, 4], [2.0, 9.0, 1.0, math.nan]) == (
+        "First 2, least 1 at step 3, most 9 at step 2, last 1, 1 not finite."
+    )
     names = ["eval_loss", "eval_loss/manuals", "eval_scores/bleu", "eval_perplexity"]
     assert list(map(score_name, names)) == ["loss", "loss: manuals", "bleu", "perplexity"]
     assert evenly(3, 10) == [0, 1, 2]
@@ -340,6 +450,8 @@ def test_names_of_secrets() -> None:
         "password",
         "AWS_SECRET_ACCESS_KEY",
         "clientSecret",
+        "DB_PWD",
+        "ssh_passphrase",
     )
     open_ = (
         "max_tokens",
@@ -366,6 +478,24 @@ def test_what_is_hidden_and_what_is_not() -> None:
         "setup": [f"export NAME={HIDDEN}; wandb login {HIDDEN}", f"curl https://{HIDDEN}@host"], "revision": key, "n": 3,
     }  # fmt: skip
     assert redacted_text(f"failed: {SECRETS['token']} is no token") == f"failed: {HIDDEN} is no token"
+    for known in ("xoxb-1234567890-abc", "github_pat_" + "a" * 22, "sk-" + "a" * 20, "wandb_v1_" + "a" * 30):
+        assert redacted_text(f"with {known} it failed") == f"with {HIDDEN} it failed"
+    assert redacted_text("""PASSWORD="two words" x='y'""") == f"PASSWORD={HIDDEN} x='y'"
+
+
+def test_messages_names_and_facts_of_a_run_show_no_secret(tmp_path: Path) -> None:
+    folder, key = whole_run(tmp_path, steps=30, finished=False), SECRETS["token"]
+    run_folders.beat(folder, phase="failed", during="training", what=f"{key} is refused", exit_code=3)
+    for name in ("audit.json", "receipt.json"):
+        text = (folder / name).read_text().replace('"support.jsonl"', f'"https://me:{key}@host/support.jsonl"')
+        (folder / name).write_text(text.replace('"train.seed"', '"hub_token"').replace('"60,000 rows', f'"{key} rows'))
+    words = text_of(page(folder))
+    assert "is refused" in words
+    assert "@host/support.jsonl" in words
+    assert "hub_token" in words
+    assert key not in page(folder)
+    other = whole_run(tmp_path / "other", steps=30)
+    assert key not in render_comparison(compare([read(folder), read(other)]))
 
 
 # side by side
@@ -394,9 +524,13 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path: Path) -> None:
         assert run["usd"] == pytest.approx((120 + 4.2 * steps) / 360)
         assert run["jpy"] == pytest.approx(run["usd"] * 150)
         assert run["scores"]["bleu"] == 31
+        assert run["tokens_per_s"] == pytest.approx(statistics.median(line["tokens_per_s"] for line in trained))
+        assert run["peak_memory_gib"] == 61.2
+        assert run["hours"] == pytest.approx((120 + 4.2 * steps) / 3600)
     assert document["differences"] == {"optim.lr": {"lr-0": "0.0001", "lr-1": "0.0002"}}
     html = render_comparison(comparison)
     drawn = values_of(html, "loss")
+    assert [line["hue"] for line in drawn["lines"]] == [0, 1]
     assert list(drawn["counts"]) == ["steps", "tokens", "hours"]
     for line, steps in zip(drawn["lines"], (60, 90), strict=True):
         assert line["x"]["steps"][-1] == steps
@@ -404,6 +538,29 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path: Path) -> None:
         assert line["x"]["hours"][-1] == pytest.approx((120 + 4.2 * steps) / 3600, rel=1e-5)
     assert drawn["views"]["steps linear"]["x"] == [0, 90]
     assert not re.findall(r"""(?:src|href)=["'](?!#)|https?://""", html)
+
+
+def test_the_best_and_the_last_evaluation_are_told_apart(tmp_path: Path) -> None:
+    folders = sweep(tmp_path)
+    written = [line for line in lines(60) if "loss" in line]
+    evaluated = [{"step": step, "eval_loss": loss} for step, loss in ((20, 1.5), (40, 1.0), (60, 1.25))]
+    write_metrics(folders[0], sorted([*written, *evaluated], key=lambda line: line["step"]))
+    del written[-1]["elapsed_s"]
+    write_metrics(folders[1], written)
+    comparison = compare(read_reports(folders, read))
+    assert (comparison.rows[0].best_eval_loss, comparison.rows[0].last_eval_loss) == (1.0, 1.25)
+    told = dict(facts(comparison.rows))
+    assert (told["best eval"], told["last eval"]) == (["1.0000", "-"], ["1.2500", "-"])
+    assert told["USD"][0] != told["JPY"][0] == f"¥{comparison.rows[0].jpy:,.0f}"
+    charts = {chart.key: chart for chart in comparison_charts(comparison.reports, ["a", "b"])}
+    assert list(charts["loss"].ends) == ["steps", "tokens"], "not by what one of them did not measure"
+    [dots] = charts["eval-loss"].dots
+    assert dots.x["steps"] == (20, 40, 60)
+    assert dots.x["tokens"][0] == sum(line["num_tokens"] for line in written[:20])
+    words = text_of(page(folders[0]))
+    assert "1.0000 best evaluation, at step 40" in words
+    assert "The base was not evaluated" in words
+    assert "-0.25" in words
 
 
 def test_runs_without_a_step_are_compared_too(tmp_path: Path) -> None:
@@ -448,6 +605,14 @@ def test_the_page_is_written_beside_the_run_and_at_its_end(tmp_path: Path) -> No
     assert told == []
     assert took_s < 1.0  # a process begins; the rest is beside
     assert not list(tmp_path.glob(".report*"))
+
+
+def test_what_writes_it_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "OF_NO_RANK"):
+        monkeypatch.setenv(name, "1")
+    kept = _environment()
+    assert [name for name in kept if name.startswith(("RANK", "LOCAL", "WORLD", "MASTER", "TORCHELASTIC"))] == []
+    assert kept["OF_NO_RANK"] == "1"
 
 
 def test_a_run_that_has_not_begun_gets_no_page(tmp_path: Path) -> None:

@@ -83,10 +83,32 @@ def test_choices_are_kept_taken_back_and_counted(run: Path, tmp_path: Path) -> N
     again = Votes(file, seed=3)
     assert again.by_pair == votes.by_pair
     assert again.tally(comparison) == Tally(first=0, second=2, tie=1, bad=1, open=2)
+    again.choose(comparison.pairs[5], "bad")
+    assert Votes(file, seed=3).tally(comparison).open == 1, "behind a line that was cut short"
     noted = [json.loads(line) for line in file.read_text().splitlines()[:5]]
     assert [line["better"] for line in noted[:4]] == [None, None, "second", "second"]
     side = "left" if comparison.pairs[2].is_swapped(3) else "right"
     assert noted[2][side] == "tuned 2"
+
+
+def test_choices_count_for_whom_they_were_with_any_seed(run: Path, tmp_path: Path) -> None:
+    comparison, file = read_comparison(run), tmp_path / "review.jsonl"
+    votes = Votes(file, seed=0)
+    for pair in comparison.pairs:
+        votes.choose(pair, "left" if pair.is_swapped(0) else "right")
+    assert len({pair.is_swapped(0) == pair.is_swapped(5) for pair in comparison.pairs}) == 2
+    assert Votes(file, seed=5).tally(comparison) == votes.tally(comparison) == Tally(0, 6, 0, 0, 0)
+    assert Votes(file, seed=5).by_pair != votes.by_pair
+
+
+def test_texts_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    for name in ("base", "tuned"):
+        write(tmp_path / f"answers-{name}.jsonl", ("one\u2028two", f"{name}\x85\u2029"), ("next", name))
+    comparison = read_comparison(tmp_path)
+    assert comparison.pairs[0].answers == ("base\x85\u2029", "tuned\x85\u2029")
+    for pair in comparison.pairs:
+        Votes(tmp_path / "review.jsonl", seed=0).choose(pair, "tie")
+    assert Votes(tmp_path / "review.jsonl", seed=0).tally(comparison).tie == 2
 
 
 @pytest.mark.parametrize(("first", "second"), [(3, 9), (0, 5), (40, 60), (7, 7)])
@@ -130,8 +152,25 @@ def test_only_the_page_of_this_start_is_answered(server: ReviewServer) -> None:
     status, text = ask(server, "/state", **key)
     assert status == 200
     assert "base" not in {key for pair in json.loads(text)["pairs"] for key in pair}
+    assert ask(server, "/result", **key, Host="evil.example")[0] == 403
     with pytest.raises(ConfigError, match="cannot be used"):
         ReviewServer(server._comparison, server._votes, seed=0, port=server.port)
+
+
+def test_the_page_gets_the_sides_of_the_seed_and_not_whose_they_are(server: ReviewServer, run: Path) -> None:
+    key, pairs = {"X-Key": server.key}, read_comparison(run).pairs
+    assert len({pair.is_swapped(0) for pair in pairs}) == 2
+    seconds = ["left" if pair.is_swapped(0) else "right" for pair in pairs]
+    for pair, side in zip(pairs[:5], seconds, strict=False):
+        assert ask(server, "/choose", body={"pair": pair.id, "choice": side}, **key)[0] == 200
+    state = json.loads(ask(server, "/state", **key)[1])
+    assert set(state) == {"pairs", "equal"}
+    assert all(set(each) == {"id", "prompt", "reference", "left", "right", "choice"} for each in state["pairs"])
+    assert [each["choice"] for each in state["pairs"]] == [*seconds[:5], None]
+    assert [each[side] for each, side in zip(state["pairs"], seconds, strict=True)] == [p.answers[1] for p in pairs]
+    result = json.loads(ask(server, "/result", **key)[1])
+    assert (result["names"], result["first"], result["second"], result["open"]) == (["base", "support"], 0, 5, 1)
+    assert "support" not in ask(server, f"/?key={server.key}")[1]
 
 
 @needs_browser

@@ -214,6 +214,9 @@ def test_sets_that_do_not_belong_together_are_refused() -> None:
         compare(base, tuned[1:], ScoresConfig())
     with pytest.raises(DataError, match="example 1 of the two sets is not the same: 'question 0' and 'question 29'"):
         compare(base, tuned[::-1], ScoresConfig())
+    for changed in (dataclasses.replace(tuned[0], reference="x"), dataclasses.replace(tuned[0], source="x")):
+        with pytest.raises(DataError, match="example 1 of the two sets is not the same"):
+            compare(base, [changed, *tuned[1:]], ScoresConfig())
     with pytest.raises(DataError, match="no answer to be judged"):
         compare([], [], ScoresConfig())
     with pytest.raises(ConfigError, match="0 resamples"):

@@ -123,6 +123,18 @@ def test_free_texts_as_labels_are_told() -> None:
     ]
 
 
+def test_labels_that_few_references_have_are_told_and_half_as_many_labels_as_references_are_none() -> None:
+    examples = [answered("a", "a")] * 9 + [answered("b", "b")] * 4 + [answered("c", "c")]
+    found = score(examples, ScoresConfig(metrics=["macro_f1"]))
+    assert found.notes == ["labels: fewer than 5 references are 'b', 'c'; macro_f1's interval is too low"]
+    assert found.signature["macro_f1"].startswith("labels:3 of the references|NFKC")
+    listed = score(examples, ScoresConfig(metrics=["accuracy"], labels=["a", "b", "c"], normalise=False))
+    assert listed.signature["accuracy"] == "labels:3 listed|compared as written"
+    texts = [answered(f"text {i}", f"text {i}") for i in range(61)]
+    [note] = score([*texts, *texts[:50]], ScoresConfig(metrics=["accuracy"])).notes
+    assert note.startswith("labels: the 111 references have 61 different forms; are they labels?")
+
+
 @pytest.mark.parametrize(
     ("answer", "is_valid"),
     [
@@ -200,6 +212,15 @@ def test_a_schema_that_cannot_be_used_is_told(tmp_path: Path, content: str | Non
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         score([answered("{}", "")], ScoresConfig(metrics=["json_schema"], json_schema=str(path)))
+
+
+def test_an_answer_that_is_nested_too_deep_for_a_check_is_not_accepted(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"$ref": "#"}}')
+    settings = ScoresConfig(metrics=["json_valid", "json_schema"], json_schema=f"{tmp_path}/schema.json")
+    deep = "[" * 500 + "]" * 500
+    assert score([answered(deep, ""), answered("[[]]", "")], settings).per_example == {
+        "json_valid": [1, 1], "json_schema": [0, 1]
+    }  # fmt: skip
 
 
 def test_a_schema_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

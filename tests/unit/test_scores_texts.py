@@ -181,6 +181,16 @@ def test_auto_means_zh_for_chinese_and_13a_for_the_rest() -> None:
     assert "tok:13a|" in score(SETS["english"], ScoresConfig(metrics=["bleu"])).signature["bleu"]
 
 
+def test_the_script_is_that_of_the_references_whatever_the_answers_are() -> None:
+    asked = [answered(e.reference, e.answer, source="en") for e in SETS["english"]]
+    mixed = [
+        answered(wrong.reference, e.reference, source="zh")
+        for e, wrong in zip(SETS["chinese"][:6], asked, strict=False)
+    ]
+    found = score([*asked, *mixed], ScoresConfig(metrics=["bleu"]))
+    assert "tok:zh|" in found.signature["bleu of zh"]
+
+
 def test_a_source_in_another_script_has_its_own_tokeniser() -> None:
     english = [answered(e.answer, e.reference, source="en") for e in SETS["english"]]
     chinese = [answered(e.answer, e.reference, source="zh") for e in SETS["chinese"][:6]]
@@ -235,6 +245,7 @@ def test_what_is_empty_or_too_short_is_told() -> None:
         "2 of 4 references are empty",
         "rouge: 2 references have no letter or digit and count 0",
     ]
+    assert score([answered(" \n", "x")], ScoresConfig(metrics=["chrf"])).notes == ["1 of 1 answers are empty"]
     short = score(SETS["one short"], ScoresConfig(metrics=["bleu"]))
     assert short.values == {"bleu": 0.0}
     assert any("no answer has four tokens" in note for note in short.notes)

@@ -45,6 +45,12 @@ def test_over_several_groups_the_one_that_waits_for_nobody() -> None:
     # A save that is going on in its own group blames nobody who waits in training.
     found = ranks({"all": 7, "save": 3}, {"all": 6, "save": 4}, {"all": 7, "save": 4})
     assert judged([*found]) == Guilty((1,)) or judged([*found]) == Guilty((0, 1))
+    # A group in which all are level holds nobody up: 2 does not wait in "c".
+    assert judged([*ranks({"a": 5}, {"a": 4, "b": 9}, {"b": 8, "c": 20}, {"c": 20})]) == Guilty((2,))
+
+
+def test_where_each_waits_for_another_those_that_are_least_far() -> None:
+    assert judged([*ranks({"a": 5, "b": 6}, {"a": 4, "b": 9}, {"a": 5, "b": 9})]) == Guilty((0,))
 
 
 def test_without_collectives_the_place_tells() -> None:
@@ -70,6 +76,8 @@ def test_who_is_within_its_own_limit_is_let_be() -> None:
     late = ranks({"all": 7}, {"all": 6})
     for patient in (replace(late[1], limit_s=600.0), replace(late[1], limit_s=None), replace(late[1], still_s=2.0)):
         assert judged([late[0], patient]) is None
+    several = ranks({"all": 7}, {"all": 6}, {"all": 6})
+    assert judged([several[0], several[1], replace(several[2], limit_s=600.0)]) is None, "not all that are behind"
     same = ranks({"all": 7}, {"all": 7})
     assert judged([same[0], replace(same[1], still_s=299.0)]) is None
     assert judged([replace(each, still_s=299.0) for each in late]) is None
@@ -91,11 +99,13 @@ def test_limits_before_anything_is_measured(phase: Doing, part: str, seconds: fl
 
 def test_limits_follow_the_steps_and_the_user() -> None:
     limits = Limits(WatchdogConfig(save_s="off", data_s=7.5))
-    for _ in range(5):
+    for _ in range(4):
         limits.stepped(2.0)
+    assert limits.of("training", "") == FIRST_STEP_S, "the first ones compile"
+    limits.stepped(2.0)
     assert (limits.of("training", ""), limits.of("evaluating", "")) == (STEP_S, EVAL_S)
-    for _ in range(100):
-        limits.stepped(818.0)
+    for step_s in [818.0] * 60 + [1.0] * 20 + [2000.0] * 20:
+        limits.stepped(step_s)
     assert (limits.of("training", ""), limits.of("evaluating", "")) == (8180.0, 8180.0)
     assert (limits.of("training", "data"), limits.of("saving", "")) == (7.5, None)
 
@@ -142,6 +152,12 @@ def test_what_is_told() -> None:
     assert verdict.verdict_of(Guilty((1,), is_silent=True), [found[0], None]).what.startswith("rank 1 has never said")
     assert verdict.verdict_of(Guilty(()), found).what.startswith("all ranks wait at the same place: none is behind")
     assert verdict.verdict_of(Guilty(()), [HUNG]).what.startswith("this process makes no progress, training")
+    longest = verdict.verdict_of(Guilty(()), [found[0], replace(found[1], still_s=400.0)])
+    assert (longest.host, longest.still_s) == (None, 400.0), "no node is blamed; the longest stillness is told"
+    several = ranks({"all": 7}, {"all": 6}, {"all": 6}, {"all": 6})
+    assert "rank 1 on n1 (and ranks 2, 3) stalls" in verdict.verdict_of(Guilty((1, 2, 3)), several).what
+    gone = verdict.verdict_of(Guilty((1,), is_silent=True), [found[0], replace(found[1], phase="ended")])
+    assert gone.what == "rank 1 on n1 has ended, and the others still wait for it"
 
 
 def test_one_verdict_and_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +174,13 @@ def test_one_verdict_and_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert nodes.stalled_node(tmp_path, replace(attempt, restart=0), attempt.nodes) == {}
     (folder / verdict.FILE).write_text(json.dumps({"cut": 1})[:-3])
     assert nodes.stalled_node(tmp_path, attempt, attempt.nodes) == {}
+
+
+def test_where_a_rank_is() -> None:
+    assert replace(HUNG, part="rank 0", step=None).where == "waiting for rank 0"
+    assert replace(HUNG, part="").where == "training, after step 119"
+    for still_s, is_over in ((299.9, False), (300.0, True)):
+        assert replace(HUNG, still_s=still_s).is_over == is_over
 
 
 def test_records(tmp_path: Path) -> None:
