@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_dist.cluster.logs import Choice, chosen_files, start_of_last_lines
 from sft_dist.cluster.status import Status
-from sft_dist.cluster.status_view import in_both, sections
+from sft_dist.cluster.status_view import BLOCKS, in_both, sections
 from sft_dist.plan.units import duration
 from sft_dist.report.chart import draw
 from sft_dist.report.charts import charts_of, score_charts
@@ -27,6 +28,9 @@ MAX_RANKS = 256
 MAX_EVENTS, MAX_SAMPLES = 30, 8
 
 NOT_KNOWN = "-"
+
+# What a terminal draws of letters, in the lines of a status: a bar, a curve.
+_PICTURES = re.compile(rf"\s*[━─{BLOCKS}×]+\s+")
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def style_of(status: Status) -> str:
 
 def standing(status: Status) -> dict[str, Any]:
     """What changes with every look: the verdict and a few lines for each thing that is known."""
-    known = [(name, [redacted_text(line.plain.lstrip("━─ ")) for line in lines]) for name, lines in sections(status)]
+    known = [(name, [redacted_text(_PICTURES.sub(" to ", line.plain).removeprefix(" to ")) for line in lines])
+             for name, lines in sections(status)]  # fmt: skip
     return {
         "kind": status.verdict.kind,
         "style": style_of(status),
