@@ -95,8 +95,9 @@ class Ui:
         raise AssertionError(f"the Tab key never comes to {selector}")
 
     def wait_for(self, expression: str, *, within_s: float = 60) -> Any:
+        """While a page comes, what it is asked about is not there yet."""
         ends = time.monotonic() + within_s
-        while not (found := self.tab.run(expression)):
+        while not (found := self.tab.run(f"(() => {{ try {{ return {expression}; }} catch {{ return null; }} }})()")):
             if time.monotonic() > ends:
                 page = self.tab.run("location.href + '\\n' + document.body.innerText.slice(0, 1500)")
                 raise AssertionError(f"{expression} is not so: {page}")
