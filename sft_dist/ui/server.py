@@ -237,7 +237,8 @@ class UiServer:
         is_over, text = task.exit_code is not None, task.text
         found: dict[str, Any] = {"text": text[begins:], "at": len(text), "took": round(task.took_s), "over": is_over}
         if is_over:
-            found["end"] = part("task_end", task=task, **_end(task))
+            found["end"] = part("task_end", task=task)
+            found["result"] = part("task_result", task=task, **_end(task))
         return json_answer(found)
 
     def _result(self, task: Task, asked: Asked) -> Answer:

@@ -32,7 +32,8 @@
   const fit = (frame) => {
     const measure = () => {
       const written = frame.contentDocument && frame.contentDocument.documentElement;
-      if (written) frame.style.height = `${Math.ceil(written.scrollHeight) + 4}px`;
+      // Of its content: what it is shown in would count with the rest, and could only grow.
+      if (written) frame.style.height = `${Math.ceil(written.getBoundingClientRect().height) + 4}px`;
     };
     frame.addEventListener("load", measure);
     addEventListener("resize", measure);
@@ -195,7 +196,8 @@
       const focused = at("cancel").contains(document.activeElement);
       at("cancel").remove();
       at("end").innerHTML = found.end;
-      at("end").querySelectorAll("iframe.written").forEach(fit);
+      at("result").innerHTML = found.result;
+      at("result").querySelectorAll("iframe.written").forEach(fit);
       if (focused) at("main").focus();
       announce(at("end").querySelector(".outcome").textContent.trim());
       return true;
