@@ -101,7 +101,11 @@ def _losses(folder: Path) -> dict[int, tuple[float, float]]:
         return {}
     found = {}
     for text in lines:
-        if text.endswith(b"\n") and "loss" in (line := json.loads(text)):
+        try:
+            line = json.loads(text) if text.endswith(b"\n") else None
+        except ValueError:
+            continue  # damaged: of no step that can be compared
+        if isinstance(line, dict) and "loss" in line:
             numbers = (line["loss"], line.get("grad_norm"))
             found[int(line["step"])] = tuple(math.nan if n is None else float(n) for n in numbers)
     return found  # type: ignore[return-value]

@@ -97,7 +97,7 @@ class Ui:
     def wait_for(self, expression: str, *, within_s: float = 60) -> Any:
         """While a page comes, what it is asked about is not there yet."""
         ends = time.monotonic() + within_s
-        told = f"const found = {expression}; return found instanceof Node || found"
+        told = f"const found = {expression}; return found && typeof found === 'object' ? true : found"
         while not (found := self.tab.run(f"(() => {{ try {{ {told}; }} catch {{ return null; }} }})()")):
             if time.monotonic() > ends:
                 page = self.tab.run("location.href + '\\n' + document.body.innerText.slice(0, 1500)")
@@ -266,6 +266,7 @@ def test_a_run_is_watched_live(ui: Ui) -> None:
     assert ui.tab.run("window.marker") == 1
 
 
+@pytest.mark.ci
 def test_a_page_that_cannot_be_seen_asks_for_nothing(ui: Ui) -> None:
     ui.open("/")
     asked = len(ui.tab.requests)
@@ -373,6 +374,7 @@ def test_a_report_is_served_apart_from_the_rest(ui: Ui) -> None:
     assert ui.tab.run("document.querySelectorAll('figure.chart').length") > 3
 
 
+@pytest.mark.ci
 def test_it_says_when_the_program_has_gone(page: Ui, tmp_path: Path) -> None:
     """Of a server of its own; what the console says of it then is right."""
     server = UiServer(page.folder, port=0)
