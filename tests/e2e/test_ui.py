@@ -231,9 +231,6 @@ def test_a_run_is_watched_live(ui: Ui) -> None:
     ui.wait_for(f"{row}.querySelector('[data-cell=step]').textContent === '121 / 900'")
     assert ui.tab.run(f"{row}.querySelector('[data-cell=loss]').textContent") == "0.5000"
     assert ui.text("#changes") == ""
-    run_folders.beat(live, phase="failed", exit_code=6, what="the loss is not finite", step=121)
-    ui.wait_for("document.getElementById('changes').textContent.includes('live: failed')")
-    run_folders.beat(live, step=121)
     assert ui.tab.run("window.marker") == 1
 
     ui.open("/run?run=runs/live")
@@ -265,6 +262,10 @@ def test_a_run_is_watched_live(ui: Ui) -> None:
     ui.wait_for("document.getElementById('log').textContent.includes('of rank 1\\nmore')")
     assert ui.tab.run("window.marker") == 1
 
+    ui.open("/")
+    run_folders.beat(live, phase="failed", exit_code=6, what="the loss is not finite", step=123)
+    ui.wait_for("document.getElementById('changes').textContent.includes('live: failed')")
+
 
 @pytest.mark.ci
 def test_a_page_that_cannot_be_seen_asks_for_nothing(ui: Ui) -> None:
@@ -293,7 +294,7 @@ def test_a_plan_comes_to_its_verdict(ui: Ui) -> None:
     ui.type("2")
     ui.tab_to("button.main")
     ui.press("Enter")
-    ui.wait_for("location.pathname === '/task'")
+    ui.wait_for("location.pathname === '/task' && document.readyState === 'complete'")
     command = ui.text("#command + .command code")
     assert re.search(
         r"python\S* -m sft_dist plan good.yaml train.max_steps=7 --gpus 2 --html \S+/result.html$", command
@@ -320,15 +321,18 @@ def test_a_mistake_is_told_in_the_two_lines_of_the_command(ui: Ui) -> None:
     ui.wait_for("document.querySelector('.outcome')", within_s=120)
     assert ui.text("pre.problem").startswith("error: wrong.yaml: trian is not a key\n  fix: did you mean train")
     assert "exit code 2" in ui.text(".outcome")
+    assert ui.tab.run(FAINT) == []
+    assert ui.tab.run(TOO_WIDE) == []
     ui.tab.run("document.getElementById('again').click()")
     ui.wait_for("location.pathname === '/plan' && document.getElementById('config')?.value === 'wrong.yaml'")
 
 
+@pytest.mark.ci
 def test_a_command_is_cancelled(ui: Ui) -> None:
     ui.open("/plan?config=good.yaml")
     ui.tab_to("button.main")
     ui.press("Enter")
-    ui.wait_for("location.pathname === '/task'")
+    ui.wait_for("location.pathname === '/task' && document.readyState === 'complete'")
     task = ui.server.tasks.of_kinds("plan")[0]
     assert Path(f"/proc/{task.pid}").exists()
     ui.tab_to("#cancel button")
