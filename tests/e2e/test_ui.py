@@ -207,7 +207,9 @@ def test_two_runs_are_compared_by_keyboard_alone(ui: Ui) -> None:
         ui.press(" ")
     ui.tab_to("button.main")
     ui.press("Enter")
-    ui.wait_for("document.querySelector('h1').textContent === '2 runs side by side'")
+    ui.wait_for(
+        "document.querySelector('h1').textContent === '2 runs side by side' && document.readyState === 'complete'"
+    )
     assert "equal to the bit in the first" in ui.text("main")
     frame = ui.wait_for("document.querySelector('iframe').src")
     assert sorted(parse_qs(urlsplit(frame).query)["run"]) == ["runs/other", "runs/support"]
