@@ -31,6 +31,7 @@ from sft_dist.cli.reports import compare, diff, report_run
 from sft_dist.cli.review import review
 from sft_dist.cli.sweeps import sweep_table
 from sft_dist.cli.training import resume, train
+from sft_dist.cli.ui import ui
 from sft_dist.cli.watching import logs, status
 from sft_dist.errors import SftError
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_interrupt, report_unexpected
@@ -92,6 +93,7 @@ app.command(short_help="In what two runs differ, and from which step on.")(diff)
 app.command(short_help="Repeat a run from its receipt, and compare.")(replay)
 app.command(short_help="Choose the better of two answers, blind.")(review)
 app.command(short_help="The runs of a sweep side by side.")(sweep_table)
+app.command(short_help="A page of this machine: plan, audit, watch, compare.")(ui)
 app.command(short_help="Train as a job of SLURM, from start to end.")(submit)
 app.command(short_help="Talk to a run, or let it answer a file.")(chat)
 app.command(short_help="Answer over HTTP, as the OpenAI API does.")(serve)

@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Status:
         step: completed steps; None: not known.
         clock: by which all ages were taken.
         free_bytes: of the disk of the folder.
+        silent_s: after how long without a heartbeat it is called silent.
         notes: what is not known and why, a line each.
     """
 
@@ -48,6 +49,7 @@ class Status:
     clock: Clock
     free_bytes: int
     notes: tuple[str, ...]
+    silent_s: float = SILENT_S
 
 
 def read_status(folder: Path, *, clock: Clock | None = None, ask: Ask = show_job, silent_s: float = SILENT_S) -> Status:
@@ -74,7 +76,26 @@ def read_status(folder: Path, *, clock: Clock | None = None, ask: Ask = show_job
     if free_bytes < LITTLE_BYTES and not found.finished:
         notes.append(f"the disk has {free_bytes / 2**20:,.0f} MiB free")
     verdict = judge(found, job, now=clock.now, is_gone=_is_gone(folder, found.pulse), silent_s=silent_s)
-    return Status(folder, verdict, step_of(found), forecast(found), found, job, clock, free_bytes, tuple(notes))
+    return Status(
+        folder, verdict, step_of(found), forecast(found), found, job, clock, free_bytes, tuple(notes), silent_s
+    )
+
+
+def later(status: Status, clock: Clock) -> Status:
+    """What ``read_status`` would say at a later moment if no file has changed since and SLURM says the same."""
+    found, by_s = status.found, clock.now - status.clock.now
+    pulse, measured, saved = found.pulse, found.measured, found.saved
+    if pulse is not None:
+        step_age_s = None if pulse.step_age_s is None else pulse.step_age_s + by_s
+        pulse = replace(pulse, age_s=pulse.age_s + by_s, step_age_s=step_age_s, phase_age_s=pulse.phase_age_s + by_s)
+    if measured is not None:
+        measured = replace(measured, age_s=measured.age_s + by_s)
+    if saved.age_s is not None:
+        saved = replace(saved, age_s=saved.age_s + by_s)
+    found = replace(found, pulse=pulse, measured=measured, saved=saved)
+    silent_s, is_gone = status.silent_s, _is_gone(status.folder, pulse)
+    verdict = judge(found, status.job, now=clock.now, is_gone=is_gone, silent_s=silent_s)
+    return replace(status, verdict=verdict, found=found, clock=clock)
 
 
 def require_run(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -50,7 +50,7 @@ def details(status: Status, console: Console) -> RenderableType:
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(width=LABEL_COLUMNS, no_wrap=True, style="bold")
     table.add_column(overflow="fold", max_width=columns - LABEL_COLUMNS - 1)
-    for name, lines in _sections(status):
+    for name, lines in sections(status):
         table.add_row(name, Text("\n").join(lines))
     for number, note in enumerate(status.notes):
         table.add_row(Text("" if number else "Note", "bold yellow"), Text(note))
@@ -67,9 +67,10 @@ def sweep_view(points: Mapping[str, Status | None]) -> RenderableType:
     return table
 
 
-def _sections(status: Status) -> Iterable[tuple[str, list[Text]]]:
+def sections(status: Status) -> list[tuple[str, list[Text]]]:
+    """What is known, by name, a line or more each."""
     found = status.found
-    sections = {
+    known = {
         "Progress": _progress(status),
         "Loss": [] if found.measured is None else _loss(found.measured),
         "Events": _events(found),
@@ -80,7 +81,7 @@ def _sections(status: Status) -> Iterable[tuple[str, list[Text]]]:
         "Job": [] if status.job is None else _job(status.job, status.clock.now),
         "Starts": [] if status.job is None else _starts(status.job.attempts, status.clock.now),
     }
-    return [(name, lines) for name, lines in sections.items() if lines]
+    return [(name, lines) for name, lines in known.items() if lines]
 
 
 def _progress(status: Status) -> list[Text]:
@@ -160,9 +161,9 @@ def _bill(status: Status) -> list[Text]:
         return []
     if bill.spent_usd is None:
         return [Text("no price is known: hardware.price_per_hour says one", "dim")]
-    text = f"{_both(bill.spent_usd, bill.jpy_per_usd)} {'in all' if status.found.finished else 'so far'}"
+    text = f"{in_both(bill.spent_usd, bill.jpy_per_usd)} {'in all' if status.found.finished else 'so far'}"
     if ahead is not None and ahead.total_usd is not None and not status.found.finished:
-        text += f", about {_both(ahead.total_usd, bill.jpy_per_usd)} in all"
+        text += f", about {in_both(ahead.total_usd, bill.jpy_per_usd)} in all"
     lines = [Text(text)]
     if bill.usd_per_hour is not None:
         price = f"{format_usd(bill.usd_per_hour)} an hour ({bill.price_name})"
@@ -172,7 +173,8 @@ def _bill(status: Status) -> list[Text]:
     return lines
 
 
-def _both(usd: float, jpy_per_usd: float | None) -> str:
+def in_both(usd: float, jpy_per_usd: float | None) -> str:
+    """An amount in dollars, and in yen where the rate is known."""
     return format_usd(usd) + ("" if jpy_per_usd is None else f" ({format_jpy(usd * jpy_per_usd)})")
 
 

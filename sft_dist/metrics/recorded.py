@@ -29,12 +29,20 @@ class Apart:
 
 
 def recorded_lines(folder: Path) -> list[dict[str, Any]]:
-    """Of a run's ``metrics.jsonl``, without one that is being written; none where the file cannot be read."""
+    """Of ``metrics.jsonl``, without one that is being written or damaged; none where the file cannot be read."""
     try:
-        lines = (folder / METRICS).read_bytes().splitlines(keepends=True)
+        texts = (folder / METRICS).read_bytes().splitlines(keepends=True)
     except OSError:
         return []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text) if text.endswith(b"\n") else None
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
 
 
 def recorded_steps(folder: Path) -> dict[int, tuple[float, float]]:

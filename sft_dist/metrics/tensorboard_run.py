@@ -39,8 +39,8 @@ class TensorboardRun:
                 f"logging.tensorboard: TensorBoard cannot be imported ({error})",
                 fix="pip install 'sft-dist[tensorboard]', or set logging.tensorboard to false",
             ) from error
-        # Earlier starts have written their own files, unless the folder was deleted meanwhile. Looked at before the file of
-        # this start is there, which is not empty either: it takes back.
+        # Earlier starts have written their own files, unless the folder was deleted meanwhile. Looked at before the
+        # file of this start is there, which is not empty either: it takes back.
         self._has_earlier = any(file.stat().st_size > _EMPTY_BYTES for file in (folder / FOLDER).glob("events.*"))
         # A run of no steps begins anew, its evaluation before the first one, too.
         purge_step = completed + 1 if completed else 0

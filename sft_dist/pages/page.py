@@ -37,8 +37,17 @@ def text_of(package: str, name: str) -> str:
     return files(package).joinpath(name).read_text(encoding="utf-8")
 
 
-def only_these(scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy under which a page asks no host for anything and runs these scripts alone."""
+def only_these(scripts: Sequence[str], *, own_server: bool = False) -> str:
+    """A Content-Security-Policy under which a page asks no host for anything and runs these scripts alone.
+
+    Args:
+        own_server: the page may ask the server that it comes from, send it forms and show pages of it in frames.
+    """
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}; base-uri 'none'; "
+    if own_server:
+        return (
+            policy + "form-action 'self'; connect-src 'self'; frame-src 'self'; img-src data:; frame-ancestors 'none'"
+        )
+    return policy + "form-action 'none'"

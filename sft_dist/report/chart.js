@@ -1,5 +1,6 @@
 "use strict";
-(() => {
+// Again where the figures of a page were replaced.
+const bindCharts = () => {
   const figures = [...document.querySelectorAll("figure.chart")].map((element) => ({
     element,
     area: element.querySelector(".area"),
@@ -130,4 +131,5 @@
     });
   }
   for (const element of document.querySelectorAll(".switch")) element.hidden = false;
-})();
+};
+bindCharts();

@@ -84,14 +84,14 @@ def told(found: Diff) -> list[str]:
             lines += [f"  {e.name}: {_text(e.values[0])} | {_text(e.values[1])}" for e in own]
     if not lines:
         lines.append("nothing in identity, settings, versions and topology differs")
-    return [*lines, _told_apart(found.apart)]
+    return [*lines, told_apart(found.apart)]
 
 
 def _text(value: str | None) -> str:
     return "-" if value is None else value
 
 
-def _told_apart(found: Apart | None) -> str:
+def told_apart(found: Apart | None) -> str:
     if found is None:
         return "losses: no step in common"
     if found.equal_steps == found.shared_steps:

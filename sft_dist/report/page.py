@@ -62,10 +62,10 @@ def render(data: ReportData) -> str:
         verdict=redacted_text(verdict.line),
         verdict_style="error" if verdict.is_trouble else STYLES[verdict.kind],
         subject=_subject(data),
-        cards=_cards(data),
+        cards=cards_of(data),
         charts=[draw(chart) for chart in charts_of(data)],
         score_charts=[draw(chart) for chart in score_charts(data.metrics)],
-        scores=_scores(data),
+        scores=scores_of(data),
         totals=_totals(data),
         waste=[] if data.bill.waste is None else [(what, s) for what, s in data.bill.waste.shares() if s > 0],
         samples=data.samples[:MAX_SAMPLES],
@@ -102,7 +102,7 @@ def _machines(topology: dict[str, object]) -> str:
     return f"{topology.get('processes')} x {topology.get('device')}{on}, {topology.get('strategy')}"
 
 
-def _cards(data: ReportData) -> list[Card]:
+def cards_of(data: ReportData) -> list[Card]:
     """The few figures that everybody asks for."""
     metrics, found, bill = data.metrics, data.status.found, data.bill
     cards = []
@@ -145,7 +145,7 @@ class ScoreRow:
     last: float
 
 
-def _scores(data: ReportData) -> dict[str, object] | None:
+def scores_of(data: ReportData) -> dict[str, object] | None:
     """Of each score its value at some evaluations, and what became of it from the first to the last."""
     evaluations = data.metrics.evaluations
     if not evaluations:

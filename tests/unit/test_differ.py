@@ -67,6 +67,13 @@ def test_how_far_they_went_together(first: Any, second: Any, expected: Apart | N
     assert apart(first, second) == expected
 
 
+def test_a_damaged_line_is_left_out(tmp_path: Path) -> None:
+    first, second = (run(tmp_path / name, [3.0, 2.0]) for name in ("a", "b"))
+    whole = (second / "metrics.jsonl").read_text()
+    (second / "metrics.jsonl").write_text('{"step": 1, "lo\n7\n' + whole)
+    assert diff(first, second).apart == Apart(2, 2, 0.0, 1)
+
+
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
     folder = run(tmp_path / "a", [1.0])
     with pytest.raises(ConfigError, match="are the same run"):
