@@ -157,7 +157,9 @@ def test_an_evaluation_that_is_no_number_is_told_and_nothing_gained(tiny_base: P
 
 def control(best: Position | None = None, *, keep_best: bool = True, metric: str = "eval_loss") -> Control:
     run: Any = SimpleNamespace(
-        checkpoint=CheckpointConfig(keep_best=keep_best, best_metric=metric), early_stopping=EarlyStoppingConfig()
+        checkpoint=CheckpointConfig(keep_best=keep_best, best_metric=metric),
+        early_stopping=EarlyStoppingConfig(),
+        eval=SimpleNamespace(warn_after_rises=None),
     )
     logger: Any = Told()
     return Control(run, logger, best, None)

@@ -123,7 +123,7 @@ def culprit(trouble: str, first: list[float], second: list[float], *, parameters
     found = Trouble(7, trouble, 5.0, None, 1.5, remedy)  # type: ignore[arg-type]
     plan = BatchPlan(global_batch_size=4, micro_batch_size=1, world_size=2, max_seq_len=48)
     step = Step(epoch=1, sequences=np.array([3, 1, 2, 0]), num_tokens=52, supervised_tokens=45)
-    seen = [Seen(first, list(parameters)), Seen(second, [*parameters, "b"])]
+    seen = [Seen(first, list(parameters), "n1"), Seen(second, [*parameters, "b"], "n2")]
     return culprit_of(found, ROWS, plan, step, 1e-4, seen)
 
 
@@ -132,13 +132,13 @@ def test_a_spike_is_of_the_rank_and_row_with_the_largest_loss_of_a_token() -> No
     assert [each.loss for each in found.micro_batches] == [2.0, 1.5, 2.0, 5.0]
     assert (found.worst.rank, found.worst.number, found.worst.sequences) == (1, 1, (0,))
     assert found.ranks == [1]
-    assert described(found, ROWS) == "seen by rank 1, first in row 0"
+    assert described(found, ROWS) == "seen by rank 1 on n2, first in row 0"
 
 
 def test_what_is_no_number_is_of_all_ranks_that_saw_it(tmp_path: Path) -> None:
     found = culprit("non_finite", [99.0, math.nan], [-math.inf, 1.0], parameters=("a",))
     assert (found.ranks, found.parameters) == ([0, 1], ("a", "b"))
-    assert described(found, ROWS) == "seen by ranks 0, 1, first in row 2"
+    assert described(found, ROWS) == "seen by rank 0 on n1, rank 1 on n2, first in row 2"
     assert described(culprit("non_finite", [1.0, 1.0], [1.0, 1.0]), ROWS) == (
         "every loss is finite, the gradient is not, b first"
     )
@@ -166,5 +166,5 @@ def test_of_many_rows_the_first_are_named() -> None:
     data = PreparedData.of([([1, 2], [0, 1])] * number, packs)
     plan = BatchPlan(global_batch_size=1, micro_batch_size=1, world_size=1, max_seq_len=48)
     step = Step(epoch=0, sequences=np.array([0]), num_tokens=14, supervised_tokens=7)
-    found = culprit_of(Trouble(1, "spike", 5.0, None, 1.0, "warn"), data, plan, step, 1e-4, [Seen([35.0], [])])
-    assert described(found, data) == "seen by rank 0, first in row 0, row 1, row 2, row 3, row 4 and 2 more"
+    found = culprit_of(Trouble(1, "spike", 5.0, None, 1.0, "warn"), data, plan, step, 1e-4, [Seen([35.0], [], "n1")])
+    assert described(found, data) == "seen by rank 0 on n1, first in row 0, row 1, row 2, row 3, row 4 and 2 more"
