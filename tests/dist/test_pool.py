@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.helpers import pool
 from tests.helpers.pool import WorldPool
@@ -69,6 +71,17 @@ def test_a_cell_leaves_no_process_group(two: WorldPool) -> None:
     """Each has threads that wake all the time: those of many cells would leave no processor to the next one."""
     first, *later = [two.run(threads, groups) for groups in (3, 3, 0)]
     assert later == [first, first]
+
+
+def on_a_mesh() -> int:
+    """Size of the group of what an operation on a tensor with two dimensions of processes has made."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    made = torch.zeros_like(distribute_tensor(torch.ones(4), mesh, [Replicate(), Shard(0)]))
+    return dist.get_world_size(made.device_mesh.get_group("shard"))
+
+
+def test_an_operation_on_a_mesh_is_not_remembered_with_ended_groups(two: WorldPool) -> None:
+    assert [two.run(on_a_mesh) for _ in range(2)] == [[1, 1], [1, 1]]
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:

@@ -141,7 +141,10 @@ def end_groups() -> None:
     import torch.distributed as dist
     import torch.distributed.distributed_c10d as c10d
     from deepspeed.utils import groups
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+    # What DTensor remembers of an operation has the mesh of its first result, and would give it to the next, equal mesh.
+    _clear_sharding_prop_cache()
     gc.collect()  # strategies are cycles, and hold theirs
     kept = {id(value) for value in vars(groups).values()} | {id(c10d.GroupMember.WORLD)}
     for group in [g for g in c10d._world.pg_map if id(g) not in kept]:
