@@ -39,6 +39,15 @@ class EarlyStoppingConfig(Section):
     )
 
 
+def best_of(metric: str | None, mode: Mode | None, stopping: EarlyStoppingConfig | None) -> tuple[str, Mode | None]:
+    """What ``checkpoint.best_metric`` and ``best_mode`` are: as early stopping has it where they are null."""
+    if stopping is None:
+        return metric or EVAL_LOSS, mode
+    if metric in (None, stopping.metric):
+        return stopping.metric, mode or stopping.mode
+    return metric or EVAL_LOSS, mode
+
+
 @dataclass(frozen=True)
 class Goal:
     """A metric, and which of two values of it is better."""

@@ -33,7 +33,7 @@ def require_metrics(run: Run, eval_data: PreparedData | None) -> None:
         return
     names = dict.fromkeys([*evaluated_metrics(eval_data), *examined_metrics(run.eval)], 0.0)
     if run.checkpoint.keep_best:
-        metric_of(names, run.checkpoint.best_metric, key="checkpoint.best_metric")
+        metric_of(names, run.checkpoint.goal.metric, key="checkpoint.best_metric")
     if run.early_stopping is not None:
         metric_of(names, run.early_stopping.metric, key="early_stopping.metric")
 

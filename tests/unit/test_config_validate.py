@@ -30,6 +30,8 @@ UNPACKED = {"data": {"train": [{"path": "a.jsonl"}], "packing": "none"}}
 
 HELD_OUT = {"data": {"train": [{"path": "a.jsonl"}], "eval": [{"path": "b.jsonl"}]}}
 
+CUSTOM = {"scores": {"metrics": ["chrf", "custom"], "custom": "own.py:judge"}}
+
 WRONG = [
     (
         HELD_OUT | {"early_stopping": {}},
@@ -50,6 +52,13 @@ WRONG = [
         HELD_OUT | {"checkpoint": {"best_metric": "eval_perplexity"}},
         "checkpoint.best_metric is eval_perplexity, which has no effect: no best checkpoint is kept",
         "set checkpoint.keep_best to true, or checkpoint.final to best, or remove checkpoint.best_metric",
+    ),
+    (
+        HELD_OUT
+        | {"early_stopping": {"metric": "eval_scores/custom", "mode": "max"}, "eval": {"every_steps": 5} | CUSTOM}
+        | {"checkpoint": {"best_mode": "min"}},
+        "checkpoint.best_mode is min, but early_stopping waits for eval_scores/custom the other way",
+        "remove checkpoint.best_mode, or set checkpoint.best_metric",
     ),
     (
         {"checkpoint": {"final": "best"}},
