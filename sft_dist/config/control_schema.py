@@ -20,7 +20,10 @@ HIGHER_IS_BETTER = (
     "accuracy", "bleu", "chrf", "exact_match", "json_schema", "json_valid", "macro_f1", "rouge1", "rouge2", "rougeL",
 )  # fmt: skip
 
-MODE = "Whether a lower (min) or a higher (max) value is better; null: as the metric's name says, where it is known."
+MODE = (
+    "Whether a lower (min) or a higher (max) value is better; null: as the metric's name says; required for "
+    "eval_scores/custom, whose name does not."
+)
 
 
 class EarlyStoppingConfig(Section):

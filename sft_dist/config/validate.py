@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from sft_dist.config.control_schema import EVAL_LOSS, best_of, known_mode
+from sft_dist.config.measured import may_measure
 from sft_dist.config.schema import (
     AdamWConfig,
     Config,
@@ -215,7 +216,7 @@ def _best(config: Config) -> Iterator[Finding]:
     stopping = config.early_stopping
     metric, mode = best_of(checkpoint.best_metric, checkpoint.best_mode, stopping)
     if stopping is None or metric != stopping.metric:
-        yield from _mode("checkpoint.best_", metric, mode)
+        yield from _mode(config, "checkpoint.best_", metric, mode)
     elif checkpoint.best_mode is not None and checkpoint.best_mode != (stopping.mode or known_mode(metric)):
         yield (
             f"checkpoint.best_mode is {checkpoint.best_mode}, but early_stopping waits for {metric} the other way",
@@ -223,7 +224,9 @@ def _best(config: Config) -> Iterator[Finding]:
         )
 
 
-def _mode(prefix: str, metric: str, mode: str | None) -> Iterator[Finding]:
+def _mode(config: Config, prefix: str, metric: str, mode: str | None) -> Iterator[Finding]:
+    if not may_measure(config.eval, metric):  # which is told in its own line
+        return
     known = known_mode(metric)
     if known is None and mode is None:
         yield (
@@ -243,7 +246,7 @@ def _stopping(config: Config) -> Iterator[Finding]:
             "early_stopping is set, but eval.every_steps is not: the only evaluation of training is at its end",
             "set eval.every_steps, or remove early_stopping",
         )
-    yield from _mode("early_stopping.", stopping.metric, stopping.mode)
+    yield from _mode(config, "early_stopping.", stopping.metric, stopping.mode)
 
 
 CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (

@@ -63,17 +63,25 @@ def count_bleu(examples: Sequence[Answered], *, wanted: str) -> Bleu:
         ConfigError: the tokeniser ``ja-mecab`` is wanted, and MeCab is not installed.
     """
     tokeniser = tokeniser_for(wanted, [example.reference for example in examples])
-    if tokeniser == "ja-mecab" and not has_mecab():
-        raise ConfigError(
-            "eval.scores.tokeniser is ja-mecab, and MeCab with its dictionary is not installed",
-            fix="pip install 'sacrebleu[ja]', or set eval.scores.tokeniser to char",
-        )
+    check_tokeniser(tokeniser)
     metric = _metric(tokeniser)
     rows = []
     for example in examples:
         found = metric.sentence_score(example.answer, [example.reference])
         rows.append([found.sys_len, found.ref_len, *found.counts, *found.totals])
     return Bleu(np.array(rows, dtype=np.float64), tuple(examples), wanted, tokeniser, _signature(tokeniser))
+
+
+def check_tokeniser(tokeniser: str) -> None:
+    """
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if tokeniser == "ja-mecab" and not has_mecab():
+        raise ConfigError(
+            "eval.scores.tokeniser is ja-mecab, and MeCab with its dictionary is not installed",
+            fix="pip install 'sacrebleu[ja]', or set eval.scores.tokeniser to char",
+        )
 
 
 def tokeniser_for(wanted: str, references: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from sft_dist.config.scores_schema import ScoreName, ScoresConfig
 from sft_dist.config.validate_scores import scores_findings
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.scores.answered import Answered
-from sft_dist.scores.bleu import Bleu, bleu_notes, count_bleu
+from sft_dist.scores.bleu import Bleu, bleu_notes, check_tokeniser, count_bleu
 from sft_dist.scores.chrf import Chrf, chrf_signature, count_chrf
 from sft_dist.scores.custom import CustomScore
 from sft_dist.scores.json_answers import SchemaCheck, is_json
@@ -164,6 +164,21 @@ class _Reading:
         if not self.settings.normalise:
             return "compared as written"
         return f"NFKC, case folded, trimmed, without full stop|unicode:{unicodedata.unidata_version}"
+
+
+def check_settings(settings: ScoreSettings) -> None:
+    """Looks whether what the settings name can be used, without an answer to judge; a function of the user's own is
+    loaded, which runs its file.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if "bleu" in settings.metrics:
+        check_tokeniser(settings.tokeniser)
+    if "json_schema" in settings.metrics and settings.json_schema is not None:
+        SchemaCheck(settings.json_schema)
+    if "custom" in settings.metrics and settings.custom is not None:
+        CustomScore(settings.custom)
 
 
 def score(examples: Sequence[Answered], settings: ScoreSettings) -> Scores:

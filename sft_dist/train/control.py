@@ -9,15 +9,13 @@ from typing import Any
 
 from sft_dist.checkpoint.manifest import Position, Waiting
 from sft_dist.config.control_schema import EVAL_LOSS
+from sft_dist.config.measured import EVAL_PERPLEXITY, examined_metrics
 from sft_dist.data.prepared import PreparedData
-from sft_dist.evaluation.examiner import examined_metrics
 from sft_dist.metrics.logger import METRICS, RunLogger
 from sft_dist.run import Run
 from sft_dist.train.early_stopping import EarlyStopping, metric_of
 from sft_dist.train.overfitting import WARNED, OverfitWatch
 from sft_dist.train.step import evaluated_metrics
-
-EVAL_PERPLEXITY = "eval_perplexity"
 
 # The event of an evaluation that has figures which are not finite.
 NON_FINITE = "non_finite_evaluation"

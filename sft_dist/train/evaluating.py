@@ -176,9 +176,9 @@ def _prepared(config: Config, data: Sequence[str], output: Path, *, needs_rows: 
         audit = section.audit.model_copy(update={"max_share": limits})
         sides = {"train": held_out, "eval": held_out, "eval_split": None}
         section = section.model_copy(update={**sides, "audit": audit})
-    checkpoint = config.checkpoint.model_copy(
-        update={"mirror": None, "keep_best": False, "final": "last", "best_metric": None, "best_mode": None}
-    )
+    # It decides nothing; other scores may be asked for than those that the run was ended by.
+    nothing = {"keep_best": False, "final": "last", "best_metric": None, "best_mode": None, "mirror": None}
+    checkpoint = config.checkpoint.model_copy(update=nothing)
     updates = {"data": section, "checkpoint": checkpoint, "output_dir": str(output), "early_stopping": None}
     config = config.model_copy(update=updates)
     if not has_eval_data(config) and needs_rows:
