@@ -16,7 +16,7 @@ from sft_dist.cluster.evidence import Evidence, Pulse, read_evidence
 from sft_dist.cluster.file_clock import Clock, clock_of
 from sft_dist.cluster.job_of_run import Ask, JobOfRun, job_of_run
 from sft_dist.cluster.slurm import show_job
-from sft_dist.cluster.verdict import SILENT_S, Forecast, Verdict, forecast, judge, step_of
+from sft_dist.cluster.verdict import ENDED, SILENT_S, Forecast, Verdict, forecast, judge, step_of
 from sft_dist.errors import ConfigError
 from sft_dist.metrics.heartbeat import HEARTBEAT
 from sft_dist.train.resume import holds_a_run
@@ -74,7 +74,10 @@ def read_status(folder: Path, *, clock: Clock | None = None, ask: Ask = show_job
     if free_bytes < LITTLE_BYTES and not found.finished:
         notes.append(f"the disk has {free_bytes / 2**20:,.0f} MiB free")
     verdict = judge(found, job, now=clock.now, is_gone=_is_gone(folder, found.pulse), silent_s=silent_s)
-    return Status(folder, verdict, step_of(found), forecast(found), found, job, clock, free_bytes, tuple(notes))
+    # An early end leaves steps that are never trained.
+    is_over = found.pulse is not None and found.pulse.beat.phase in ("exporting", "proving", "done")
+    ahead = None if is_over or verdict.kind in ENDED else forecast(found)
+    return Status(folder, verdict, step_of(found), ahead, found, job, clock, free_bytes, tuple(notes))
 
 
 def require_run(folder: Path) -> None:
