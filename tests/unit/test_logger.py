@@ -295,7 +295,7 @@ def test_trackers_get_tables_and_results_and_no_secret(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     with RunLogger(tmp_path, logging, settings, num_steps=2) as logger:
         logger.training_step(line(1, loss=math.nan))
-        logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.6})
+        logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.6, "eval_scores/chrf/ja": 7.5})
         logger.table(Table("samples", ["prompt", "answer"], lambda: [["日本の首都は?", "東京 | です\n。"]], step=1))
         logger.conclude({"loss": 0.5}, tmp_path / "final")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -305,6 +305,7 @@ def test_trackers_get_tables_and_results_and_no_secret(tmp_path: Path) -> None:
     [events] = (tmp_path / "tensorboard").iterdir()
     seen = EventAccumulator(str(events)).Reload()
     assert set(seen.Tags()["scalars"]) >= {"train/loss", "train/lr", "eval/loss", "eval/perplexity"}
+    assert "eval_scores/chrf/ja" in seen.Tags()["scalars"], "as in W&B"
     assert [(event.step, event.value) for event in seen.Scalars("eval/loss")] == [(1, 0.5)]
     assert math.isnan(seen.Scalars("train/loss")[0].value)
     assert "東京 \\| です<br>。" in seen.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
