@@ -151,7 +151,7 @@ class _Reading:
     def _all_labels(self) -> Labelled:
         if self._labelled is None:
             self._labelled = read_labels(self.examples, labels=self.settings.labels, normalise=self.settings.normalise)
-            self.notes += label_notes(self._labelled)
+            self.notes += label_notes(self._labelled, has_macro_f1="macro_f1" in self.settings.metrics)
         return self._labelled
 
     def _same(self, example: Answered) -> bool:

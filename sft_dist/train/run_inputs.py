@@ -57,8 +57,13 @@ def inputs_of(config: Config) -> dict[str, str]:
     if isinstance(config.method, LoraMethod) and config.method.init_from is not None:
         found["method.init_from"] = _files(Path(config.method.init_from).glob("adapter_*"))
     for key, name in files_of_evaluations(config.eval):
-        found[key] = _files([Path(name)])
+        found[key] = file_digest(Path(name))
     return found
+
+
+def file_digest(path: Path) -> str:
+    """Of name, size and content. Raises ``CheckpointError``."""
+    return _files([path])
 
 
 def _source(source: SourceConfig, fingerprints: Fingerprints) -> str:

@@ -13,7 +13,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from sft_dist.config.scores_schema import ScoresConfig
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.scores.answered import Answered
-from sft_dist.scores.judge import score
+from sft_dist.scores.compare import notes_on_intervals
+from sft_dist.scores.judge import judge, score
 from sft_dist.scores.labels import NO_LABEL, LabelReader
 from tests.helpers.answers import answered
 
@@ -121,6 +122,20 @@ def test_free_texts_as_labels_are_told() -> None:
     assert notes == [
         "labels: the 60 references have 60 different forms; are they labels? (eval.scores.labels lists them)"
     ]
+
+
+def test_only_who_sees_macro_f1_and_its_interval_is_told_of_them() -> None:
+    examples = [answered("yes", "yes")] * 9 + [answered("no", "no")]
+    for metrics in (["chrf", "exact_match", "accuracy"], ["accuracy", "macro_f1"]):
+        settings = ScoresConfig.model_validate({"metrics": metrics, "labels": ["yes", "no", "never"]})
+        judged = judge(examples, settings)
+        assert notes_on_intervals(judged) == (
+            ["labels: fewer than 5 references are 'no'; macro_f1's interval is too low"]
+            if "macro_f1" in metrics
+            else []
+        )
+        assert any("macro_f1" in note for note in judged.notes) == ("macro_f1" in metrics)
+        assert not any("interval" in note for note in judged.notes)
 
 
 @pytest.mark.parametrize(
