@@ -44,7 +44,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
     deepspeed = None
     if isinstance(sharding, Zero1Sharding | Zero2Sharding | Zero3Sharding):
         deepspeed = load_knobs(sharding.deepspeed_config, ZERO_STAGES[sharding.strategy])
-    final = config.final_state
+    final, best = config.final_state, config.best_goal
     run = Run(
         model=(describe or describe_model)(
             config.model.path,
@@ -76,7 +76,12 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         eval=config.eval,
         early_stopping=config.early_stopping,
         checkpoint=config.checkpoint.model_copy(
-            update={"final": final, "keep_best": config.checkpoint.keep_best or final == "best"}
+            update={
+                "final": final,
+                "keep_best": config.checkpoint.keep_best or final == "best",
+                "best_metric": best.metric,
+                "best_mode": best.mode,
+            }
         ),
         logging=config.logging,
         num_epochs=config.train.num_epochs,

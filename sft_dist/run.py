@@ -56,9 +56,9 @@ class Run:
     """One run on one world.
 
     ``data``, ``spikes``, ``eval``, ``early_stopping``, ``logging``, ``optim`` and ``activation_checkpointing`` are the
-    user's own sections: nothing in them is left to derive. In ``checkpoint``, ``final`` and ``keep_best`` are
-    what they come to. ``sharding`` likewise names one strategy and its options; ``deepspeed`` holds the knobs of a ZeRO
-    strategy, whichever file they come from.
+    user's own sections: nothing in them is left to derive. In ``checkpoint``, ``final``, ``keep_best``, ``best_metric``
+    and ``best_mode`` are what they come to. ``sharding`` likewise names one strategy and its options; ``deepspeed``
+    holds the knobs of a ZeRO strategy, whichever file they come from.
     """
 
     model: ModelSpec

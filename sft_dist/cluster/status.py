@@ -16,7 +16,7 @@ from sft_dist.cluster.evidence import Evidence, Pulse, read_evidence
 from sft_dist.cluster.file_clock import Clock, clock_of
 from sft_dist.cluster.job_of_run import Ask, JobOfRun, job_of_run
 from sft_dist.cluster.slurm import show_job
-from sft_dist.cluster.verdict import SILENT_S, Forecast, Verdict, forecast, judge, step_of
+from sft_dist.cluster.verdict import ENDED, SILENT_S, Forecast, Verdict, forecast, judge, step_of
 from sft_dist.errors import ConfigError
 from sft_dist.metrics.heartbeat import HEARTBEAT
 from sft_dist.train.resume import holds_a_run
@@ -77,7 +77,7 @@ def read_status(folder: Path, *, clock: Clock | None = None, ask: Ask = show_job
         notes.append(f"the disk has {free_bytes / 2**20:,.0f} MiB free")
     verdict = judge(found, job, now=clock.now, is_gone=_is_gone(folder, found.pulse), silent_s=silent_s)
     return Status(
-        folder, verdict, step_of(found), forecast(found), found, job, clock, free_bytes, tuple(notes), silent_s
+        folder, verdict, step_of(found), _ahead(found, verdict), found, job, clock, free_bytes, tuple(notes), silent_s
     )
 
 
@@ -95,7 +95,13 @@ def later(status: Status, clock: Clock) -> Status:
     found = replace(found, pulse=pulse, measured=measured, saved=saved)
     silent_s, is_gone = status.silent_s, _is_gone(status.folder, pulse)
     verdict = judge(found, status.job, now=clock.now, is_gone=is_gone, silent_s=silent_s)
-    return replace(status, verdict=verdict, found=found, clock=clock)
+    return replace(status, verdict=verdict, forecast=_ahead(found, verdict), found=found, clock=clock)
+
+
+def _ahead(found: Evidence, verdict: Verdict) -> Forecast | None:
+    """None once nothing more is trained: an early end leaves steps that never are."""
+    is_over = found.pulse is not None and found.pulse.beat.phase in ("exporting", "proving", "done")
+    return None if is_over or verdict.kind in ENDED else forecast(found)
 
 
 def require_run(folder: Path) -> None:

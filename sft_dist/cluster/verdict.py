@@ -22,6 +22,9 @@ STUCK_STEPS, STUCK_S = 10, 300.0
 
 Kind = Literal["waiting", "starting", "working", "stuck", "silent", "stopped", "ended", "failed", "finished", "unknown"]
 
+# Nothing of it is ahead, unless somebody starts it anew.
+ENDED: frozenset[Kind] = frozenset(("ended", "failed", "finished"))
+
 # Of exit codes, what they mean in a word (docs/launching.md).
 CODES = {
     1: "unexpected", 2: "configuration", 3: "memory", 4: "data", 5: "checkpoint or model", 6: "diverged",

@@ -20,7 +20,10 @@ HIGHER_IS_BETTER = (
     "accuracy", "bleu", "chrf", "exact_match", "json_schema", "json_valid", "macro_f1", "rouge1", "rouge2", "rougeL",
 )  # fmt: skip
 
-MODE = "Whether a lower (min) or a higher (max) value is better; null: as the metric's name says, where it is known."
+MODE = (
+    "Whether a lower (min) or a higher (max) value is better; null: as the metric's name says; required for "
+    "eval_scores/custom, whose name does not."
+)
 
 
 class EarlyStoppingConfig(Section):
@@ -37,6 +40,15 @@ class EarlyStoppingConfig(Section):
     threshold: float = Field(
         0.0, ge=0, description="Least difference to the best value that counts as an improvement, in the metric's unit."
     )
+
+
+def best_of(metric: str | None, mode: Mode | None, stopping: EarlyStoppingConfig | None) -> tuple[str, Mode | None]:
+    """What ``checkpoint.best_metric`` and ``best_mode`` are: as early stopping has it where they are null."""
+    if stopping is None:
+        return metric or EVAL_LOSS, mode
+    if metric in (None, stopping.metric):
+        return stopping.metric, mode or stopping.mode
+    return metric or EVAL_LOSS, mode
 
 
 @dataclass(frozen=True)

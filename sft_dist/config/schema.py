@@ -13,7 +13,7 @@ from annotated_types import Ge
 from pydantic import Discriminator, Field, Tag
 
 from sft_dist.config.cluster_schema import ClusterConfig
-from sft_dist.config.control_schema import EVAL_LOSS, MODE, EarlyStoppingConfig, Goal, Mode, goal_of
+from sft_dist.config.control_schema import EVAL_LOSS, MODE, EarlyStoppingConfig, Goal, Mode, best_of, goal_of
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.eval_schema import EvalConfig
 from sft_dist.config.hardware_schema import HardwareConfig
@@ -371,10 +371,11 @@ class CheckpointConfig(Section):
     keep_best: bool = Field(
         False, description="Save after an evaluation with the best value so far, and keep that checkpoint, too."
     )
-    best_metric: str = Field(
-        EVAL_LOSS,
+    best_metric: str | None = Field(
+        None,
         min_length=1,
-        description="What is best: a key of an evaluation's line in metrics.jsonl, as for early_stopping.metric.",
+        description="What is best: a key of an evaluation's line in metrics.jsonl, as for early_stopping.metric; null: "
+        "that one and its mode with early_stopping, else eval_loss.",
     )
     best_mode: Mode | None = Field(None, description=MODE)
     final: FinalState | None = Field(
@@ -405,7 +406,8 @@ class CheckpointConfig(Section):
 
     @property
     def goal(self) -> Goal:
-        return goal_of(self.best_metric, self.best_mode)
+        """By these keys alone; ``Config.best_goal`` is that of a run."""
+        return goal_of(self.best_metric or EVAL_LOSS, self.best_mode)
 
 
 class WandbConfig(Section):
@@ -446,3 +448,9 @@ class Config(Section):
     def final_state(self) -> FinalState:
         """What ``checkpoint.final`` is, where it is null too."""
         return self.checkpoint.final or ("last" if self.early_stopping is None else "best")
+
+    @property
+    def best_goal(self) -> Goal:
+        """What the best state is, where ``checkpoint.best_metric`` is null too."""
+        metric, mode = best_of(self.checkpoint.best_metric, self.checkpoint.best_mode, self.early_stopping)
+        return goal_of(metric, mode)

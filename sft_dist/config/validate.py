@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from sft_dist.config.control_schema import EVAL_LOSS, known_mode
+from sft_dist.config.control_schema import EVAL_LOSS, best_of, known_mode
+from sft_dist.config.measured import may_measure
 from sft_dist.config.schema import (
     AdamWConfig,
     Config,
@@ -205,16 +206,27 @@ def _best(config: Config) -> Iterator[Finding]:
         if is_wanted and not has_eval_data(config):
             yield f"{what}, but there is nothing to evaluate: data.eval is empty", f"add data.eval, or {fix}"
     keeps_best = checkpoint.keep_best or config.final_state == "best"
-    for key, default in {"best_metric": EVAL_LOSS, "best_mode": None}.items():
-        if getattr(checkpoint, key) != default and not keeps_best:
+    for key, value in {"best_metric": checkpoint.best_metric, "best_mode": checkpoint.best_mode}.items():
+        # Of runs made when eval_loss was written down for all of them.
+        if value not in (None, EVAL_LOSS) and not keeps_best:
             yield (
-                f"checkpoint.{key} is {getattr(checkpoint, key)}, which has no effect: no best checkpoint is kept",
+                f"checkpoint.{key} is {value}, which has no effect: no best checkpoint is kept",
                 f"set checkpoint.keep_best to true, or checkpoint.final to best, or remove checkpoint.{key}",
             )
-    yield from _mode("checkpoint.best_", checkpoint.best_metric, checkpoint.best_mode)
+    stopping = config.early_stopping
+    metric, mode = best_of(checkpoint.best_metric, checkpoint.best_mode, stopping)
+    if stopping is None or metric != stopping.metric:
+        yield from _mode(config, "checkpoint.best_", metric, mode)
+    elif checkpoint.best_mode is not None and checkpoint.best_mode != (stopping.mode or known_mode(metric)):
+        yield (
+            f"checkpoint.best_mode is {checkpoint.best_mode}, but early_stopping waits for {metric} the other way",
+            "remove checkpoint.best_mode, or set checkpoint.best_metric",
+        )
 
 
-def _mode(prefix: str, metric: str, mode: str | None) -> Iterator[Finding]:
+def _mode(config: Config, prefix: str, metric: str, mode: str | None) -> Iterator[Finding]:
+    if not may_measure(config.eval, metric):  # which is told in its own line
+        return
     known = known_mode(metric)
     if known is None and mode is None:
         yield (
@@ -234,7 +246,7 @@ def _stopping(config: Config) -> Iterator[Finding]:
             "early_stopping is set, but eval.every_steps is not: the only evaluation of training is at its end",
             "set eval.every_steps, or remove early_stopping",
         )
-    yield from _mode("early_stopping.", stopping.metric, stopping.mode)
+    yield from _mode(config, "early_stopping.", stopping.metric, stopping.mode)
 
 
 CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (

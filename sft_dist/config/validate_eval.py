@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sft_dist.config.control_schema import EVAL_LOSS
 from sft_dist.config.eval_schema import AnswersConfig
+from sft_dist.config.measured import SCORES, may_measure, measured
 from sft_dist.config.schema import Config
+from sft_dist.config.scores_schema import SCORE_NAMES
 from sft_dist.config.validate_scores import scores_findings
 
 Finding = tuple[str, str]  # (what is wrong, how to fix it), each one line
@@ -51,6 +54,30 @@ def eval_findings(config: Config) -> Iterator[Finding]:
             "set eval.scores or eval.samples, or remove eval.answers",
         )
     yield from _windows(config)
+    yield from _wanted(config)
+
+
+def _wanted(config: Config) -> Iterator[Finding]:
+    """Of the metrics that decide something, those that evaluations do not measure, or not all of them."""
+    wanted = {}
+    if config.early_stopping is not None:
+        wanted["early_stopping.metric"] = config.early_stopping.metric
+    checkpoint = config.checkpoint
+    if checkpoint.best_metric is not None and (checkpoint.keep_best or config.final_state == "best"):
+        wanted["checkpoint.best_metric"] = checkpoint.best_metric
+    for key, metric in wanted.items() if has_eval_data(config) else ():
+        if not may_measure(config.eval, metric):
+            name = metric.removeprefix(SCORES)
+            add = f", or add {name} to eval.scores.metrics" if metric != name and name in SCORE_NAMES else ""
+            yield (
+                f"{key} is {metric}, which an evaluation of this run does not measure",
+                f"set {key} to one of: {', '.join(measured(config.eval))}{add}",
+            )
+        elif config.eval.answers.when == "ends" and config.eval.every_steps is not None and metric.startswith(SCORES):
+            yield (
+                f"{key} is {metric}, but with eval.answers.when ends most evaluations have no answers",
+                f"set eval.answers.when to always, or {key} to {EVAL_LOSS}",
+            )
 
 
 def _windows(config: Config) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.config.eval_schema import EvalConfig, SamplesConfig
+from sft_dist.config.measured import score_key
 from sft_dist.data.messages import Message
 from sft_dist.data.prepared import PreparedData
 from sft_dist.errors import ConfigError, SftError
@@ -251,17 +252,6 @@ class Examiner:
             return None, [f"no scores: {error.what}; {error.fix}"]
         self._has_judged = True
         return scores, list(scores.notes)
-
-
-def score_key(name: str) -> str:
-    """In ``metrics.jsonl``."""
-    return f"eval_scores/{name}"
-
-
-def examined_metrics(settings: EvalConfig) -> list[str]:
-    """Names of what an evaluation measures of all sources together, beside the loss."""
-    scores = [] if settings.scores is None else [score_key(name) for name in settings.scores.metrics]
-    return scores + ([] if settings.long_texts is None else ["eval_long_loss", "eval_long_perplexity"])
 
 
 def stop_ids(strategy: Strategy, tokenizer: PreTrainedTokenizerBase, prompter: Prompter) -> frozenset[int]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sft_dist.config.measured import SCORES
 from sft_dist.errors import ConfigError
 from sft_dist.metrics.tracker import Lines, Table
 
@@ -16,7 +17,8 @@ FOLDER = "tensorboard"
 
 
 class TensorboardRun:
-    """Takes metrics as scalars: those of training below ``train/``, those of evaluations below ``eval/``.
+    """Takes metrics as scalars: those of training below ``train/``, those of evaluations below ``eval/``,
+    but for scores, which keep their names (``eval_scores/NAME``).
 
     Each start writes a file of its own, which takes back what an earlier one wrote of steps that are trained again.
 
@@ -91,6 +93,8 @@ _EMPTY_BYTES = 180
 
 
 def _tag(name: str) -> str:
+    if name.startswith(SCORES):
+        return name
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 

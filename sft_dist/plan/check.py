@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.describe import join_or
+from sft_dist.config.measured import files_of_evaluations
 from sft_dist.config.schema import (
     RECOMPUTATION,
     AutoSharding,
@@ -17,7 +19,9 @@ from sft_dist.config.schema import (
     QloraMethod,
 )
 from sft_dist.config.validate import validate
+from sft_dist.data.files import is_url
 from sft_dist.data.named_templates import form_of
+from sft_dist.data.sources import files_here
 from sft_dist.errors import ConfigError
 from sft_dist.model.hub import ModelNotHere, config_source
 from sft_dist.model.known import ModelNotKnown, known_models_allowed
@@ -69,7 +73,7 @@ def _check(config: Config, shape: WorldShape, describe: Describe | None) -> Chec
         except (ModelNotHere, ModelNotKnown) as e:
             bring = BRING if needs_no_weights(config) else BRING.removesuffix(" --no-weights")
             why = f"{e.what}: neither the model nor what goes together with it was checked; bring it here by: {bring}"
-            return Checked([], [f"not checked: {why}"])
+            return Checked([], [f"not checked: {why}", *_not_here(config), *_not_run(config)])
         except ConfigError as e:
             refused.append((concrete, e))
     if not runs:
@@ -79,7 +83,7 @@ def _check(config: Config, shape: WorldShape, describe: Describe | None) -> Chec
         f"auto {'will' if other.sharding.strategy in possible else 'must'} not become {_ways(other)}: {e.what}"
         for other, e in refused
     ]
-    return Checked(runs, [*notes, *_from_the_table(config), *_not_here(config)])
+    return Checked(runs, [*notes, *_from_the_table(config), *_not_here(config), *_not_run(config)])
 
 
 def _from_the_table(config: Config) -> list[str]:
@@ -92,7 +96,21 @@ def _not_here(config: Config) -> list[str]:
     template = config.data.chat_template
     is_file = template is not None and form_of(template) == "file"
     files = {"method.init_from": adapter, "data.chat_template": template if is_file else None}
-    return [f"not checked: {key} {file} is not here" for key, file in files.items() if file and not Path(file).exists()]
+    files |= dict(files_of_evaluations(config.eval))
+    missing = [(key, file) for key, file in files.items() if file and not Path(file).exists()]
+    texts = config.eval.long_texts
+    for number, path in enumerate([] if texts is None else texts.paths):
+        if not is_url(path) and files_here(SourceConfig(path=path, format="text")) is None:
+            missing.append((f"eval.long_texts.paths.{number}", path))
+    return [f"not checked: {key} {file} is not here" for key, file in missing]
+
+
+def _not_run(config: Config) -> list[str]:
+    """The function that judges answers, whose file is there."""
+    custom = None if config.eval.scores is None else config.eval.scores.custom
+    if custom is None or not Path(custom.rpartition(":")[0]).exists():
+        return []
+    return [f"not checked: eval.scores.custom {custom} is loaded when training starts, which runs the file"]
 
 
 def needs_no_weights(config: Config) -> bool:

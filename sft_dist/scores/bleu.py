@@ -24,6 +24,9 @@ ORDERS = 4
 # Chinese texts hold a kana now and then; of Japanese letters, texts with none at all (labels, names) are a minority.
 _MIN_JAPANESE_SHARE = 0.1
 
+# Of references in another script; fewer move the score by less than which examples were drawn does.
+_MIN_MIXED_SHARE = 0.05
+
 
 @dataclass(frozen=True)
 class Bleu:
@@ -63,17 +66,25 @@ def count_bleu(examples: Sequence[Answered], *, wanted: str) -> Bleu:
         ConfigError: the tokeniser ``ja-mecab`` is wanted, and MeCab is not installed.
     """
     tokeniser = tokeniser_for(wanted, [example.reference for example in examples])
-    if tokeniser == "ja-mecab" and not has_mecab():
-        raise ConfigError(
-            "eval.scores.tokeniser is ja-mecab, and MeCab with its dictionary is not installed",
-            fix="pip install 'sacrebleu[ja]', or set eval.scores.tokeniser to char",
-        )
+    check_tokeniser(tokeniser)
     metric = _metric(tokeniser)
     rows = []
     for example in examples:
         found = metric.sentence_score(example.answer, [example.reference])
         rows.append([found.sys_len, found.ref_len, *found.counts, *found.totals])
     return Bleu(np.array(rows, dtype=np.float64), tuple(examples), wanted, tokeniser, _signature(tokeniser))
+
+
+def check_tokeniser(tokeniser: str) -> None:
+    """
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if tokeniser == "ja-mecab" and not has_mecab():
+        raise ConfigError(
+            "eval.scores.tokeniser is ja-mecab, and MeCab with its dictionary is not installed",
+            fix="pip install 'sacrebleu[ja]', or set eval.scores.tokeniser to char",
+        )
 
 
 def tokeniser_for(wanted: str, references: Sequence[str]) -> str:
@@ -140,9 +151,26 @@ def bleu_notes(bleu: Bleu) -> list[str]:
         notes.append("bleu: the references are Japanese; MeCab's words were counted (tokeniser ja-mecab)")
     elif bleu.wanted == "auto" and bleu.tokeniser == "zh":
         notes.append("bleu: the references are Chinese; their characters were counted (tokeniser zh)")
+    if bleu.wanted == "auto":
+        notes += _mixture([example.reference for example in bleu.examples], bleu.tokeniser)
     if bleu.statistics[:, -1].sum() == 0:
         notes.append("bleu: 0 by definition, because no answer has four tokens; chrf and exact_match tell more")
     return notes
+
+
+def _mixture(references: Sequence[str], tokeniser: str) -> list[str]:
+    """That references are in languages of which one tokeniser fits only some."""
+    scripts = [script_of([text]) for text in references if language(text)[0] != "none"]
+    east_asian = len(scripts) - scripts.count("other")
+    name = "Japanese" if script_of(references) == "ja" or "ja" in scripts else "Chinese"
+    count, what = (east_asian, name) if tokeniser == "13a" else (scripts.count("other"), f"not {name}")
+    if count < _MIN_MIXED_SHARE * len(references) or not count:
+        return []
+    return [
+        f"bleu: {count:,} of {len(references):,} references ({count / len(references):.0%}) are {what}, and all were "
+        f"counted with tokeniser {tokeniser}; give each language a source of its own, or set eval.scores.tokeniser, "
+        "e.g. to char, which fits all of them"
+    ]
 
 
 @cache

@@ -14,6 +14,7 @@ import numpy as np
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.scores.answered import Answered
 from sft_dist.scores.judge import Judged, ScoreSettings, judge
+from sft_dist.scores.labels import MacroF1, interval_notes
 from sft_dist.scores.tally import Array
 
 # Of the 95 % interval.
@@ -82,6 +83,12 @@ def compare_judged(base: Judged, tuned: Judged, *, samples: int = 1000, seed: in
     return {
         name: _compared(of_base[name], of_tuned[name], *np.concatenate(found, axis=1)) for name, found in blocks.items()
     }
+
+
+def notes_on_intervals(judged: Judged) -> list[str]:
+    """What a reader of the intervals must know, whichever set was judged: they have the same references."""
+    tally = judged.tallies.get("macro_f1")
+    return interval_notes(tally.labelled) if isinstance(tally, MacroF1) else []
 
 
 def check_paired(base: Sequence[Answered], tuned: Sequence[Answered]) -> None:

@@ -12,7 +12,7 @@ from sft_dist.config.scores_schema import ScoreName, ScoresConfig
 from sft_dist.config.validate_scores import scores_findings
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.scores.answered import Answered
-from sft_dist.scores.bleu import Bleu, bleu_notes, count_bleu
+from sft_dist.scores.bleu import Bleu, bleu_notes, check_tokeniser, count_bleu
 from sft_dist.scores.chrf import Chrf, chrf_signature, count_chrf
 from sft_dist.scores.custom import CustomScore
 from sft_dist.scores.json_answers import SchemaCheck, is_json
@@ -151,7 +151,7 @@ class _Reading:
     def _all_labels(self) -> Labelled:
         if self._labelled is None:
             self._labelled = read_labels(self.examples, labels=self.settings.labels, normalise=self.settings.normalise)
-            self.notes += label_notes(self._labelled)
+            self.notes += label_notes(self._labelled, has_macro_f1="macro_f1" in self.settings.metrics)
         return self._labelled
 
     def _same(self, example: Answered) -> bool:
@@ -164,6 +164,21 @@ class _Reading:
         if not self.settings.normalise:
             return "compared as written"
         return f"NFKC, case folded, trimmed, without full stop|unicode:{unicodedata.unidata_version}"
+
+
+def check_settings(settings: ScoreSettings) -> None:
+    """Looks whether what the settings name can be used, without an answer to judge; a function of the user's own is
+    loaded, which runs its file.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if "bleu" in settings.metrics:
+        check_tokeniser(settings.tokeniser)
+    if "json_schema" in settings.metrics and settings.json_schema is not None:
+        SchemaCheck(settings.json_schema)
+    if "custom" in settings.metrics and settings.custom is not None:
+        CustomScore(settings.custom)
 
 
 def score(examples: Sequence[Answered], settings: ScoreSettings) -> Scores:

@@ -132,29 +132,42 @@ def read_labels(examples: Sequence[Answered], *, labels: Sequence[str] | None, n
     return Labelled(reader.labels, labels is None, np.array(truth, dtype=np.int64), np.array(found, dtype=np.int64))
 
 
-def label_notes(labelled: Labelled) -> list[str]:
-    """What a reader of accuracy and macro_f1 must know."""
+def label_notes(labelled: Labelled, *, has_macro_f1: bool) -> list[str]:
+    """What a reader of accuracy, and of macro_f1 where it is asked for, must know."""
     notes = []
     examples = len(labelled.truth)
     without = int((labelled.found == NO_LABEL).sum())
     if without:
         notes.append(f"labels: {without:,} of {examples:,} answers are no label and count as wrong")
-    if labelled.of_references and len(labelled.labels) > max(_MANY_LABELS, examples / 2):
+    if _are_texts(labelled):
         notes.append(
             f"labels: the {examples:,} references have {len(labelled.labels):,} different forms; are they labels? "
             "(eval.scores.labels lists them)"
         )
         return notes
-    number = np.bincount(labelled.truth, minlength=len(labelled.labels))
-    absent = [label for label, count in zip(labelled.labels, number, strict=True) if count == 0]
-    rare = [label for label, count in zip(labelled.labels, number, strict=True) if 0 < count < _FEW_REFERENCES]
-    if absent:
+    absent = _labels_with(labelled, 0, 0)
+    if absent and has_macro_f1:
         notes.append(f"labels: no reference is {_list(absent)}; macro_f1 counts an F1 of 0 for it")
-    if rare:
-        notes.append(
-            f"labels: fewer than {_FEW_REFERENCES} references are {_list(rare)}; macro_f1's interval is too low"
-        )
     return notes
+
+
+def interval_notes(labelled: Labelled) -> list[str]:
+    """What a reader of macro_f1's interval must know."""
+    rare = _labels_with(labelled, 1, _FEW_REFERENCES - 1)
+    if not rare or _are_texts(labelled):
+        return []
+    return [f"labels: fewer than {_FEW_REFERENCES} references are {_list(rare)}; macro_f1's interval is too low"]
+
+
+def _are_texts(labelled: Labelled) -> bool:
+    """Whether nobody listed the labels, and the references look like none."""
+    return labelled.of_references and len(labelled.labels) > max(_MANY_LABELS, len(labelled.truth) / 2)
+
+
+def _labels_with(labelled: Labelled, least: int, most: int) -> list[str]:
+    """Those with so many references."""
+    number = np.bincount(labelled.truth, minlength=len(labelled.labels))
+    return [label for label, count in zip(labelled.labels, number, strict=True) if least <= count <= most]
 
 
 def _list(labels: Sequence[str]) -> str:

@@ -9,15 +9,13 @@ from typing import Any
 
 from sft_dist.checkpoint.manifest import Position, Waiting
 from sft_dist.config.control_schema import EVAL_LOSS
+from sft_dist.config.measured import EVAL_PERPLEXITY, examined_metrics
 from sft_dist.data.prepared import PreparedData
-from sft_dist.evaluation.examiner import examined_metrics
 from sft_dist.metrics.logger import METRICS, RunLogger
 from sft_dist.run import Run
 from sft_dist.train.early_stopping import EarlyStopping, metric_of
 from sft_dist.train.overfitting import WARNED, OverfitWatch
 from sft_dist.train.step import evaluated_metrics
-
-EVAL_PERPLEXITY = "eval_perplexity"
 
 # The event of an evaluation that has figures which are not finite.
 NON_FINITE = "non_finite_evaluation"
@@ -33,7 +31,7 @@ def require_metrics(run: Run, eval_data: PreparedData | None) -> None:
         return
     names = dict.fromkeys([*evaluated_metrics(eval_data), *examined_metrics(run.eval)], 0.0)
     if run.checkpoint.keep_best:
-        metric_of(names, run.checkpoint.best_metric, key="checkpoint.best_metric")
+        metric_of(names, run.checkpoint.goal.metric, key="checkpoint.best_metric")
     if run.early_stopping is not None:
         metric_of(names, run.early_stopping.metric, key="early_stopping.metric")
 

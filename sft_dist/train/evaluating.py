@@ -7,7 +7,7 @@ and under any strategy. The base is the state before the first step; the trained
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,16 +35,19 @@ from sft_dist.model.weights import check_weights
 from sft_dist.run import Run
 from sft_dist.runtime.process_group import process_group, run_on_main_first
 from sft_dist.scores.answered import Answered
-from sft_dist.scores.compare import Compared, compare
+from sft_dist.scores.compare import Compared, compare_judged, notes_on_intervals
+from sft_dist.scores.judge import judge
 from sft_dist.sharding import registry
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train.adapter_alone import settings_of_adapter
+from sft_dist.train.eval_record import read_files, record_of
 from sft_dist.train.evaluations import Evaluated, Evaluations, evaluations_of
 from sft_dist.train.preflight import take_run_directory
 from sft_dist.train.ready import Met, Process, make_ready, meet, warn
 from sft_dist.train.resume import NEVER
 from sft_dist.train.run_files import writing_into
+from sft_dist.train.surroundings import versions
 
 if TYPE_CHECKING:
     # lm-eval need not be installed.
@@ -112,7 +115,7 @@ def subject_of(
         path: a run directory, a checkpoint, the folder of a whole model or of a LoRA adapter, or a hub id in the
             local cache.
         overrides: of the run's configuration, or of the least one that a model needs.
-        data: files of held-out rows, in place of the run's own.
+        data: files of held-out rows, in place of the run's own, whose long texts are then left out too.
         checkpoint: of a run: the number of its steps, or ``latest``; None: that of which its ``final/`` is.
         out: folder of the results; None: ``eval/`` in the run directory, ``NAME.eval`` beside a model.
         base: model that an adapter without its run is for; None: the one that it names.
@@ -135,8 +138,18 @@ def subject_of(
     output = out or Path(source.run_directory or source.folder) / "eval"
     has_base = not isinstance(config.method, VirtualTokensMethod)
     has_rows = bool(data) or has_eval_data(config)
+    if data and not any(given.startswith(("eval=", "eval.long_texts")) for given in overrides):
+        config = _without_long_texts(config, data)
     prepared = _prepared(config, data, output, needs_rows=needs_rows)
     return Subject(prepared, source.folder, has_base=has_base, has_rows=has_rows, trained=config)
+
+
+def _without_long_texts(config: Config, data: Sequence[str]) -> Config:
+    """Those of the run are no part of other rows, unless they are among them."""
+    texts = config.eval.long_texts
+    paths = [] if texts is None else [path for path in texts.paths if path in data]
+    kept = texts.model_copy(update={"paths": paths}) if texts is not None and paths else None
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"long_texts": kept})})
 
 
 def _step_of_final(run: Path) -> str:
@@ -176,7 +189,9 @@ def _prepared(config: Config, data: Sequence[str], output: Path, *, needs_rows: 
         audit = section.audit.model_copy(update={"max_share": limits})
         sides = {"train": held_out, "eval": held_out, "eval_split": None}
         section = section.model_copy(update={**sides, "audit": audit})
-    checkpoint = config.checkpoint.model_copy(update={"mirror": None, "keep_best": False, "final": "last"})
+    # It decides nothing; other scores may be asked for than those that the run was ended by.
+    nothing = {"keep_best": False, "final": "last", "best_metric": None, "best_mode": None, "mirror": None}
+    checkpoint = config.checkpoint.model_copy(update=nothing)
     updates = {"data": section, "checkpoint": checkpoint, "output_dir": str(output), "early_stopping": None}
     config = config.model_copy(update=updates)
     if not has_eval_data(config) and needs_rows:
@@ -256,6 +271,11 @@ def evaluate_subject(subject: Subject, *, with_base: bool, tasks: AskedTasks | N
     run, process = met.run, met.process
     console = Console(highlight=False, quiet=not process.world.is_main)
     folder = Path(run.output_dir)
+    read: dict[str, Any] = {}
+    if inputs is not None:
+        read = json.loads(
+            run_on_main_first(process.world, process.store, "files", lambda: json.dumps(read_files(met.config))) or "{}"
+        )
     # Before the model is built: a task that is not there is told at once.
     here = None if tasks is None else _load_tasks(tasks, subject, met, console)
     with process_group(process.world, process.device, met.store):
@@ -268,10 +288,13 @@ def evaluate_subject(subject: Subject, *, with_base: bool, tasks: AskedTasks | N
             asked.state(name, strategy, step)
 
         def write() -> None:
-            compared = _compared(asked.found, met.config)
+            compared, notes = _compared(asked.found, met.config)
+            record = read | record_of(met.config, asked.found, notes) if subject.has_rows else {"versions": versions()}
             with writing_into(folder):
-                _write(folder, subject, asked, compared)
+                _write(folder, subject, asked, compared, record)
             _show(console, asked, compared)
+            for note in notes:
+                console.print(f"compared: {note}", markup=False, soft_wrap=True)
             console.print(f"results in {folder / RESULT}", markup=False, soft_wrap=True)
 
         run_on_main_first(process.world, process.store, "eval", write)
@@ -361,12 +384,13 @@ def _chats(subject: Subject, renderer: ChatRenderer) -> tuple[bool, str]:
     return chats, f"the run was trained {'on conversations' if chats else 'without one'}"
 
 
-def _compared(found: dict[str, Evaluated], config: Config) -> dict[str, Compared]:
-    """Scores of the base and of what became of it, with their intervals."""
+def _compared(found: dict[str, Evaluated], config: Config) -> tuple[dict[str, Compared], list[str]]:
+    """Scores of the base and of what became of it, with their intervals; and what a reader of these must know."""
     scores = config.eval.scores
     if scores is None or len(found) < 2 or any(each.findings is None for each in found.values()):
-        return {}
-    return compare(_answered(found[BASE]), _answered(found[TUNED]), scores, seed=config.train.seed)
+        return {}, []
+    base, tuned = (judge(_answered(found[name]), scores) for name in (BASE, TUNED))
+    return compare_judged(base, tuned, seed=config.train.seed), notes_on_intervals(base)
 
 
 def _answered(evaluated: Evaluated) -> list[Answered]:
@@ -374,7 +398,9 @@ def _answered(evaluated: Evaluated) -> list[Answered]:
     return [Answered(r.prompt, r.answer, r.reference or "", r.source) for r in evaluated.findings.judged]
 
 
-def _write(folder: Path, subject: Subject, asked: _Asked, compared: dict[str, Compared]) -> None:
+def _write(
+    folder: Path, subject: Subject, asked: _Asked, compared: dict[str, Compared], record: Mapping[str, Any]
+) -> None:
     found = asked.found
     signature = {
         name: value
@@ -389,6 +415,7 @@ def _write(folder: Path, subject: Subject, asked: _Asked, compared: dict[str, Co
         "metrics": {name: each.metrics for name, each in found.items()},
         "compared": {name: asdict(each) for name, each in compared.items()},
         "signature": signature,
+        **record,
     }
     if asked.of_tasks:
         document["lm_eval"] = {

@@ -72,5 +72,5 @@ def take_final_state(
                 fix="move it away and say --resume auto, which exports the next best, or set checkpoint.final to last",
             ).everywhere()
         checkpointer.load(checkpoint, strategy)
-    metric = run.checkpoint.best_metric
+    metric = run.checkpoint.goal.metric
     return FinalState(best.completed_steps, completed, num_steps, metric, best.value_of(metric), stopped_early=stopped)

@@ -27,11 +27,6 @@ from sft_dist.train.spikes import Spikes, Trouble
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.step import StepOutcome
 
-FIX = (
-    "look at these rows; lower optim.lr or set optim.max_grad_norm where they are good, or let the run go on without "
-    "them: spikes.non_finite and spikes.policy"
-)
-
 
 class GoBack(Exception):
     """The run is to go back to its last checkpoint and on from there without the step of ``culprit``."""
@@ -95,7 +90,9 @@ class Guard:
             self._tell(culprit, kept, event=trouble.kind, step=trouble.step)
             where = from_main(described(culprit, data) if self.logger is not None else "", self._group)
             why = f"; {trouble.why}" if trouble.why else ""
-            raise TrainingDiverged(f"step {trouble.step}: {trouble}, {where}{why}; {kept}", fix=FIX).everywhere()
+            raise TrainingDiverged(
+                f"step {trouble.step}: {trouble}, {where}{why}; {kept}", fix=trouble.fix
+            ).everywhere()
         self.spikes.leave_out(trouble.step)
         if trouble.remedy == "roll_back":
             raise GoBack(culprit, kept)
@@ -145,7 +142,9 @@ class Guard:
         if checkpoint is None:
             trouble = back.culprit.trouble
             what = f"step {trouble.step}: {trouble}; there is no checkpoint to go back to; {back.kept}"
-            raise TrainingDiverged(what, fix=FIX).everywhere()
+            key = "spikes.policy" if trouble.kind == "spike" else "spikes.non_finite"
+            fix = f"look at these rows; lower optim.lr, or set {key} to skip, which needs no checkpoint"
+            raise TrainingDiverged(what, fix=fix).everywhere()
         position = self.checkpointer.load(checkpoint, self.strategy).position
         self.spikes.went_back(position)
         if self.logger is not None:

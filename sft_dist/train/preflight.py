@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.deepspeed import load_knobs
+from sft_dist.config.measured import files_of_evaluations
 from sft_dist.config.schema import Config, LoraMethod, Zero1Sharding, Zero2Sharding, Zero3Sharding
 from sft_dist.data.jinja_template import JinjaTemplate
 from sft_dist.data.named_templates import read_template
@@ -76,20 +77,9 @@ def check_inputs(config: Config, *, with_rows: bool = True) -> None:
     long_texts = [] if texts is None else [SourceConfig(path=path, format="text") for path in texts.paths]
     for source in (*config.data.train, *config.data.eval, *long_texts) if with_rows else ():
         check_source(source)
-    for key, file in files_of_evaluations(config):
+    for key, file in files_of_evaluations(config.eval):
         if not Path(file).is_file():
             raise ConfigError(f"{key}: {file} is no file here", fix="correct the path, from where the run is started")
-
-
-def files_of_evaluations(config: Config) -> Iterator[tuple[str, str]]:
-    """Keys and files that the first evaluation will read."""
-    scores, samples = config.eval.scores, config.eval.samples
-    if scores is not None and scores.json_schema is not None:
-        yield "eval.scores.json_schema", scores.json_schema
-    if scores is not None and scores.custom is not None:
-        yield "eval.scores.custom", scores.custom.rpartition(":")[0]
-    if samples is not None and samples.file is not None:
-        yield "eval.samples.file", samples.file
 
 
 def is_first_to_look() -> bool:

@@ -36,6 +36,7 @@ from sft_dist.runtime.memory import least_memory_bytes
 from sft_dist.runtime.process_group import device_of, join, run_on_main_first
 from sft_dist.runtime.rank_log import settle
 from sft_dist.runtime.world import World
+from sft_dist.scores.judge import check_settings
 from sft_dist.sharding.optim import unsupported_on
 from sft_dist.train.from_mirror import bring, check_mirror, needs_storage
 from sft_dist.train.inputs import prepare_inputs
@@ -212,8 +213,11 @@ def prepare_run(
         ``Found``, as JSON.
 
     Raises:
-        ConfigError, CheckpointError, DataError: the run directory, the checkpoint, the weights, the data.
+        ConfigError, CheckpointError, DataError: what answers are judged by, the run directory, the checkpoint, the
+            weights, the data.
     """
+    if config.eval.scores is not None:
+        check_settings(config.eval.scores)
     take_run_directory(Path(run.output_dir), may_hold_a_run=resume != NEVER, say=warn)
     taken()
     sweep(checkpoints_folder(run.output_dir))

@@ -9,6 +9,7 @@ from pathlib import Path
 import xxhash
 
 from sft_dist.config.data_schema import SourceConfig
+from sft_dist.config.measured import files_of_evaluations
 from sft_dist.config.schema import Config, LoraMethod
 from sft_dist.config.secrets import without_secrets
 from sft_dist.data.files import ending, is_url
@@ -18,7 +19,6 @@ from sft_dist.data.prepare import cache_path, source_names
 from sft_dist.errors import CheckpointError
 from sft_dist.model.hub import is_folder_path, model_folder
 from sft_dist.model.hub_fetch import TOKENIZER_FILES
-from sft_dist.train.preflight import files_of_evaluations
 
 # A large file is known by so many parts of so many bytes, at even distances from its first byte to its last.
 PARTS, PART_BYTES = 64, 1 << 16
@@ -56,9 +56,14 @@ def inputs_of(config: Config) -> dict[str, str]:
         found[f"model ({what})"] = _files(files)
     if isinstance(config.method, LoraMethod) and config.method.init_from is not None:
         found["method.init_from"] = _files(Path(config.method.init_from).glob("adapter_*"))
-    for key, name in files_of_evaluations(config):
-        found[key] = _files([Path(name)])
+    for key, name in files_of_evaluations(config.eval):
+        found[key] = file_digest(Path(name))
     return found
+
+
+def file_digest(path: Path) -> str:
+    """Of name, size and content. Raises ``CheckpointError``."""
+    return _files([path])
 
 
 def _source(source: SourceConfig, fingerprints: Fingerprints) -> str:

@@ -14,6 +14,8 @@ from sft_dist.config.spikes_schema import SpikesConfig
 Kind = Literal["spike", "non_finite"]
 Remedy = Literal["warn", "skip", "roll_back", "stop"]
 
+MAX_IN_A_ROW, MAX_ROLL_BACKS = "spikes.max_in_a_row", "spikes.max_roll_backs"
+
 
 @dataclass(frozen=True)
 class Trouble:
@@ -33,6 +35,18 @@ class Trouble:
     median: float | None
     remedy: Remedy
     why: str = ""
+
+    @property
+    def fix(self) -> str:
+        """What a user can do where the run ends over it."""
+        if not self.why:
+            return (
+                "look at these rows; lower optim.lr or set optim.max_grad_norm where they are good, or let the run go "
+                "on without them: spikes.non_finite and spikes.policy"
+            )
+        limit = MAX_ROLL_BACKS if MAX_ROLL_BACKS in self.why else MAX_IN_A_ROW
+        factor = "spikes.factor or " if self.kind == "spike" else ""
+        return f"look at these rows; lower optim.lr, or raise {factor}{limit} where they are good"
 
     def __str__(self) -> str:
         said = f"loss {self.loss:.6g}"
@@ -94,9 +108,9 @@ class Spikes:
             return remedy, ""
         in_a_row = next(n for n in range(step) if step - 1 - n not in self.skipped)
         if in_a_row >= self.rules.max_in_a_row:
-            return "stop", f"the {in_a_row} steps before it were left out, too (spikes.max_in_a_row)"
+            return "stop", f"the {in_a_row} steps before it were left out, too ({MAX_IN_A_ROW})"
         if remedy == "roll_back" and self.roll_backs >= self.rules.max_roll_backs:
-            return "stop", f"the run has gone back {self.roll_backs} times already (spikes.max_roll_backs)"
+            return "stop", f"the run has gone back {self.roll_backs} times already ({MAX_ROLL_BACKS})"
         return remedy, ""
 
     def leaves_out(self, step: int) -> bool:

@@ -33,6 +33,7 @@ def summary(
     more = [_decay(run)] if run.optim.weight_decay else []
     if run.neftune_alpha is not None or run.label_smoothing:
         more.append(f"noise     {_noise(run)}")
+    more += _best(run)
     return "\n".join(
         [
             f"model     {run.model.path}: {run.model.method.type}, {run.model.num_trainable:,} of "
@@ -50,6 +51,15 @@ def summary(
             *more,
         ]
     )
+
+
+def _best(run: Run) -> list[str]:
+    """What is best, where early stopping waits for something else."""
+    stopping, best = run.early_stopping, run.checkpoint.goal
+    if stopping is None or not run.checkpoint.keep_best or best.metric == stopping.metric:
+        return []
+    of = "final/ and the checkpoint that is kept are" if run.checkpoint.final == "best" else "the checkpoint kept is"
+    return [f"best      {of} by checkpoint.best_metric {best.metric}; early stopping waits for {stopping.metric}"]
 
 
 def _sequences(batch: BatchPlan, data: PreparedData, kind: str) -> str:

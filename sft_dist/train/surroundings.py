@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,10 +25,10 @@ ENVIRONMENT = (
 )  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    """Of Python, of this project and of its libraries; one that is not installed is left out."""
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Of Python, of this project and of libraries; one that is not installed is left out."""
     found = {"python": platform.python_version(), "sft_dist": __version__}
-    for name in LIBRARIES:
+    for name in libraries:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,6 +64,14 @@ def test_a_run_beside_its_base(trained: Path, rows: Path, tmp_path: Path, capsys
     assert (one["difference"], one["difference_interval"], one["tuned_better"]) == (1.0, [1.0, 1.0], 1.0)
     lines = [json.loads(line) for line in (tmp_path / "out/answers-tuned.jsonl").read_text().splitlines()]
     assert [(line["answer"], line["finish_reason"]) for line in lines] == [(answer, "stop") for _, answer in PAIRS]
+    held_out = {"path": str(rows), "xxh3_128": xxhash.xxh3_128_hexdigest(rows.read_bytes())}
+    assert (found["data"], found["seed"], found["files"]) == ([held_out], 0, {})
+    assert (found["eval"]["answers"]["max_new_tokens"], found["eval"]["answers"]["max_examples"]) == (40, 200)
+    assert found["eval"]["scores"]["metrics"] == ["exact_match", "chrf"]
+    assert found["answers"]["tuned"] == {"examples": len(PAIRS), "cut": 0, "empty": 0}
+    assert found["answers"]["base"]["cut"] > 0
+    assert any("were cut at eval.answers.max_new_tokens" in note for note in found["notes"]["base"])
+    assert {"sacrebleu", "torch", "python", "sft_dist"} <= found["versions"].keys()
     shown = capsys.readouterr().out
     assert "+1.0000  (+1.0000 to +1.0000)" in shown
     assert not (trained / "eval").exists()
@@ -118,6 +128,23 @@ def test_the_checkpoint_of_final_is_evaluated_and_not_the_newest(tmp_path: Path)
     assert _step_of_final(tmp_path) == "latest", "it is gone"
     (tmp_path / "receipt.json").unlink()
     assert _step_of_final(tmp_path) == "latest"
+
+
+def test_the_runs_own_long_texts_are_not_asked_of_other_rows(trained: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    settings["eval"]["long_texts"] = {"paths": ["book.txt"]}
+    for file in (run / "config.yaml", *run.glob("checkpoints/*/config.yaml")):
+        file.write_text(yaml.safe_dump(settings))
+
+    def long_texts(data: list[str], *overrides: str) -> list[str] | None:
+        found = subject_of(str(run), list(overrides), data=data, checkpoint=None, out=tmp_path).config.eval.long_texts
+        return None if found is None else found.paths
+
+    assert long_texts([str(rows)]) is None
+    assert long_texts([str(rows), "book.txt"]) == ["book.txt"]
+    assert long_texts([str(rows)], "eval.long_texts={paths: [other.txt]}") == ["other.txt"]
 
 
 def test_mistakes(trained: Path, tiny_base: Path, tmp_path: Path) -> None:

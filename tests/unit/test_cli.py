@@ -145,6 +145,30 @@ def test_check_says_which_files_are_not_here(exit_code: Run, tiny_base: Path) ->
     assert (code, "is not here" in out) == (0, False)
 
 
+def test_check_says_which_files_of_evaluations_are_not_here(exit_code: Run, tmp_path: Path, tiny_base: Path) -> None:
+    def said(scorer: str, texts: str, *more: str) -> str:
+        section = (
+            f"eval={{scores: {{metrics: [custom, json_schema], custom: '{scorer}:judge', json_schema: schema.json}}, "
+            f"samples: {{file: questions.jsonl}}, long_texts: {{paths: ['{texts}']}}}}"
+        )
+        code, out, _ = exit_code("config", "check", "run.yaml", "data.eval=[{path: held_out.jsonl}]", section, *more)
+        assert code == 0
+        return out
+
+    for more in ([], [f"model.path={tiny_base}"]):
+        out = said("nowhere.py", "books/*.txt", *more)
+        for file in (
+            "eval.scores.custom nowhere.py", "eval.scores.json_schema schema.json", "eval.samples.file questions.jsonl",
+            "eval.long_texts.paths.0 books/*.txt",
+        ):  # fmt: skip
+            assert f"  not checked: {file} is not here\n" in out
+    (tmp_path / "own.py").write_text("raise RuntimeError")
+    (tmp_path / "book.txt").write_text("Once upon a time.")
+    out = said(f"{tmp_path}/own.py", f"{tmp_path}/*.txt")
+    assert "eval.long_texts" not in out
+    assert f"not checked: eval.scores.custom {tmp_path}/own.py:judge is loaded when training starts" in out
+
+
 def test_check_counts_weights_before_they_are_packed(exit_code: Run, tiny_base: Path) -> None:
     for kind in ("nf4", "int8"):
         qlora = f"method={{type: qlora, target_modules: [q_proj], quantization: {{type: {kind}}}}}"

@@ -30,6 +30,8 @@ UNPACKED = {"data": {"train": [{"path": "a.jsonl"}], "packing": "none"}}
 
 HELD_OUT = {"data": {"train": [{"path": "a.jsonl"}], "eval": [{"path": "b.jsonl"}]}}
 
+CUSTOM = {"scores": {"metrics": ["chrf", "custom"], "custom": "own.py:judge"}}
+
 WRONG = [
     (
         HELD_OUT | {"early_stopping": {}},
@@ -37,9 +39,29 @@ WRONG = [
         "set eval.every_steps, or remove early_stopping",
     ),
     (
-        HELD_OUT | {"early_stopping": {"metric": "eval_length"}, "eval": {"every_steps": 5}},
-        "early_stopping.metric is eval_length, whose name does not say whether lower or higher is better",
+        HELD_OUT | {"early_stopping": {"metric": "eval_scores/custom"}, "eval": {"every_steps": 5} | CUSTOM},
+        "early_stopping.metric is eval_scores/custom, whose name does not say whether lower or higher is better",
         "set early_stopping.mode to min or max",
+    ),
+    (
+        HELD_OUT | {"early_stopping": {"metric": "eval_length"}, "eval": {"every_steps": 5}},
+        "early_stopping.metric is eval_length, which an evaluation of this run does not measure",
+        "set early_stopping.metric to one of: eval_loss, eval_perplexity",
+    ),
+    (
+        HELD_OUT
+        | {"checkpoint": {"keep_best": True, "best_metric": "eval_scores/rougeL"}}
+        | {"eval": {"scores": {"metrics": ["chrf"]}, "long_texts": {"paths": ["a.txt"]}}},
+        "checkpoint.best_metric is eval_scores/rougeL, which an evaluation of this run does not measure",
+        "set checkpoint.best_metric to one of: eval_loss, eval_perplexity, eval_scores/chrf, eval_long_loss, "
+        "eval_long_perplexity, or add rougeL to eval.scores.metrics",
+    ),
+    (
+        HELD_OUT
+        | {"early_stopping": {"metric": "eval_scores/chrf"}}
+        | {"eval": {"every_steps": 5, "scores": {}, "answers": {"when": "ends"}}},
+        "early_stopping.metric is eval_scores/chrf, but with eval.answers.when ends most evaluations have no answers",
+        "set eval.answers.when to always, or early_stopping.metric to eval_loss",
     ),
     (
         HELD_OUT | {"checkpoint": {"keep_best": True, "best_mode": "max"}},
@@ -50,6 +72,13 @@ WRONG = [
         HELD_OUT | {"checkpoint": {"best_metric": "eval_perplexity"}},
         "checkpoint.best_metric is eval_perplexity, which has no effect: no best checkpoint is kept",
         "set checkpoint.keep_best to true, or checkpoint.final to best, or remove checkpoint.best_metric",
+    ),
+    (
+        HELD_OUT
+        | {"early_stopping": {"metric": "eval_scores/custom", "mode": "max"}, "eval": {"every_steps": 5} | CUSTOM}
+        | {"checkpoint": {"best_mode": "min"}},
+        "checkpoint.best_mode is min, but early_stopping waits for eval_scores/custom the other way",
+        "remove checkpoint.best_mode, or set checkpoint.best_metric",
     ),
     (
         {"checkpoint": {"final": "best"}},
@@ -376,7 +405,11 @@ WRONG = [
 ]
 
 RIGHT = [
-    HELD_OUT | {"early_stopping": {"metric": "eval_scores/x", "mode": "max"}, "eval": {"every_steps": 5}},
+    HELD_OUT | {"early_stopping": {"metric": "eval_loss/en"}, "eval": {"every_steps": 5}},
+    HELD_OUT | {"early_stopping": {"metric": "eval_scores/custom", "mode": "max"}, "eval": {"every_steps": 5} | CUSTOM},
+    HELD_OUT
+    | {"eval": {"scores": {}, "answers": {"when": "ends"}}}
+    | {"checkpoint": {"final": "best", "best_metric": "eval_scores/chrf"}},
     HELD_OUT | {"early_stopping": {}, "eval": {"every_steps": 5}, "checkpoint": {"best_metric": "eval_perplexity"}},
     {"cluster": {"time_limit": "1-00:00:00", "time_margin": 1.5, "options": ["--nice=100 --mail-type=END", "-v"]}},
     {"cluster": {"container": {"runtime": "pyxis", "image": "a#b:1", "mounts": ["/my data:/data", "/x:/x:ro"]}}},

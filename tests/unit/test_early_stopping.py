@@ -286,3 +286,31 @@ def test_a_resumed_run_reads_what_was_before() -> None:
     watch = OverfitWatch(3, map(json.dumps, [*lines, {"step": 3, "overfitting": 1, "best_eval_step": 1}]))
     watch.trained(2.0)
     assert watch.evaluated(4, 2.3) is None, "it was told before"
+
+
+@pytest.mark.parametrize(
+    ("stopping", "checkpoint", "expected"),
+    [
+        (None, {"keep_best": True}, Goal("eval_loss", "min")),
+        ({"metric": "eval_scores/chrf"}, {}, Goal("eval_scores/chrf", "max")),
+        ({"metric": "eval_scores/custom", "mode": "min"}, {}, Goal("eval_scores/custom", "min")),
+        (
+            {"metric": "eval_scores/custom", "mode": "min"},
+            {"best_metric": "eval_scores/custom"},
+            Goal("eval_scores/custom", "min"),
+        ),
+        ({"metric": "eval_scores/chrf"}, {"best_metric": "eval_loss"}, Goal("eval_loss", "min")),
+        (
+            {"metric": "eval_scores/chrf"},
+            {"best_metric": "eval_scores/custom", "best_mode": "max"},
+            Goal("eval_scores/custom", "max"),
+        ),
+    ],
+)
+def test_what_is_best_is_what_early_stopping_waits_for_unless_it_is_said(
+    tiny_base: Path, stopping: dict[str, Any] | None, checkpoint: dict[str, Any], expected: Goal
+) -> None:
+    sections = {} if stopping is None else {"early_stopping": stopping}
+    config = cells.config(str(tiny_base), checkpoint=checkpoint, **sections)
+    run = resolve(config, WorldShape(1, 1))
+    assert run.checkpoint.goal == config.best_goal == expected

@@ -339,7 +339,7 @@ def test_trackers_get_tables_and_results_and_no_secret(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     with RunLogger(tmp_path, logging, settings, num_steps=2) as logger:
         logger.training_step(line(1, loss=math.nan))
-        logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.6})
+        logger.evaluation({"step": 1, "eval_loss": 0.5, "eval_perplexity": 1.6, "eval_scores/chrf/ja": 7.5})
         logger.table(Table("samples", ["prompt", "answer"], lambda: [["日本の首都は?", "東京 | です\n。"]], step=1))
         logger.conclude({"loss": 0.5, "base": "hf_" + "a" * 30}, tmp_path / "final")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -349,6 +349,7 @@ def test_trackers_get_tables_and_results_and_no_secret(tmp_path: Path) -> None:
     [events] = (tmp_path / "tensorboard").iterdir()
     seen = EventAccumulator(str(events)).Reload()
     assert set(seen.Tags()["scalars"]) >= {"train/loss", "train/lr", "eval/loss", "eval/perplexity"}
+    assert "eval_scores/chrf/ja" in seen.Tags()["scalars"], "as in W&B"
     assert [(event.step, event.value) for event in seen.Scalars("eval/loss")] == [(1, 0.5)]
     assert math.isnan(seen.Scalars("train/loss")[0].value)
     assert "東京 \\| です<br>。" in seen.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -376,7 +377,7 @@ def test_tensorboard_gets_all_lines_where_its_folder_was_deleted(tmp_path: Path)
     seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in seen.Scalars("train/loss")] == [1, 2, 3]
     assert math.isnan(seen.Scalars("train/loss")[1].value)
-    assert [(event.step, event.value) for event in seen.Scalars("eval/scores/bleu")] == [(2, 30.0)]
+    assert [(event.step, event.value) for event in seen.Scalars("eval_scores/bleu")] == [(2, 30.0)]
 
 
 def test_tensorboard_of_a_run_that_goes_back_has_each_step_once(tmp_path: Path) -> None:

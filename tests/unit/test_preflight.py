@@ -21,6 +21,7 @@ from sft_dist.errors import ConfigError, DataError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from sft_dist.train.preflight import preflight
+from sft_dist.train.ready import prepare_run
 from sft_dist.train.summary import long_rows_notice, notices
 from tests.helpers import cells
 
@@ -123,6 +124,25 @@ def test_names_of_other_trainers_lead_to_keys_that_exist(name: str, ours: str, t
         load_config(tmp_path / "c.yaml", [f"{section}.{name}=1"])
     schema = json.dumps(Config.model_json_schema())
     assert f'"{key}"' in schema
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import nowhere_at_all\n", "own.py:1: ModuleNotFoundError"),
+        ("def other(): ...\n", "own.py has no function judge"),
+    ],
+)
+def test_a_scorer_that_cannot_be_loaded_is_told_before_the_run_directory_is_taken(
+    tmp_path: Path, tiny_base: Path, code: str, message: str
+) -> None:
+    (tmp_path / "own.py").write_text(code)
+    scores = {"metrics": ["chrf", "custom"], "custom": f"{tmp_path / 'own.py'}:judge"}
+    cfg = cells.whole_run(cells.config(str(tiny_base), "lora", "ddp", eval={"scores": scores}), tmp_path / "run")
+    load = partial(load_renderer, str(tiny_base), None, None)
+    with pytest.raises(ConfigError, match=message):
+        prepare_run(resolve(cfg, WorldShape(1, 1)), cfg, load(), load, "never", taken=lambda: None)
+    assert not Path(cfg.output_dir).exists()
 
 
 def prepared(tmp_path: Path, base: Path, rows: list[object], **data: object) -> Counter[str]:

@@ -13,7 +13,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from sft_dist.config.scores_schema import ScoresConfig
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.scores.answered import Answered
-from sft_dist.scores.judge import score
+from sft_dist.scores.compare import notes_on_intervals
+from sft_dist.scores.judge import judge, score
 from sft_dist.scores.labels import NO_LABEL, LabelReader
 from tests.helpers.answers import answered
 
@@ -125,14 +126,28 @@ def test_free_texts_as_labels_are_told() -> None:
 
 def test_labels_that_few_references_have_are_told_and_half_as_many_labels_as_references_are_none() -> None:
     examples = [answered("a", "a")] * 9 + [answered("b", "b")] * 4 + [answered("c", "c")]
-    found = score(examples, ScoresConfig(metrics=["macro_f1"]))
-    assert found.notes == ["labels: fewer than 5 references are 'b', 'c'; macro_f1's interval is too low"]
+    found = judge(examples, ScoresConfig(metrics=["macro_f1"]))
+    assert notes_on_intervals(found) == ["labels: fewer than 5 references are 'b', 'c'; macro_f1's interval is too low"]
     assert found.signature["macro_f1"].startswith("labels:3 of the references|NFKC")
     listed = score(examples, ScoresConfig(metrics=["accuracy"], labels=["a", "b", "c"], normalise=False))
     assert listed.signature["accuracy"] == "labels:3 listed|compared as written"
     texts = [answered(f"text {i}", f"text {i}") for i in range(61)]
     [note] = score([*texts, *texts[:50]], ScoresConfig(metrics=["accuracy"])).notes
     assert note.startswith("labels: the 111 references have 61 different forms; are they labels?")
+
+
+def test_only_who_sees_macro_f1_and_its_interval_is_told_of_them() -> None:
+    examples = [answered("yes", "yes")] * 9 + [answered("no", "no")]
+    for metrics in (["chrf", "exact_match", "accuracy"], ["accuracy", "macro_f1"]):
+        settings = ScoresConfig.model_validate({"metrics": metrics, "labels": ["yes", "no", "never"]})
+        judged = judge(examples, settings)
+        assert notes_on_intervals(judged) == (
+            ["labels: fewer than 5 references are 'no'; macro_f1's interval is too low"]
+            if "macro_f1" in metrics
+            else []
+        )
+        assert any("macro_f1" in note for note in judged.notes) == ("macro_f1" in metrics)
+        assert not any("interval" in note for note in judged.notes)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,25 @@ def test_a_source_in_another_script_has_its_own_tokeniser() -> None:
     assert any(note.startswith("bleu: zh alone is counted with tokeniser zh") for note in found.notes)
 
 
+def test_references_in_two_scripts_are_told_where_nobody_named_the_tokeniser() -> None:
+    japanese = [answered("x", f"東京は日本の首都です{n}") for n in range(9)]
+    english = [answered("x", f"Tokyo is the capital city of Japan, and it has been for a while {n}") for n in range(15)]
+
+    def told(examples: list[Answered], **settings: str) -> list[str]:
+        found = score(examples, ScoresConfig.model_validate({"metrics": ["bleu"], **settings}))
+        return [note for note in found.notes if "counted with tokeniser" in note]
+
+    (note,) = told(japanese + english)
+    assert note.startswith("bleu: 9 of 24 references (38%) are Japanese, and all were counted with tokeniser 13a; ")
+    (note,) = told(japanese * 3 + english[:3])
+    assert note.startswith("bleu: 3 of 30 references (10%) are not Japanese, and all were counted with tokeniser ")
+    assert told(japanese + english, tokeniser="char") == []
+    assert told(english * 15 + japanese) == [], "too few to matter"
+    assert told([*japanese, answered("12", "12"), answered("東京", "東京")]) == [], (
+        "numbers and names are in no language"
+    )
+
+
 @pytest.mark.parametrize(
     ("answer", "reference", "is_same"),
     [

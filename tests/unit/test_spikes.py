@@ -84,6 +84,13 @@ def test_too_many_in_a_row_end_the_run() -> None:
     last = watch.trouble(8, 9.0, 1.0)
     assert last is not None
     assert (last.remedy, last.why) == ("stop", "the 2 steps before it were left out, too (spikes.max_in_a_row)")
+    assert (
+        last.fix
+        == "look at these rows; lower optim.lr, or raise spikes.factor or spikes.max_in_a_row where they are good"
+    )
+    broken = watch.trouble(8, math.nan, 1.0)
+    assert broken is not None
+    assert "spikes.non_finite and spikes.policy" in broken.fix, "which is left to stop"
     assert not watch.admits(8, 9.0), "nothing of it may enter the state"
     first = spikes([1.0] * 4, policy="skip").trouble(1, 9.0, 1.0)
     assert first is not None
@@ -95,7 +102,9 @@ def test_too_many_returns_end_the_run() -> None:
     for _ in range(2):
         assert watch.trouble(9, 9.0, 1.0).remedy == "roll_back"  # type: ignore[union-attr]
         watch.went_back(Position(completed_steps=4, recent_losses=(1.0,) * 4))
-    assert watch.trouble(9, 9.0, 1.0).remedy == "stop"  # type: ignore[union-attr]
+    last = watch.trouble(9, 9.0, 1.0)
+    assert last is not None
+    assert (last.remedy, last.fix.count("spikes.max_roll_backs"), last.fix.count("policy")) == ("stop", 1, 0)
 
 
 def test_a_position_remembers_all_of_it() -> None:

@@ -80,6 +80,19 @@ def test_a_run_in_progress(run: Path) -> None:
     assert found.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("phase", "fields"), [("failed", {"exit_code": 6}), ("exporting", {}), ("proving", {}), ("done", {})]
+)
+def test_nothing_is_left_of_what_has_ended(run: Path, phase: str, fields: dict[str, int]) -> None:
+    """Steps that an early end or a failure has left are not to come."""
+    found = status(folders.training(run, phase=phase, **fields))
+    assert found.forecast is None
+    console = Console(file=io.StringIO(), width=120)
+    console.print(details(found, console))
+    assert isinstance(console.file, io.StringIO)
+    assert " left" not in console.file.getvalue()
+
+
 EVENTS: tuple[dict[str, object], ...] = (
     {
         "step": 40,

@@ -41,6 +41,16 @@ def test_what_is_quantised_and_what_is_not(tiny_base: Path) -> None:
     assert line.endswith(", ...")
 
 
+def test_a_best_state_by_another_metric_than_early_stopping(tiny_base: Path) -> None:
+    stopping = {"metric": "eval_scores/chrf"}
+    assert "best" not in told(run_of(tiny_base, "lora", early_stopping=stopping))
+    other = run_of(tiny_base, "lora", early_stopping=stopping, checkpoint={"best_metric": "eval_loss"})
+    assert told(other)["best"] == (
+        "final/ and the checkpoint that is kept are by checkpoint.best_metric eval_loss; early stopping waits for "
+        "eval_scores/chrf"
+    )
+
+
 def test_elements_and_tokens(tiny_base: Path) -> None:
     run = run_of(tiny_base, "lora", model={"add_tokens": ["<tool>", "<call>"]})
     stored = sum(p.numel for p in run.model.parameters)
