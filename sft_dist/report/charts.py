@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from sft_dist.report.axes import short
 from sft_dist.report.chart import Chart, Dots, Line, Mark
-from sft_dist.report.metrics import Metrics, Value
+from sft_dist.report.metrics import Metrics, Value, plain
 from sft_dist.report.model import ReportData
 from sft_dist.report.series import curve, evenly
 
@@ -122,7 +122,7 @@ def _marks(data: ReportData) -> list[Mark]:
         Mark("restart", {"steps": float(step)}, f"start {number}") for number, step in enumerate(data.restarts, 2)
     ]
     events = [
-        Mark("event", {"steps": float(each.step)}, f"{each.name}{': ' if each.told else ''}{each.told}")
+        Mark("event", {"steps": float(each.step)}, f"{plain(each.name)}{': ' if each.told else ''}{each.told}")
         for each in data.metrics.events
     ]
     saved = [Mark("checkpoint", {"steps": float(step)}, "checkpoint") for step in data.checkpoints]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ class Row:
         name: of the run, its folder's last parts as far as they tell it from the others.
         train_loss: as ``metrics.train_loss`` has it.
         scores: last value of each other score, by its name.
-        tokens: that were trained; tokens_per_s: the median of all steps.
+        tokens: that were trained; tokens_per_s: as on the run's own page.
     """
 
     name: str
@@ -98,7 +97,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def _row(report: ReportData, name: str) -> Row:
     metrics, bill, topology = report.metrics, report.bill, report.topology
     evaluated = [value for _, value in metrics.scores("eval_loss") if math.isfinite(value)]
-    speeds, memory = metrics.finite("tokens_per_s"), metrics.finite("peak_memory_gib")
+    memory = metrics.finite("peak_memory_gib")
     settings = report.settings or {}
     sharding = settings.get("sharding")
     planned = sharding.get("strategy") if isinstance(sharding, dict) else None
@@ -117,7 +116,7 @@ def _row(report: ReportData, name: str) -> Row:
             if key != "eval_loss" and math.isfinite(value := metrics.scores(key)[-1][1])
         },
         tokens=report.trained_tokens,
-        tokens_per_s=statistics.median(speeds) if speeds else None,
+        tokens_per_s=report.tokens_per_s,
         peak_memory_gib=max(memory, default=None),
         hours=None if bill.elapsed_s is None else bill.elapsed_s / HOUR_S,
         usd=bill.usd,

@@ -15,7 +15,9 @@ from sft_dist.report.chart import HUES, Chart, Dots, Line, draw
 from sft_dist.report.charts import MAX_SCORES, WITH_THE_LOSS, cumulative, score_name
 from sft_dist.report.compare import Comparison
 from sft_dist.report.compare_words import facts
+from sft_dist.report.headline import headline
 from sft_dist.report.model import ReportData
+from sft_dist.report.redact import redacted_text
 from sft_dist.report.series import curve
 
 # Column, title, whether the smoothed curve stands for it.
@@ -37,7 +39,7 @@ def render_comparison(comparison: Comparison) -> str:
         title=", ".join(names),
         names=names,
         hues=HUES,
-        verdicts=[report.status.verdict.line for report in comparison.reports],
+        verdicts=[redacted_text(headline(report.status.verdict)[0]) for report in comparison.reports],
         facts=facts(comparison.rows),
         differences=comparison.differences,
         loss_of_steps=LOSS_OF_STEPS,

@@ -107,6 +107,7 @@ class Bill:
 class ReportData:
     """
     Args:
+        tokens_per_s: of all ranks, mean of the steady steps.
         checkpoints: steps of the complete ones that are there.
         versions, topology, identity: of the receipt.
         settings: the resolved configuration, without secrets; None: there is none that can be read.
@@ -116,6 +117,7 @@ class ReportData:
     folder: Path
     status: Status
     metrics: Metrics
+    tokens_per_s: float | None
     checkpoints: tuple[int, ...]
     compared: tuple[Compared, ...]
     sources: tuple[DataSource, ...]

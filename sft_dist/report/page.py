@@ -6,6 +6,7 @@ Texts of the run reach the page through Jinja's autoescape and ``Markup.format``
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.units import HOUR_S, count, duration, gib, percent, rate, step_seconds
 from sft_dist.report.chart import draw
 from sft_dist.report.charts import charts_of, figure, score_charts, score_name
+from sft_dist.report.headline import headline
 from sft_dist.report.model import Answer, Compared, ReportData, Sample, Unit
 from sft_dist.report.redact import redacted_text
 from sft_dist.report.series import evenly
@@ -55,11 +57,13 @@ class Card:
 def render(data: ReportData) -> str:
     """The page."""
     verdict = data.status.verdict
+    line, error = map(redacted_text, headline(verdict))
     script = text_of(__package__, "chart.js")
     return _template().render(
         data=data,
-        title=f"{data.folder.resolve().name}: {redacted_text(verdict.line)}",
-        verdict=redacted_text(verdict.line),
+        title=f"{data.folder.resolve().name}: {line}",
+        verdict=line,
+        error=error,
         verdict_style="error" if verdict.is_trouble else STYLES[verdict.kind],
         subject=_subject(data),
         cards=_cards(data),
@@ -125,10 +129,10 @@ def _cards(data: ReportData) -> list[Card]:
         cards.append(Card(format_usd(bill.usd), "USD" + ("" if jpy is None else f", {format_jpy(jpy)} JPY")))
     if metrics.finite("num_tokens"):
         cards.append(Card(count(data.trained_tokens), "tokens trained"))
-    speeds = metrics.finite("tokens_per_s")
-    if speeds:
-        mfu = metrics.finite("mfu")
-        cards.append(Card(rate(speeds[-1]), "tokens/s" + (f", MFU {percent(mfu[-1])}" if mfu else "")))
+    if data.tokens_per_s is not None:
+        mfu = metrics.steady("mfu")
+        said = f", MFU {percent(statistics.fmean(mfu))}" if mfu else ""
+        cards.append(Card(rate(data.tokens_per_s), f"tokens/s, mean{said}"))
     return cards
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sft_dist.cluster.verdict import Verdict
 from sft_dist.errors import ConfigError
 from sft_dist.report.axes import logarithmic, short, straight
 from sft_dist.report.beside import Page
@@ -21,6 +22,7 @@ from sft_dist.report.charts import score_name
 from sft_dist.report.command import REPORT, unfinished_page, write_report
 from sft_dist.report.compare import compare, comparison_json, differences, names_of, read_reports
 from sft_dist.report.compare_page import render_comparison
+from sft_dist.report.headline import headline
 from sft_dist.report.metrics import parse_metrics
 from sft_dist.report.model import ReportData
 from sft_dist.report.page import render
@@ -98,7 +100,7 @@ def test_the_page_has_the_figures_of_the_files(tmp_path: Path) -> None:
     for said in (
         "8 x NVIDIA H100 80GB HBM3, fsdp2", "Step 3.90 s 4.10 s 1.05", "Peak memory of a GPU 63.0 GiB 61.2 GiB 0.97",
         "support.jsonl train 48,210 19.8 M 32%", "rows that are in the set before, word for word", "stopped by SIGTERM, saved",
-        "150 skipped reason loss 9.1 is over 3 x the median, loss_seen 9.1", "torch", "2.13.0+cu130", "bleu", "+27",
+        "150 skipped left out: a spike (loss 9.1000, median 0.9000, rank 1)", "torch", "2.13.0+cu130", "bleu", "+27",
         "Base, before training", "evaluating 2 min", "Packs are 100% full",
     ):  # fmt: skip
         assert said in words, said
@@ -107,7 +109,7 @@ def test_the_page_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert f"In all {sum(each['elapsed_s'] for each in sessions) / 3600:.2f} ${spent:.2f} ¥{spent * 150:,.0f}" in words
     marks = values_of(html, "loss")["marks"]
     assert [mark["x"]["steps"] for mark in marks] == [100, 200, 300, 100, 150]
-    assert [mark["text"][:10] for mark in marks] == ["checkpoint"] * 3 + ["start 2", "skipped: r"]
+    assert [mark["text"][:10] for mark in marks] == ["checkpoint"] * 3 + ["start 2", "skipped: l"]
 
 
 def test_nothing_on_the_page_has_an_address(tmp_path: Path) -> None:
@@ -169,6 +171,55 @@ def test_a_killed_run(tmp_path: Path) -> None:
     assert "cut short" in words
     assert "cannot be read" not in words
     assert values_of(html, "loss")["lines"][0]["x"]["steps"][-1] == 120
+
+
+def test_a_long_error_has_a_short_headline(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path, steps=60, finished=False)
+    rows = ", ".join(f"/shared/data/support-{n}.jsonl:{n}" for n in range(5))
+    error = (
+        f"step 60: loss nan, gradient norm nan, seen by rank 3 on node17, first in {rows}; its batch is in diverged/"
+    )
+    run_folders.beat(folder, phase="failed", step=60, num_steps=120, exit_code=6, what=error)
+    html = page(folder)
+    title = re.findall("<h1>(.*?)</h1>", html)
+    assert title == ["Failed with 6 (diverged) at step 60 of 120: step 60: loss nan"]
+    assert unescape(html).count(f'<p class="whole">S{error[1:]}</p>') == 1
+    assert headline(Verdict("failed", "failed with 2: no such file")) == ("failed with 2: no such file", "")
+    assert headline(Verdict("failed", "failed with 1: " + "a word " * 40))[0].endswith("a word …")
+    assert headline(Verdict("working", "training: " + "a, " * 60))[1] == ""
+
+
+def test_a_run_has_one_speed_on_all_pages(tmp_path: Path) -> None:
+    """Also one whose last step is much faster than the others."""
+    ended, going = whole_run(tmp_path / "ended", steps=60), whole_run(tmp_path / "going", steps=60, finished=False)
+    for folder in (ended, going):
+        written = [each for each in lines(60) if "loss" in each]
+        written[-1] |= {"num_tokens": 900, "step_time_s": 0.01, "tokens_per_s": 90_000.0}
+        write_metrics(folder, written)
+    reports = [read(ended), read(going)]
+    steady = list(map(json.loads, (going / "metrics.jsonl").read_text().splitlines()))[2:]
+    mean = sum(each["num_tokens"] for each in steady) / sum(each["step_time_s"] for each in steady)
+    assert [each.tokens_per_s for each in reports] == [15_900.0, pytest.approx(mean)]
+    rows = compare(reports).rows
+    for report, row in zip(reports, rows, strict=True):
+        assert report.tokens_per_s is not None
+        assert row.tokens_per_s == report.tokens_per_s
+        assert {each.name: each for each in report.compared}["Tokens a second"].actual == report.tokens_per_s
+        assert f"{report.tokens_per_s:,.0f} tokens/s, mean" in text_of(render(report))
+
+
+def test_events_are_told_in_words() -> None:
+    written = [
+        {"step": 3, "event": "rolled_back", "because": "spike", "of_step": 4, "ranks": [1], "of_loss": 7.5},
+        {"step": 4, "event": "skipped", "because": "rolled_back", "of_step": 4},
+        {"step": 9, "event": "early_stopping", "early_stopping/fired": 1, "early_stopping/best_step": 6},
+    ]
+    told = [each.told for each in parse_metrics(json.dumps(line).encode() + b"\n" for line in written).events]
+    assert told == [
+        "step 4 left out: a spike (loss 7.5000, rank 1); back to step 3",
+        "left out: the run had gone back because of it",
+        "fired 1, best step 6",
+    ]
 
 
 def test_a_run_that_goes_on_is_compared_by_its_forecast(tmp_path: Path) -> None:
