@@ -22,7 +22,7 @@ from sft_dist.pages.page import environment, only_these, template, text_of
 from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.units import HOUR_S, count, duration, gib, percent, rate, step_seconds
 from sft_dist.report.chart import draw
-from sft_dist.report.charts import charts_of, figure, score_charts, score_name
+from sft_dist.report.charts import charts_of, figure, score_charts, score_title
 from sft_dist.report.headline import headline
 from sft_dist.report.model import Answer, Compared, ReportData, Sample, Unit
 from sft_dist.report.redact import redacted_text
@@ -158,7 +158,7 @@ def _scores(data: ReportData) -> dict[str, object] | None:
     rows = []
     for key in data.metrics.score_keys():
         taken = data.metrics.scores(key)
-        rows.append(ScoreRow(score_name(key), [e.scores.get(key) for e in chosen], taken[0][1], taken[-1][1]))
+        rows.append(ScoreRow(score_title(key), [e.scores.get(key) for e in chosen], taken[0][1], taken[-1][1]))
     return {
         "steps": [each.step for each in chosen],
         "rows": rows,
@@ -214,7 +214,7 @@ def change(row: ScoreRow) -> str:
     if not (math.isfinite(row.first) and math.isfinite(row.last)):
         return "-"
     difference = row.last - row.first
-    return f"{difference:+.4g}" if difference else "0"
+    return f"{'+' if difference > 0 else '-'}{figure(abs(difference))}" if difference else "0"
 
 
 @lru_cache

@@ -16,16 +16,16 @@ import pytest
 
 from sft_dist.cluster.verdict import Verdict
 from sft_dist.errors import ConfigError
-from sft_dist.report.axes import logarithmic, short, straight
+from sft_dist.report.axes import labels, logarithmic, short, straight
 from sft_dist.report.beside import Page
-from sft_dist.report.charts import score_name
+from sft_dist.report.charts import score_charts, score_name, score_title
 from sft_dist.report.command import REPORT, unfinished_page, write_report
 from sft_dist.report.compare import compare, comparison_json, differences, names_of, read_reports
 from sft_dist.report.compare_page import render_comparison
 from sft_dist.report.headline import headline
 from sft_dist.report.metrics import parse_metrics
 from sft_dist.report.model import ReportData
-from sft_dist.report.page import render
+from sft_dist.report.page import ScoreRow, change, render
 from sft_dist.report.read import ask_nobody, read_report
 from sft_dist.report.redact import HIDDEN, is_secret, redacted, redacted_text
 from sft_dist.report.samples import parse_samples
@@ -372,10 +372,33 @@ def test_words() -> None:
     assert [short(v) for v in (0, 0.25, 12_000, 1_500_000, 2e-5, 1.5e-4, 2.5)] == [
         "0", "0.25", "12,000", "1.5 M", "2e-5", "1.5e-4", "2.5"
     ]  # fmt: skip
-    names = ["eval_loss", "eval_loss/manuals", "eval_scores/bleu", "eval_perplexity"]
-    assert list(map(score_name, names)) == ["loss", "loss: manuals", "bleu", "perplexity"]
+    names = ["eval_loss", "eval_loss/my_rows", "eval_scores/exact_match", "eval_long_loss", "eval_scores/bleu/my_rows"]
+    assert list(map(score_name, names)) == ["loss", "loss: my_rows", "exact_match", "long loss", "bleu/my_rows"]
+    assert list(map(score_title, names)) == ["loss", "loss: my_rows", "exact match", "long loss", "bleu: my_rows"]
+    changes = [(42_377.0, 2_217.0), (3.0, 2_598.4), (0.25, 0.5), (1.0, 1.0)]
+    assert [change(ScoreRow("x", [], *each)) for each in changes] == ["-40,160", "+2,595", "+0.25", "0"]
     assert evenly(3, 10) == [0, 1, 2]
     assert (evenly(100, 5)[0], evenly(100, 5)[-1], len(evenly(100, 5))) == (0, 99, 5)
+
+
+@pytest.mark.parametrize("figures", [[0.61681, 0.61684], [1e9, 1e9 + 1], [42_377.1, 42_377.4], [2e-5, 2.0001e-5]])
+def test_ticks_have_labels_that_differ(figures: list[float]) -> None:
+    for axis in filter(None, (straight(figures), logarithmic(figures))):
+        said = [label for label in labels(axis.ticks) if label]
+        assert said, "one at least"
+        assert len(set(said)) == len(said)
+    assert labels([0.61681, 0.61682]) == ["0.61681", "0.61682"]
+    assert labels([1e9, 1e9 + 1]) == ["1 B", ""]
+
+
+def test_a_share_that_never_changes_is_drawn_between_its_ends() -> None:
+    assert [(axis.low, axis.high) for axis in (straight([0.0, 0.0]), straight([1.0], of_share=True))] == [(0, 1)] * 2
+    assert straight([5.0, 5.0], of_share=True).low == 4.5
+    metrics = parse_metrics(
+        json.dumps({"step": n, "eval_scores/exact_match": 1.0, "eval_scores/bleu": 1.0}).encode() + b"\n"
+        for n in (0, 9)
+    )
+    assert [chart.is_share for chart in score_charts(metrics)] == [True, False]
 
 
 # secrets
