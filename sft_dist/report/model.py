@@ -111,6 +111,7 @@ class ReportData:
         checkpoints: steps of the complete ones that are there.
         versions, topology, identity: of the receipt.
         settings: the resolved configuration, without secrets; None: there is none that can be read.
+        directory: where the run was started: relative paths of its settings count from there.
         notes: what is not known and why, a line each.
     """
 
@@ -128,6 +129,7 @@ class ReportData:
     topology: dict[str, Any]
     identity: dict[str, Any]
     settings: dict[str, Any] | None
+    directory: str | None
     notes: tuple[str, ...]
 
     @property

@@ -75,6 +75,7 @@ def read_report(folder: Path, *, clock: Clock | None = None, ask: Ask | None = N
         topology=_mapping(receipt.get("topology")),
         identity=redacted(_mapping(receipt.get("identity"))),
         settings=settings,
+        directory=receipt.get("directory"),
         notes=tuple(notes),
     )
 
