@@ -18,6 +18,7 @@ from markupsafe import Markup
 from sft_dist.cluster.verdict import Kind
 from sft_dist.config.text import write_yaml
 from sft_dist.data.audit.language import language
+from sft_dist.pages.answer import visible
 from sft_dist.pages.page import environment, only_these, template, text_of
 from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.units import HOUR_S, count, duration, gib, percent, rate, step_seconds
@@ -231,6 +232,7 @@ def _template() -> Template:
         "ratio": ratio,
         "score": lambda value: "-" if value is None else figure(value),
         "change": change,
+        "visible": visible,
         "cut": cut,
         "lang": lang,
         "between": between,

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from sft_dist.errors import ConfigError
+from sft_dist.pages.answer import visible
 from sft_dist.pages.page import environment, only_these, template, text_of
 from sft_dist.review.pairs import Comparison
 from sft_dist.review.votes import CHOICES, Votes
@@ -71,8 +72,9 @@ class ReviewServer:
             left = 1 if pair.is_swapped(self._seed) else 0
             pairs.append(
                 {
-                    "id": pair.id, "prompt": pair.prompt, "reference": pair.reference, "left": pair.answers[left],
-                    "right": pair.answers[1 - left], "choice": self._votes.by_pair.get(pair.id),
+                    "id": pair.id, "prompt": pair.prompt, "reference": pair.reference,
+                    "left": visible(pair.answers[left]), "right": visible(pair.answers[1 - left]),
+                    "choice": self._votes.by_pair.get(pair.id),
                 }
             )  # fmt: skip
         return {"pairs": pairs, "equal": self._comparison.num_equal}
