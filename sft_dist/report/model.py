@@ -74,7 +74,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its answers in the order of their steps."""
+    """A prompt, or the question in it, and its answers in the order of their steps."""
 
     number: int
     prompt: str

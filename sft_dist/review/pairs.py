@@ -24,11 +24,13 @@ class Pair:
     Args:
         answers: of the first and of the second.
         reference: the right answer, where there is one.
+        question: of the prompt, without what a chat template writes around it; None: not known.
     """
 
     prompt: str
     answers: tuple[str, str]
     reference: str | None
+    question: str | None = None
 
     @property
     def id(self) -> str:
@@ -75,8 +77,9 @@ def read_comparison(first: Path, second: Path | None = None) -> Comparison:
             f"{names[0]} and {names[1]} have answered no prompt in common", fix="evaluate both on the same rows"
         )
     pairs = [
-        Pair(prompt, (str(sides[0][prompt]["answer"]), str(sides[1][prompt]["answer"])), sides[0][prompt]["reference"])
+        Pair(prompt, (str(one["answer"]), str(other["answer"])), one["reference"], one.get("question"))
         for prompt in shared
+        for one, other in [(sides[0][prompt], sides[1][prompt])]
     ]
     different = tuple(pair for pair in pairs if pair.answers[0].strip() != pair.answers[1].strip())
     return Comparison(names, different, len(pairs) - len(different))

@@ -72,7 +72,7 @@ class ReviewServer:
             left = 1 if pair.is_swapped(self._seed) else 0
             pairs.append(
                 {
-                    "id": pair.id, "prompt": pair.prompt, "reference": pair.reference,
+                    "id": pair.id, "prompt": pair.question or pair.prompt, "reference": pair.reference,
                     "left": visible(pair.answers[left]), "right": visible(pair.answers[1 - left]),
                     "choice": self._votes.by_pair.get(pair.id),
                 }

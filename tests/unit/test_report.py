@@ -337,6 +337,12 @@ def test_samples_are_gathered_by_prompt() -> None:
 # pictures
 
 
+def test_the_question_is_shown_without_its_template() -> None:
+    line = {"step": 0, "sample": 0, "prompt": "<user>Why?<assistant>", "answer": "So.", "question": "Why?"}
+    (sample,), _ = parse_samples([json.dumps(line).encode() + b"\n"])
+    assert sample.prompt == "Why?"
+
+
 def test_a_smoothed_curve_is_not_above_a_falling_one() -> None:
     falling = [100.0 - i for i in range(100)]
     assert smoothed(falling)[:50] == pytest.approx(falling[:50])

@@ -112,6 +112,15 @@ def test_an_answer_that_shows_nothing_is_named(run: Path, tmp_path: Path) -> Non
     assert shown == {NO_VISIBLE_TEXT, *(f"base {n}" for n in range(6))}
 
 
+def test_the_question_is_shown_and_the_prompt_compared(tmp_path: Path) -> None:
+    for step in (0, 10):
+        write(tmp_path / "samples.jsonl", ("<user>Why?<assistant>", f"at {step}"), step=step, question="Why?")
+    comparison = read_comparison(tmp_path)
+    server = ReviewServer(comparison, Votes(tmp_path / "v.jsonl", seed=0), seed=0, port=0)
+    server._server.server_close()
+    assert (comparison.pairs[0].prompt, server.state()["pairs"][0]["prompt"]) == ("<user>Why?<assistant>", "Why?")
+
+
 def test_sides_are_chance_and_stay(run: Path) -> None:
     many = [Pair(f"{n}", ("a", "b"), None) for n in range(400)]
     swapped = [pair.is_swapped(7) for pair in many]
