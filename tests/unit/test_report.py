@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from sft_dist.cluster.verdict import Verdict
 from sft_dist.errors import ConfigError
@@ -22,6 +24,7 @@ from sft_dist.report.charts import score_charts, score_name, score_title
 from sft_dist.report.command import REPORT, unfinished_page, write_report
 from sft_dist.report.compare import compare, comparison_json, differences, names_of, read_reports
 from sft_dist.report.compare_page import render_comparison
+from sft_dist.report.compare_terminal import comparison_table
 from sft_dist.report.headline import headline
 from sft_dist.report.metrics import parse_metrics
 from sft_dist.report.model import ReportData
@@ -484,6 +487,23 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path: Path) -> None:
         assert line["x"]["hours"][-1] == pytest.approx((120 + 4.2 * steps) / 3600, rel=1e-5)
     assert drawn["views"]["steps linear"]["x"] == [0, 90]
     assert not re.findall(r"""(?:src|href)=["'](?!#)|https?://""", html)
+
+
+def test_no_key_is_broken_in_a_narrow_terminal(tmp_path: Path) -> None:
+    key = "max_new_tokens_of_every_answer"
+    runs = []
+    for number in (1, 2):
+        settings = {
+            **SETTINGS,
+            "eval": {"answers": {key: number}},
+            "checkpoint": {"mirror": "s3://bucket/" + 30 * str(number)},
+        }
+        runs.append(read(whole_run(tmp_path / f"support-8b-{number}", steps=9, settings=settings)))
+    out = io.StringIO()
+    Console(file=out, width=80).print(comparison_table(compare(runs)))
+    shown = [line.split()[0] for line in out.getvalue().splitlines() if line.strip()]
+    assert {"eval.answers.", key, "checkpoint.mirror"} <= set(shown)
+    assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
 def test_runs_without_a_step_are_compared_too(tmp_path: Path) -> None:
