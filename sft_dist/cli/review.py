@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -36,16 +37,19 @@ def review(
     comparison = read_comparison(first, second)
     name = "review.jsonl" if second is None else f"review-{second.resolve().name}.jsonl"
     file = out or first / name
+    if not comparison.pairs:
+        typer.echo(f"all {comparison.num_equal} pairs of answers are equal: there is nothing to choose")
+        return
     votes = Votes(file, seed=seed)
     server = ReviewServer(comparison, votes, seed=seed, port=port)
+    ends = threading.Event()
+    # To the end of the process, and no KeyboardInterrupt: a second Ctrl-C ends it no other way.
+    signal.signal(signal.SIGINT, lambda *_: ends.set())
     typer.echo(f"{len(comparison.pairs)} pairs; {comparison.num_equal} more are equal. Choices go to {file}")
     typer.echo(f"open {server.address}  (Ctrl-C ends)")
-    serving = threading.Thread(target=server.serve, daemon=True)
-    serving.start()
-    try:
-        serving.join()
-    except KeyboardInterrupt:
-        server.close()
+    threading.Thread(target=server.serve, daemon=True).start()
+    ends.wait()
+    server.close()
     tally = votes.tally(comparison)
     typer.echo(
         f"\n{comparison.names[1]} better: {tally.second}, {comparison.names[0]} better: {tally.first}, both good: "

@@ -88,6 +88,17 @@ TOLD: dict[str, Callable[[Line], str]] = {
 }
 
 
+def in_words(line: Line) -> str | None:
+    """An event's line, told beside its step; None: of a kind that has no words here."""
+    kind, of_step = line.get("event"), line.get("of_step")
+    if kind == "skipped" and line.get("because") == "rolled_back":
+        return "left out: the run had gone back because of it"
+    if kind not in TOLD:
+        return None
+    about = f"step {of_step:,} " if isinstance(of_step, int) and of_step != line["step"] else ""
+    return about + TOLD[kind](line)
+
+
 def _best(line: Line) -> str:
     best = line.get("best_eval_step")
     return "" if best is None else f", its best evaluation is that of step {best:,}"

@@ -95,9 +95,9 @@ def _progress(status: Status) -> list[Text]:
     bar.append(f"  {step:,} / {found.num_steps:,}")
     speed = []
     if found.pulse is not None and found.pulse.beat.step_s is not None:
-        speed.append(f"{step_seconds(found.pulse.beat.step_s)} from step to step")
+        speed.append(f"{step_seconds(found.pulse.beat.step_s)} a step with all pauses")
     if found.measured is not None and found.measured.tokens_per_s is not None:
-        speed.append(f"{rate(found.measured.tokens_per_s)} tokens/s in the last one")
+        speed.append(f"{rate(found.measured.tokens_per_s)} tokens/s in the last")
         if found.measured.mfu is not None:
             speed.append(f"MFU {percent(found.measured.mfu)}")
     return [bar, *([Text(", ".join(speed))] if speed else [])]

@@ -13,6 +13,7 @@ from rich.text import Text
 from sft_dist.demo.answers import Scores
 from sft_dist.demo.curve import NUM_LAST_STEPS, Curve
 from sft_dist.demo.house_format import Row, prompt_of
+from sft_dist.pages.answer import NO_VISIBLE_TEXT
 
 MAX_SHOWN_CHARACTERS = 160
 
@@ -85,5 +86,5 @@ def _printable(answer: str) -> str:
     lines = answer.replace("\ufffd", "·").split("\n")
     text = "\n".join("".join(c if c.isprintable() else "·" for c in line) for line in lines if line.strip())
     if not text.strip():
-        return "(nothing but line breaks)" if answer else "(nothing)"
+        return NO_VISIBLE_TEXT
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"

@@ -23,6 +23,7 @@ from sft_dist.evaluation.file_questions import read_questions
 from sft_dist.evaluation.long_texts import read_long_texts
 from sft_dist.evaluation.prompt import Prompter
 from sft_dist.evaluation.questions import RowQuestion, questions_of
+from sft_dist.evaluation.user_turn import UserTurn, user_turn
 from sft_dist.evaluation.windows import windowed_loss
 from sft_dist.scores.answered import Answered
 from sft_dist.scores.judge import Scores, score
@@ -37,12 +38,14 @@ class _Asked:
     Args:
         prompt: token ids that an answer goes on from.
         shown, reference: the prompt and the row's own answer for people; None: it has none.
+        question: as of ``Reply``.
     """
 
     prompt: Sequence[int]
     shown: str
     reference: str | None
     source: str
+    question: str | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Reply:
     """One question with what the model said.
 
     Args:
+        prompt: all that the answer goes on from, through the chat template; of ``samples.prompts`` as it is configured.
         finish_reason: as ``decode.Generated``.
+        question: what the user said last; None: that is not known, or there are no turns.
     """
 
     prompt: str
@@ -58,6 +63,7 @@ class Reply:
     reference: str | None
     source: str
     finish_reason: str
+    question: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ class Examiner:
         self._has_judged = False
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         self._hidden = frozenset(id for id in ends if id is not None)
+        turn = user_turn(lambda messages: self._text(prompter.chat(messages))) if prompter.chats else None
+        self._turn: UserTurn | None = turn
         self._judged: list[_Asked] = []
         self._samples: list[_Asked] = []
         self._long_texts: list[NDArray[np.int64]] = []
@@ -214,11 +222,12 @@ class Examiner:
                 tokens = prompter.chat([*system, Message("user", prompt)])
             else:
                 tokens = prompter.complete(prompt)
-            found.append(_Asked(tokens, prompt, None, "prompts"))
+            found.append(_Asked(tokens, prompt, None, "prompts", prompt))
         if settings.file is not None:
             for asked in read_questions(settings.file, prompter, system=settings.system):
                 shown = self._text(asked.prompt)
-                found.append(_Asked(asked.prompt, shown, asked.reference, Path(settings.file).name))
+                source = Path(settings.file).name
+                found.append(_Asked(asked.prompt, shown, asked.reference, source, asked.question))
         rows = questions_of(data, most=settings.from_eval, seed=seed)
         return [*found, *map(self._of_row, rows)]
 
@@ -228,11 +237,14 @@ class Examiner:
         while last and (row.reference[last - 1] in ends or not self._text(row.reference[last - 1 : last]).strip()):
             last -= 1
         reference = self._text(row.reference[:last]).strip()
-        return _Asked(row.prompt, self._text(row.prompt), reference, row.source)
+        shown = self._text(row.prompt)
+        return _Asked(row.prompt, shown, reference, row.source, None if self._turn is None else self._turn.said(shown))
 
     def _reply(self, asked: _Asked, answer: Generated) -> Reply:
         tokens = answer.tokens[:-1] if answer.finish_reason == "stop" else answer.tokens
-        return Reply(asked.shown, self._text(tokens).strip(), asked.reference, asked.source, answer.finish_reason)
+        return Reply(
+            asked.shown, self._text(tokens).strip(), asked.reference, asked.source, answer.finish_reason, asked.question
+        )
 
     def _text(self, tokens: Sequence[int]) -> str:
         # Other special tokens stay: a run may have trained them.

@@ -30,6 +30,12 @@ class Question:
     prompt: list[int]
     reference: str | None
 
+    @property
+    def question(self) -> str | None:
+        """What the user said last."""
+        said = [each["content"] for each in self.shown.get("messages", ()) if each["role"] == "user"]
+        return said[-1] if said else self.shown.get("prompt")
+
 
 def read_questions(path: str, prompter: Prompter, *, system: str | None) -> Iterator[Question]:
     """The questions of a file in any layout that the project trains on, with or without answers.

@@ -108,9 +108,9 @@ def _measured(lines: list[dict[str, Any]]) -> dict[str, str]:
     elapsed = [line["elapsed_s"] for line in lines if isinstance(line.get("elapsed_s"), int | float)]
     spent = [line["cost_usd"] for line in lines if isinstance(line.get("cost_usd"), int | float)]
     if elapsed:
-        facts["time"] = f"{max(elapsed) / 3600:,.2f} h"
+        facts["time"] = f"{max(elapsed) / 3600:,.2f} h to the last step"
     if spent:
-        facts["cost"] = f"${max(spent):,.2f}"
+        facts["cost"] = f"${max(spent):,.2f} to the last step"
     return facts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # Pictures are drawn in a square of this size and stretched to the place that there is.
@@ -11,6 +11,9 @@ SIZE = 1000
 
 # Round figures on an axis, about.
 NUM_TICKS = 5
+
+# That count, of a figure beside an axis: more have no room there.
+MOST_DIGITS = 5
 
 # A straight axis begins at 0 where its least figure is below this share of its largest.
 FROM_ZERO_SHARE = 0.4
@@ -44,16 +47,19 @@ class Axis:
         return figure is not None and math.isfinite(figure) and (not self.is_log or figure > 0)
 
 
-def straight(figures: Iterable[float], *, whole: bool = False, tight: bool = False) -> Axis:
+def straight(figures: Iterable[float], *, whole: bool = False, tight: bool = False, of_share: bool = False) -> Axis:
     """With room for all finite figures.
 
     Args:
         whole: ticks are whole numbers.
         tight: ends at the figures themselves.
+        of_share: the figures are shares, and one alone is shown between 0 and 1.
     """
     finite = [figure for figure in figures if math.isfinite(figure)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
-    if low == high:
+    if low == high and (low == 0 or (of_share and 0 <= low <= 1)):
+        low, high = 0.0, 1.0
+    elif low == high:
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     elif not tight:
@@ -93,16 +99,28 @@ def _round_step(at_least: float) -> float:
     return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= at_least * (1 - 1e-9))
 
 
-def short(figure: float) -> str:
-    """``12,000``, ``1.5 M``, ``0.25``, ``2e-5``: a round figure beside an axis."""
+def labels(ticks: Sequence[float]) -> list[str]:
+    """Of the ticks of an axis. Where they are too close to be told apart in the room that there is, the first alone."""
+    texts = [short(tick) for tick in ticks]
+    if len(set(texts)) < len(texts):
+        texts = [short(tick, MOST_DIGITS) for tick in ticks]
+    return [text if text not in texts[:number] else "" for number, text in enumerate(texts)]
+
+
+def short(figure: float, digits: int = 4) -> str:
+    """``12,000``, ``1.5 M``, ``0.25``, ``2e-5``: a round figure beside an axis.
+
+    Args:
+        digits: that count, at most; above 1,000 the whole part is always there.
+    """
     size = abs(figure)
     if size >= 1e6:
         for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
             if size >= scale:
-                return f"{figure / scale:.4g} {unit}"
+                return f"{figure / scale:.{digits}g} {unit}"
     if size >= 1000:
-        return f"{figure:,.0f}"
+        return f"{figure:,.{max(0, digits - len(str(int(size))))}f}"
     if size == 0 or size >= 0.001:
-        return f"{figure:.4g}"
-    digits, _, power = f"{figure:.3e}".partition("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+        return f"{figure:.{digits}g}"
+    written, _, power = f"{figure:.{digits - 1}e}".partition("e")
+    return f"{written.rstrip('0').rstrip('.')}e{int(power)}"

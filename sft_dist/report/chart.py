@@ -14,7 +14,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from sft_dist.report.axes import SIZE, Axis, logarithmic, short, straight
+from sft_dist.report.axes import SIZE, Axis, labels, logarithmic, straight
 from sft_dist.report.series import Curve, Value
 
 # How many hues the style sheet has for lines.
@@ -76,6 +76,7 @@ class Chart:
         told: the most important values, for those who cannot see it too.
         ends: by what is counted, both ends of the horizontal axis.
         is_small: needs no more than half of the page.
+        is_share: its values are shares, from 0 to 1.
     """
 
     key: str
@@ -86,12 +87,13 @@ class Chart:
     dots: Sequence[Dots] = ()
     marks: Sequence[Mark] = field(default=())
     is_small: bool = False
+    is_share: bool = False
 
 
 def draw(chart: Chart) -> Markup:
     """The figure."""
     figures = _figures(chart)
-    scales = [straight(figures)]
+    scales = [straight(figures, of_share=chart.is_share)]
     log = logarithmic(figures)
     scales += [] if log is None else [log]
     views: list[Markup] = []
@@ -148,10 +150,11 @@ def _view(chart: Chart, counted: str, across: Axis, up: Axis, *, name: str, is_s
     for dots in chart.dots:
         parts += _dots(dots, counted, across, up)
     grid = "".join(f"M0 {up.at(tick, upwards=True):.1f}H{SIZE}" for tick in up.ticks)
-    beside = "".join(f'<span class="y" style="top:{100 - 100 * up.share(tick):.2f}%">{short(tick)}</span>'
-                     for tick in up.ticks)  # fmt: skip
+    beside = "".join(f'<span class="y" style="top:{100 - 100 * up.share(tick):.2f}%">{label}</span>'
+                     for tick, label in zip(up.ticks, labels(up.ticks), strict=True))  # fmt: skip
+    names = zip(across.ticks, labels(across.ticks), strict=True)
     below = "".join(f'<span class="x{_side(across.share(tick))}" style="left:{100 * across.share(tick):.2f}%">'
-                    f"{short(tick)}</span>" for tick in across.ticks)  # fmt: skip
+                    f"{label}</span>" for tick, label in names)  # fmt: skip
     return Markup(
         '<div class="view" data-view="{name}"{hidden}>'
         '<svg viewBox="0 0 {size} {size}" preserveAspectRatio="none" aria-hidden="true">'

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from sft_dist.report.axes import short
 from sft_dist.report.chart import Chart, Dots, Line, Mark
-from sft_dist.report.metrics import Metrics, Value
+from sft_dist.report.metrics import Metrics, Value, plain
 from sft_dist.report.model import ReportData
 from sft_dist.report.series import curve, evenly
 
@@ -22,6 +22,9 @@ COLUMNS = (
 
 # Of scores, and of moments on the axis of one chart: more would be a smear.
 MAX_SCORES, MAX_MARKS = 12, 300
+
+# Of scores, those that are shares (docs/evaluation.md).
+SHARES = {"exact_match", "accuracy", "macro_f1", "json_valid", "json_schema", "rouge1", "rouge2", "rougeL"}
 
 # Keys of an evaluation that are drawn with the loss, or say the same.
 WITH_THE_LOSS = ("eval_loss", "eval_perplexity")
@@ -53,8 +56,9 @@ def score_charts(metrics: Metrics) -> list[Chart]:
             continue
         steps, values = [step for step, _ in taken], [value for _, value in taken]
         dots = Dots(key, {"steps": tuple(map(float, steps))}, tuple(values))
+        told, is_share = told_of(steps, values), is_share_score(key)
         charts.append(
-            Chart(f"score-{len(charts)}", score_name(key), told_of(steps, values), ends, dots=[dots], is_small=True)
+            Chart(f"score-{len(charts)}", score_title(key), told, ends, dots=[dots], is_small=True, is_share=is_share)
         )
     return charts[:MAX_SCORES]
 
@@ -65,6 +69,23 @@ def score_name(key: str) -> str:
     if not rest:
         return head.replace("_", " ")
     return rest if head in ("scores", "score") else f"{head.replace('_', ' ')}: {rest}"
+
+
+def score_title(key: str) -> str:
+    """For people: ``eval_scores/exact_match/manuals`` is ``exact match: manuals``."""
+    return titled(score_name(key))
+
+
+def titled(name: str) -> str:
+    """A name of ``score_name``, in words; the name of a source stays as it is."""
+    if ": " in name:
+        return name
+    head, slash, source = name.partition("/")
+    return head.replace("_", " ") + (f": {source}" if slash else "")
+
+
+def is_share_score(key: str) -> bool:
+    return key.startswith("eval_scores/") and key.split("/")[1] in SHARES
 
 
 def ends_of(metrics: Metrics) -> dict[str, tuple[float, float]] | None:
@@ -122,7 +143,7 @@ def _marks(data: ReportData) -> list[Mark]:
         Mark("restart", {"steps": float(step)}, f"start {number}") for number, step in enumerate(data.restarts, 2)
     ]
     events = [
-        Mark("event", {"steps": float(each.step)}, f"{each.name}{': ' if each.told else ''}{each.told}")
+        Mark("event", {"steps": float(each.step)}, f"{plain(each.name)}{': ' if each.told else ''}{each.told}")
         for each in data.metrics.events
     ]
     saved = [Mark("checkpoint", {"steps": float(step)}, "checkpoint") for step in data.checkpoints]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class Row:
         name: of the run, its folder's last parts as far as they tell it from the others.
         train_loss: as ``metrics.train_loss`` has it.
         scores: last value of each other score, by its name.
-        tokens: that were trained; tokens_per_s: the median of all steps.
+        tokens: that were trained; tokens_per_s: as on the run's own page.
     """
 
     name: str
@@ -67,7 +67,9 @@ class Comparison:
 def compare(reports: Sequence[ReportData]) -> Comparison:
     names = names_of([report.folder for report in reports])
     return Comparison(
-        tuple(reports), tuple(map(_row, reports, names)), differences([report.settings for report in reports])
+        tuple(reports),
+        tuple(map(_row, reports, names)),
+        differences([report.settings for report in reports], [report.directory for report in reports]),
     )
 
 
@@ -98,7 +100,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def _row(report: ReportData, name: str) -> Row:
     metrics, bill, topology = report.metrics, report.bill, report.topology
     evaluated = [value for _, value in metrics.scores("eval_loss") if math.isfinite(value)]
-    speeds, memory = metrics.finite("tokens_per_s"), metrics.finite("peak_memory_gib")
+    memory = metrics.finite("peak_memory_gib")
     settings = report.settings or {}
     sharding = settings.get("sharding")
     planned = sharding.get("strategy") if isinstance(sharding, dict) else None
@@ -117,7 +119,7 @@ def _row(report: ReportData, name: str) -> Row:
             if key != "eval_loss" and math.isfinite(value := metrics.scores(key)[-1][1])
         },
         tokens=report.trained_tokens,
-        tokens_per_s=statistics.median(speeds) if speeds else None,
+        tokens_per_s=report.tokens_per_s,
         peak_memory_gib=max(memory, default=None),
         hours=None if bill.elapsed_s is None else bill.elapsed_s / HOUR_S,
         usd=bill.usd,
@@ -127,17 +129,48 @@ def _row(report: ReportData, name: str) -> Row:
     )
 
 
-def differences(settings: Sequence[dict[str, Any] | None]) -> dict[str, tuple[str | None, ...]]:
-    """Keys whose values are not the same in all runs that have settings; secrets are hidden in them already."""
-    texts = [None if each is None else {key: _text(value) for key, value in flat(each)} for each in settings]
-    known = [each for each in texts if each is not None]
-    keys = dict.fromkeys(key for each in known for key in each)
+def differences(
+    settings: Sequence[dict[str, Any] | None], directories: Sequence[str | None] = ()
+) -> dict[str, tuple[str | None, ...]]:
+    """Keys whose values are not the same in all runs that have settings; secrets are hidden in them already.
+
+    Args:
+        directories: in which each run was started: its relative paths count from there. Empty: paths are but texts.
+    """
+    given = [None if each is None else dict(flat(each)) for each in settings]
+    places = [*directories, *[None] * (len(given) - len(directories))]
     found = {}
-    for key in keys:
-        values = [each.get(key) for each in known]
-        if key not in PLACES and any(value != values[0] for value in values):
-            found[key] = tuple(None if each is None else each.get(key) for each in texts)
+    for key in dict.fromkeys(key for each in given if each is not None for key in each):
+        if key in PLACES or _is_told_by_parts(key, given):
+            continue
+        values = [each[key] if each is not None and key in each else None for each in given]
+        has = [each is not None and key in each for each in given]
+        texts = [_text(value) if there else None for value, there in zip(values, has, strict=True)]
+        known = [text for text, each in zip(texts, given, strict=True) if each is not None]
+        if any(text != known[0] for text in known) and not (all(has) and _is_one_path(values, places)):
+            found[key] = tuple(texts)
     return found
+
+
+def _is_told_by_parts(key: str, given: Sequence[dict[str, Any] | None]) -> bool:
+    """Whether a section is empty where it is one value, and has keys of its own, each of them a line, elsewhere."""
+    known = [each for each in given if each is not None]
+    is_empty = all(not each[key] and not isinstance(each[key], bool | int) for each in known if key in each)
+    return is_empty and any(other.startswith(f"{key}.") for each in known for other in each)
+
+
+def _is_one_path(values: Sequence[Any], places: Sequence[str | None]) -> bool:
+    """Whether the texts name the same file, or the same list of files."""
+    if all(isinstance(value, list) for value in values):
+        same_length = len({len(value) for value in values}) == 1
+        return same_length and all(_is_one_path(each, places) for each in zip(*values, strict=True))
+    if not all(isinstance(value, str) and value for value in values):
+        return False
+    paths = [
+        value if place is None else os.path.normpath(Path(place) / value)
+        for value, place in zip(values, places, strict=True)
+    ]
+    return len(set(paths)) == 1
 
 
 def _text(value: Any) -> str:

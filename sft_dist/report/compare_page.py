@@ -12,9 +12,10 @@ from markupsafe import Markup
 from sft_dist.metrics.train_loss import LOSS_OF_STEPS
 from sft_dist.pages.page import environment, only_these, template, text_of
 from sft_dist.report.chart import HUES, Chart, Dots, Line, draw
-from sft_dist.report.charts import MAX_SCORES, WITH_THE_LOSS, cumulative, score_name
+from sft_dist.report.charts import MAX_SCORES, WITH_THE_LOSS, cumulative, is_share_score, score_title
 from sft_dist.report.compare import Comparison
 from sft_dist.report.compare_words import facts
+from sft_dist.report.headline import headline
 from sft_dist.report.model import ReportData
 from sft_dist.report.redact import redacted_text
 from sft_dist.report.series import curve
@@ -38,7 +39,7 @@ def render_comparison(comparison: Comparison) -> str:
         title=", ".join(names),
         names=names,
         hues=HUES,
-        verdicts=[redacted_text(report.status.verdict.line) for report in comparison.reports],
+        verdicts=[redacted_text(headline(report.status.verdict)[0]) for report in comparison.reports],
         facts=facts(comparison.rows),
         differences=comparison.differences,
         loss_of_steps=LOSS_OF_STEPS,
@@ -76,7 +77,7 @@ def comparison_charts(reports: Sequence[ReportData], names: Sequence[str]) -> li
         if lines:
             charts.append(Chart(column, title, _told(lines), ends, lines, is_small=column != "loss"))
     keys = dict.fromkeys(key for report in reports for key in report.metrics.score_keys() if key not in WITH_THE_LOSS)
-    charts += [_scored(key, score_name(key), reports, names, places, ends) for key in list(keys)[:MAX_SCORES]]
+    charts += [_scored(key, score_title(key), reports, names, places, ends) for key in list(keys)[:MAX_SCORES]]
     shown = [chart for chart in charts if chart.lines or chart.dots]
     return sorted(shown, key=lambda chart: chart.key != "loss")
 
@@ -101,7 +102,7 @@ def _scored(
             x = {kind: tuple(_at(step, report.metrics.steps, each[kind]) for step, _ in taken) for kind in ends}
             dots.append(Dots(name, x, tuple(value for _, value in taken), hue=hue))
     chart_key = "".join(letter if letter.isalnum() else "-" for letter in key)
-    return Chart(chart_key, title, "", ends, dots=dots, is_small=True)
+    return Chart(chart_key, title, "", ends, dots=dots, is_small=True, is_share=is_share_score(key))
 
 
 def _at(step: int, steps: Sequence[int], places: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.units import GIB, HOUR_S, count, duration, gib, rate
-from sft_dist.report.charts import figure
+from sft_dist.report.charts import figure, titled
 from sft_dist.report.compare import Row
 
 
@@ -33,7 +33,10 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ("train loss", of(lambda row: row.train_loss, _loss)),
         ("best eval", of(lambda row: row.best_eval_loss, _loss)),
         ("last eval", of(lambda row: row.last_eval_loss, _loss)),
-        *((name, ["-" if name not in row.scores else figure(row.scores[name]) for row in rows]) for name in names),
+        *(
+            (titled(name), ["-" if name not in row.scores else figure(row.scores[name]) for row in rows])
+            for name in names
+        ),
         ("time", of(lambda row: row.hours, lambda hours: duration(hours * HOUR_S))),
         ("USD", of(lambda row: row.usd, format_usd)),
         ("JPY", of(lambda row: row.jpy, format_jpy)),

@@ -56,10 +56,11 @@ def diff(first: Path, second: Path) -> Diff:
     if first.resolve() == second.resolve():
         raise ConfigError(f"{first} and {second} are the same run", fix="give two runs")
     facts = [_facts(folder) for folder in (first, second)]
+    directories = [each["directory"] for each in facts]
     found = [
         Difference(area, name, (values[0], values[1]))
         for area in AREAS
-        for name, values in differences([facts[0].get(area), facts[1].get(area)]).items()
+        for name, values in differences([each.get(area) for each in facts], directories).items()
         if not (area == "settings" and name.startswith(NO_MATTER))
     ]
     return Diff((str(first), str(second)), tuple(found), apart(recorded_steps(first), recorded_steps(second)))
@@ -71,7 +72,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         settings = without_secrets(read_yaml((folder / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         settings = None
-    return {**{area: receipt.get(area) for area in AREAS}, "settings": settings}
+    return {**{area: receipt.get(area) for area in AREAS}, "settings": settings, "directory": receipt.get("directory")}
 
 
 def told(found: Diff) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_dist.cluster.happened import in_words
 from sft_dist.metrics.logger import METRICS
 
 # Of a training line, what is read besides its step.
@@ -20,6 +21,9 @@ COLUMNS = (
     "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_gib", "step_time_s", "num_tokens", "supervised_tokens",
     "elapsed_s", "mfu",
 )  # fmt: skip
+
+# The first steps of a process compile, allocate and fill caches.
+WARM_UP_STEPS = 2
 
 Value = float | None
 
@@ -41,7 +45,7 @@ class Event:
     """
     Args:
         name: such as ``skipped`` or ``rolled_back``.
-        told: what else its line says.
+        told: what else its line says, in words.
     """
 
     step: int
@@ -69,6 +73,17 @@ class Metrics:
 
     def finite(self, name: str) -> list[float]:
         return [value for value in self.column(name) if value is not None and math.isfinite(value)]
+
+    def steady(self, name: str) -> list[float]:
+        """Finite values of all steps but the first ones, where there are others."""
+        values = self.finite(name)
+        return values[WARM_UP_STEPS:] or values
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of all ranks: the tokens of the steady steps by their time, so that a short step counts as much as it is."""
+        tokens, seconds = self.steady("num_tokens"), self.steady("step_time_s")
+        return sum(tokens) / sum(seconds) if len(tokens) == len(seconds) and sum(seconds) > 0 else None
 
     def score_keys(self) -> list[str]:
         """Of all evaluations, in the order of their first line."""
@@ -140,9 +155,17 @@ def _value(line: dict[str, Any], key: str) -> Value:
 
 
 def _told(line: dict[str, Any]) -> str:
+    words = in_words(line)
+    if words is not None:
+        return words
     said = {key: value for key, value in line.items() if key not in ("step", "event") and value is not None}
     return ", ".join(
-        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
+        f"{plain(key)} {value:.6g}" if isinstance(value, float) else f"{plain(key)} {value}"
         for key, value in said.items()
         if isinstance(value, int | float | str)
     )
+
+
+def plain(key: str) -> str:
+    """``early_stopping/best_step`` is ``best step``: a key in words."""
+    return key.rpartition("/")[2].replace("_", " ")

@@ -74,7 +74,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its answers in the order of their steps."""
+    """A prompt, or the question in it, and its answers in the order of their steps."""
 
     number: int
     prompt: str
@@ -107,15 +107,18 @@ class Bill:
 class ReportData:
     """
     Args:
+        tokens_per_s: of all ranks, mean of the steady steps.
         checkpoints: steps of the complete ones that are there.
         versions, topology, identity: of the receipt.
         settings: the resolved configuration, without secrets; None: there is none that can be read.
+        directory: where the run was started: relative paths of its settings count from there.
         notes: what is not known and why, a line each.
     """
 
     folder: Path
     status: Status
     metrics: Metrics
+    tokens_per_s: float | None
     checkpoints: tuple[int, ...]
     compared: tuple[Compared, ...]
     sources: tuple[DataSource, ...]
@@ -126,6 +129,7 @@ class ReportData:
     topology: dict[str, Any]
     identity: dict[str, Any]
     settings: dict[str, Any] | None
+    directory: str | None
     notes: tuple[str, ...]
 
     @property

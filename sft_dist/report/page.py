@@ -6,6 +6,7 @@ Texts of the run reach the page through Jinja's autoescape and ``Markup.format``
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,11 +18,13 @@ from markupsafe import Markup
 from sft_dist.cluster.verdict import Kind
 from sft_dist.config.text import write_yaml
 from sft_dist.data.audit.language import language
+from sft_dist.pages.answer import visible
 from sft_dist.pages.page import environment, only_these, template, text_of
 from sft_dist.plan.money import format_jpy, format_usd
 from sft_dist.plan.units import HOUR_S, count, duration, gib, percent, rate, step_seconds
 from sft_dist.report.chart import draw
-from sft_dist.report.charts import charts_of, figure, score_charts, score_name
+from sft_dist.report.charts import charts_of, figure, score_charts, score_title
+from sft_dist.report.headline import headline
 from sft_dist.report.model import Answer, Compared, ReportData, Sample, Unit
 from sft_dist.report.redact import redacted_text
 from sft_dist.report.series import evenly
@@ -55,11 +58,13 @@ class Card:
 def render(data: ReportData) -> str:
     """The page."""
     verdict = data.status.verdict
+    line, error = map(redacted_text, headline(verdict))
     script = text_of(__package__, "chart.js")
     return _template().render(
         data=data,
-        title=f"{data.folder.resolve().name}: {redacted_text(verdict.line)}",
-        verdict=redacted_text(verdict.line),
+        title=f"{data.folder.resolve().name}: {line}",
+        verdict=line,
+        error=error,
         verdict_style="error" if verdict.is_trouble else STYLES[verdict.kind],
         subject=_subject(data),
         cards=cards_of(data),
@@ -125,10 +130,10 @@ def cards_of(data: ReportData) -> list[Card]:
         cards.append(Card(format_usd(bill.usd), "USD" + ("" if jpy is None else f", {format_jpy(jpy)} JPY")))
     if metrics.finite("num_tokens"):
         cards.append(Card(count(data.trained_tokens), "tokens trained"))
-    speeds = metrics.finite("tokens_per_s")
-    if speeds:
-        mfu = metrics.finite("mfu")
-        cards.append(Card(rate(speeds[-1]), "tokens/s" + (f", MFU {percent(mfu[-1])}" if mfu else "")))
+    if data.tokens_per_s is not None:
+        mfu = metrics.steady("mfu")
+        said = f", MFU {percent(statistics.fmean(mfu))}" if mfu else ""
+        cards.append(Card(rate(data.tokens_per_s), f"tokens/s, mean{said}"))
     return cards
 
 
@@ -154,7 +159,7 @@ def scores_of(data: ReportData) -> dict[str, object] | None:
     rows = []
     for key in data.metrics.score_keys():
         taken = data.metrics.scores(key)
-        rows.append(ScoreRow(score_name(key), [e.scores.get(key) for e in chosen], taken[0][1], taken[-1][1]))
+        rows.append(ScoreRow(score_title(key), [e.scores.get(key) for e in chosen], taken[0][1], taken[-1][1]))
     return {
         "steps": [each.step for each in chosen],
         "rows": rows,
@@ -210,7 +215,7 @@ def change(row: ScoreRow) -> str:
     if not (math.isfinite(row.first) and math.isfinite(row.last)):
         return "-"
     difference = row.last - row.first
-    return f"{difference:+.4g}" if difference else "0"
+    return f"{'+' if difference > 0 else '-'}{figure(abs(difference))}" if difference else "0"
 
 
 @lru_cache
@@ -227,6 +232,7 @@ def _template() -> Template:
         "ratio": ratio,
         "score": lambda value: "-" if value is None else figure(value),
         "change": change,
+        "visible": visible,
         "cut": cut,
         "lang": lang,
         "between": between,

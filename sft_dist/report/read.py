@@ -30,9 +30,6 @@ from sft_dist.train.waste import Waste
 
 GIB = 2**30
 
-# The first steps of a process compile, allocate and fill caches.
-WARM_UP_STEPS = 2
-
 _WASTE = TypeAdapter(Waste)
 
 
@@ -67,6 +64,7 @@ def read_report(folder: Path, *, clock: Clock | None = None, ask: Ask | None = N
         folder=folder,
         status=status,
         metrics=metrics,
+        tokens_per_s=tokens_per_s(receipt, metrics),
         checkpoints=tuple(step_of(path.name) or 0 for path in complete_checkpoints(folder / CHECKPOINTS)),
         compared=_compared(receipt, status, metrics, bill),
         sources=sources,
@@ -77,6 +75,7 @@ def read_report(folder: Path, *, clock: Clock | None = None, ask: Ask | None = N
         topology=_mapping(receipt.get("topology")),
         identity=redacted(_mapping(receipt.get("identity"))),
         settings=settings,
+        directory=receipt.get("directory"),
         notes=tuple(notes),
     )
 
@@ -138,7 +137,7 @@ def _compared(receipt: dict[str, Any], status: Status, metrics: Metrics, bill: B
     rows = (
         Compared("Step", "seconds", _number(planned.get("step_s")) or (None if plan is None else plan.step_s), step_s),
         Compared("Tokens a second", "rate", _number(planned.get("tokens_per_s")),
-                 _number(actual.get("tokens_per_s")) or _median(metrics, "tokens_per_s")),
+                 tokens_per_s(receipt, metrics)),
         Compared("Peak memory of a GPU", "bytes", _number(planned.get("peak_allocated_bytes")) if on_gpu else None,
                  memory),
         Compared("Steps", "count", _number(planned.get("steps")), len(metrics.steps) or None),
@@ -151,6 +150,11 @@ def _compared(receipt: dict[str, Any], status: Status, metrics: Metrics, bill: B
         Compared("final/", "bytes", _number(planned.get("final_bytes")), _number(actual.get("final_bytes"))),
     )  # fmt: skip
     return tuple(row for row in rows if row.planned is not None or row.actual is not None)
+
+
+def tokens_per_s(receipt: dict[str, Any], metrics: Metrics) -> float | None:
+    """Mean of the steady steps, the one speed of a run on all pages: as its receipt has it, else of its metrics."""
+    return _number(_mapping(receipt.get("actual")).get("tokens_per_s")) or metrics.tokens_per_s
 
 
 def _broken_evaluations(metrics: Metrics) -> list[str]:
@@ -169,8 +173,8 @@ def _broken_evaluations(metrics: Metrics) -> list[str]:
 
 def _median(metrics: Metrics, column: str) -> float | None:
     """Of all steps but the first ones, where there are others."""
-    values = metrics.finite(column)
-    return statistics.median(values[WARM_UP_STEPS:] or values) if values else None
+    values = metrics.steady(column)
+    return statistics.median(values) if values else None
 
 
 def _data(

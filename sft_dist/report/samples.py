@@ -23,6 +23,7 @@ class SampleLine(BaseModel):
     prompt: str
     answer: str
     reference: str | None = None
+    question: str | None = None
     finish_reason: str = "stop"
 
 
@@ -64,7 +65,7 @@ def parse_samples(lines: Iterable[bytes]) -> tuple[tuple[Sample, ...], int]:
         except (ValueError, ValidationError):
             unread += bool(text.strip())
             continue
-        one = gathered.setdefault(line.sample, _Gathered(line.prompt, line.reference, {}))
+        one = gathered.setdefault(line.sample, _Gathered(line.question or line.prompt, line.reference, {}))
         one.answers[line.step] = Answer(line.step, line.answer, line.finish_reason == "length")
     return tuple(
         Sample(number, one.prompt, one.reference, tuple(one.answers[step] for step in sorted(one.answers)))

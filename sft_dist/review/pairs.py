@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from sft_dist.cluster.status import require_run
 from sft_dist.errors import ConfigError
 
 # Of `sft-dist eval`, and of a training with eval.samples.
@@ -23,11 +24,13 @@ class Pair:
     Args:
         answers: of the first and of the second.
         reference: the right answer, where there is one.
+        question: of the prompt, without what a chat template writes around it; None: not known.
     """
 
     prompt: str
     answers: tuple[str, str]
     reference: str | None
+    question: str | None = None
 
     @property
     def id(self) -> str:
@@ -67,6 +70,8 @@ def read_comparison(first: Path, second: Path | None = None) -> Comparison:
     Raises:
         ConfigError: there are no answers, or none to the same prompts.
     """
+    for folder in (first,) if second is None else (first, second):
+        _require_answers_or_run(folder)
     if second is None:
         names, sides = (BASE, first.resolve().name), _before_and_after(first)
     else:
@@ -77,11 +82,19 @@ def read_comparison(first: Path, second: Path | None = None) -> Comparison:
             f"{names[0]} and {names[1]} have answered no prompt in common", fix="evaluate both on the same rows"
         )
     pairs = [
-        Pair(prompt, (str(sides[0][prompt]["answer"]), str(sides[1][prompt]["answer"])), sides[0][prompt]["reference"])
+        Pair(prompt, (str(one["answer"]), str(other["answer"])), one["reference"], one.get("question"))
         for prompt in shared
+        for one, other in [(sides[0][prompt], sides[1][prompt])]
     ]
     different = tuple(pair for pair in pairs if pair.answers[0].strip() != pair.answers[1].strip())
     return Comparison(names, different, len(pairs) - len(different))
+
+
+def _require_answers_or_run(folder: Path) -> None:
+    """An evaluation's folder needs no run around it; any other has to be one."""
+    has_answers = any(any(place.glob(EVALUATED.format("*"))) for place in (folder, folder / "eval"))
+    if not (has_answers or (folder / SAMPLES).is_file()):
+        require_run(folder)
 
 
 Replies = Mapping[str, Mapping[str, Any]]  # by prompt

@@ -29,8 +29,8 @@ function draw() {
   const pair = pairs[place];
   at("place").textContent = `${place + 1} of ${pairs.length}, ${done} looked at`;
   show("prompt", pair.prompt);
-  show("left", pair.left || "(nothing)");
-  show("right", pair.right || "(nothing)");
+  show("left", pair.left);
+  show("right", pair.right);
   show("reference", pair.reference || "");
   at("about-reference").hidden = !pair.reference;
   at("about-reference").open = false;

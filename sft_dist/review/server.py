@@ -11,6 +11,7 @@ from http import HTTPStatus
 from threading import Lock
 from typing import Any
 
+from sft_dist.pages.answer import visible
 from sft_dist.pages.local_server import FORBIDDEN, Answer, Asked, LocalServer, json_answer, refusal
 from sft_dist.pages.page import environment, only_these, template, text_of
 from sft_dist.review.pairs import Comparison
@@ -77,8 +78,9 @@ class ReviewServer:
             left = 1 if pair.is_swapped(self._seed) else 0
             pairs.append(
                 {
-                    "id": pair.id, "prompt": pair.prompt, "reference": pair.reference, "left": pair.answers[left],
-                    "right": pair.answers[1 - left], "choice": self._votes.by_pair.get(pair.id),
+                    "id": pair.id, "prompt": pair.question or pair.prompt, "reference": pair.reference,
+                    "left": visible(pair.answers[left]), "right": visible(pair.answers[1 - left]),
+                    "choice": self._votes.by_pair.get(pair.id),
                 }
             )  # fmt: skip
         return {"pairs": pairs, "equal": self._comparison.num_equal}

@@ -26,6 +26,9 @@ _ROUNDING = 1e-9
 # Counts that are in memory at a time: 32 MiB.
 _COUNTS_AT_A_TIME = 1 << 22
 
+# As many as Koehn 2004 draws.
+NUM_RESAMPLES = 1000
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -52,7 +55,7 @@ def compare(
     tuned: Sequence[Answered],
     settings: ScoreSettings,
     *,
-    samples: int = 1000,
+    samples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Compared]:
     """Each score of both sets, by name. See ``judge`` and ``compare_judged`` for the errors."""
@@ -60,7 +63,7 @@ def compare(
     return compare_judged(judge(base, settings), judge(tuned, settings), samples=samples, seed=seed)
 
 
-def compare_judged(base: Judged, tuned: Judged, *, samples: int = 1000, seed: int = 0) -> dict[str, Compared]:
+def compare_judged(base: Judged, tuned: Judged, *, samples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Compared]:
     """The same of sets that have been judged, by the same settings.
 
     Args:

@@ -19,8 +19,8 @@ from sft_dist.train.spikes import Trouble
 
 DIVERGED, BATCH, ABOUT = "diverged", "batch.jsonl", "about.json"
 
-# Named in a message, and in ``about.json``.
-MAX_NAMED_ROWS = 5
+# Named in a message (``batch.jsonl`` has all rows), and in ``about.json``.
+MAX_NAMED_ROWS = 2
 MAX_NAMED_PARAMETERS = 10
 
 Decode = Callable[[list[int]], str]

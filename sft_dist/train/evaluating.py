@@ -35,7 +35,7 @@ from sft_dist.model.weights import check_weights
 from sft_dist.run import Run
 from sft_dist.runtime.process_group import process_group, run_on_main_first
 from sft_dist.scores.answered import Answered
-from sft_dist.scores.compare import Compared, compare_judged, notes_on_intervals
+from sft_dist.scores.compare import NUM_RESAMPLES, Compared, compare_judged, notes_on_intervals
 from sft_dist.scores.judge import judge
 from sft_dist.sharding import registry
 from sft_dist.sharding.strategy import Strategy
@@ -433,13 +433,13 @@ def _write(
 
 def _show(console: Console, asked: _Asked, compared: dict[str, Compared]) -> None:
     found = asked.found
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", overflow="fold")
     for name in found:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     if compared:
-        table.add_column("difference, 95 % interval", justify="right")
-        table.add_column("better in", justify="right")
+        table.add_column("difference, 95 % interval", justify="right", no_wrap=True)
+        table.add_column("better in", justify="right", no_wrap=True)
     keys = dict.fromkeys(key for each in found.values() for key in each.metrics)
     for key in keys:
         cells = [_cell(name, key, asked) for name in found]
@@ -449,6 +449,10 @@ def _show(console: Console, asked: _Asked, compared: dict[str, Compared]) -> Non
             cells += [f"{one.difference:+,.4f}  ({low:+,.4f} to {high:+,.4f})", f"{one.tuned_better:.0%}"]
         table.add_row(key.removeprefix("eval_").removeprefix("scores/"), *cells)
     console.print(table)
+    if compared:
+        console.print(
+            f"better in: share of {NUM_RESAMPLES:,} resamples in which the run has the higher score", style="dim"
+        )
     for name, each in found.items():
         for note in () if each.findings is None else each.findings.notes:
             console.print(f"{name}: {note}", markup=False, soft_wrap=True)
@@ -467,4 +471,6 @@ def _cell(name: str, key: str, asked: _Asked) -> str:
 
 
 def _shown(value: float) -> str:
-    return f"{value:,.4f}" if abs(value) < 1e9 else f"{value:.4e}"
+    if abs(value) >= 1e9:
+        return f"{value:.4e}"
+    return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.1f}"

@@ -58,6 +58,7 @@ class Guard:
         self.run, self.order, self.strategy, self.checkpointer = run, order, strategy, checkpointer
         self.logger, self.decode = logger, decode
         self.spikes = Spikes(run.spikes, position)
+        self._named = ("", 0)  # rows that were said last, and of which step
         # Of its own, so that what it sends is no part of the collectives of training, nor of a save in flight.
         self._group = dist.new_group(backend="gloo")
 
@@ -87,7 +88,7 @@ class Guard:
             return
         kept = self._kept(culprit)
         if trouble.remedy == "stop":
-            self._tell(culprit, kept, event=trouble.kind, step=trouble.step)
+            self._note(culprit, event=trouble.kind, step=trouble.step)  # the error tells it
             where = from_main(described(culprit, data) if self.logger is not None else "", self._group)
             why = f"; {trouble.why}" if trouble.why else ""
             raise TrainingDiverged(
@@ -112,6 +113,23 @@ class Guard:
         return from_main(said, self._group)
 
     def _tell(self, culprit: Culprit, kept: str, *, event: str, step: int) -> None:
+        """Notes an event and says it; rows that were named for the event before it are not listed again."""
+        if self.logger is None:
+            return
+        trouble, where = culprit.trouble, described(culprit, self.order.data)
+        if where == self._named[0]:
+            where = f"as at step {self._named[1]}"
+        else:
+            self._named = (where, trouble.step)
+        done = {"skipped": "; its update was not made", "rolled_back": f"; back at step {step}"}.get(event, "")
+        told = f"step {trouble.step}: {trouble}, {where}{done}"
+        self._note(culprit, event=event, step=step, told=told + (f"; {kept}" if kept else ""))
+
+    def _note(self, culprit: Culprit, *, event: str, step: int, told: str = "") -> None:
+        """
+        Args:
+            told: for people; empty: it is only written.
+        """
         if self.logger is None:
             return
         trouble = culprit.trouble
@@ -119,9 +137,7 @@ class Guard:
         line |= {"ranks": culprit.ranks, "of_loss": trouble.loss}
         known = {"of_grad_norm": trouble.grad_norm, "median_loss": trouble.median}
         line |= {name: value for name, value in known.items() if value is not None}
-        done = {"skipped": "; its update was not made", "rolled_back": f"; back at step {step}"}.get(event, "")
-        told = f"step {trouble.step}: {trouble}, {described(culprit, self.order.data)}{done}"
-        self.logger.event(line, told + (f"; {kept}" if kept else ""))
+        self.logger.event(line, told)
 
     def left_out(self, step: int) -> None:
         """The run comes by a step that it trains without."""

@@ -98,12 +98,13 @@ def test_what_was_learned_by_heart_is_answered_and_scored(
     assert [(line["step"], line["sample"]) for line in samples] == [(s, n) for s in (0, 30, 60) for n in (0, 1)]
     assert samples[-2] == {
         "step": 60, "sample": 0, "prompt": "東京は？", "answer": "日本の首都です。", "reference": None,
-        "source": "prompts", "finish_reason": "stop",
+        "source": "prompts", "finish_reason": "stop", "question": "東京は？",
     }  # fmt: skip
     assert samples[-1]["answer"] == samples[-1]["reference"] in dict(PAIRS).values()
     assert samples[0]["answer"] != "日本の首都です。"
     answers = lines(run / "answers/step-00000060.jsonl")
-    assert [line["reference"] for line in answers] == [answer for _, answer in PAIRS]
+    assert [(line["question"], line["reference"]) for line in answers] == list(PAIRS)
+    assert all(line["question"] in line["prompt"] != line["question"] for line in answers), "the template is in prompt"
     assert [line["scores"]["exact_match"] for line in answers] == [1.0] * 3
 
 

@@ -151,7 +151,8 @@ def whole_run(
 ) -> Path:
     """A run with all that a report can show: restarted once, with events, answers, audit, bill."""
     written = lines(steps)
-    event = {"step": steps // 2, "event": "skipped", "reason": "loss 9.1 is over 3 x the median", "loss_seen": 9.1}
+    event = {"step": steps // 2, "event": "skipped", "because": "spike", "of_step": steps // 2, "ranks": [1],
+             "of_loss": 9.1, "median_loss": 0.9}  # fmt: skip
     write_metrics(folder, [*written, event])
     receipt(folder, steps=steps, finished=finished, restart_at=steps // 3)
     audit(folder)

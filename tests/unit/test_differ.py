@@ -12,6 +12,7 @@ import yaml
 
 from sft_dist.errors import ConfigError
 from sft_dist.metrics.recorded import Apart, apart
+from sft_dist.report.compare import differences
 from sft_dist.report.differ import diff, told
 
 
@@ -45,6 +46,23 @@ def test_what_differs_is_named_and_what_does_not_matter_is_not(tmp_path: Path) -
     assert told(found)[-1] == (
         "losses and norms: equal to the bit in the first 2 of 3 shared steps; losses differ by 9.1e-02 at most, at step 3"
     )
+
+
+def test_a_file_is_the_same_by_any_path_and_a_section_is_told_once() -> None:
+    def settings(path: str, paths: list[str], scores: Any) -> dict[str, Any]:
+        return {"data": {"train": [{"path": path}]}, "eval": {"scores": scores, "paths": paths}, "seed": 1}
+
+    scored = {"metrics": ["chrf"], "normalise": True}
+    first, second = settings("demo/x.jsonl", ["a", "b"], scored), settings("/at/demo/x.jsonl", ["a", "/at/b"], None)
+    assert differences([first, second], ["/at", "/elsewhere"]) == {
+        "eval.scores.metrics": ('["chrf"]', None),
+        "eval.scores.normalise": ("true", None),
+        "eval.paths": ('["a", "b"]', '["a", "/at/b"]'),
+    }
+    assert "eval.paths" not in differences([first, second], ["/at", "/at"])
+    assert differences([first, second], ["/other", "/at"])["data.train.0.path"] == ("demo/x.jsonl", "/at/demo/x.jsonl")
+    assert "data.train.0.path" in differences([first, second])
+    assert differences([{"a": {"b": 1}}, {"a": 0}]) == {"a.b": ("1", None), "a": (None, "0")}
 
 
 def test_equal_runs(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ import pytest
 
 from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.load import load_config
+from sft_dist.config.scores_schema import ScoresConfig
 from sft_dist.config.validate import validate
 from sft_dist.data.sources import read_source
 from sft_dist.launch.command import split_resume
 from sft_dist.plan.machines import machines_of
+from sft_dist.scores.answered import Answered
+from sft_dist.scores.judge import score
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,3 +60,14 @@ def test_each_row_of_the_data_page_is_read_as_its_format(tmp_path: Path) -> None
         (tmp_path / "row.jsonl").write_text(row, encoding="utf-8")
         given = list(read_source(SourceConfig(path=str(tmp_path / "row.jsonl"), format=name)))  # type: ignore[arg-type]
         assert given == list(read_source(SourceConfig(path=str(tmp_path / "row.jsonl"))))
+
+
+def test_the_scorer_of_the_docs_gives_an_empty_answer_nothing(tmp_path: Path) -> None:
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    name, code = re.findall(r"custom: scoring/units.py:(\w+)\n```\n\n```python\n(.*?)```", page, re.S)[0]
+    (tmp_path / "units.py").write_text(code, encoding="utf-8")
+    settings = ScoresConfig(metrics=["custom"], custom=f"{tmp_path / 'units.py'}:{name}")
+    replies = {"1,000円です": 1.0, "": 0.0, "2,000円": 0.0, "about 1,000": 0.0}
+    for answer, expected in replies.items():
+        assert score([Answered("いくら？", answer, "1,000円", "x")], settings).values["custom"] == expected, answer
+    assert score([Answered("?", "", "none", "x")], settings).values["custom"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -14,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from sft_dist.cluster.verdict import Verdict
 from sft_dist.errors import ConfigError
-from sft_dist.report.axes import logarithmic, short, straight
+from sft_dist.report.axes import labels, logarithmic, short, straight
 from sft_dist.report.beside import Page, _environment
 from sft_dist.report.chart import Chart, Line, draw
-from sft_dist.report.charts import cumulative, score_charts, score_name, told_of
+from sft_dist.report.charts import cumulative, score_charts, score_name, score_title, told_of
 from sft_dist.report.command import REPORT, unfinished_page, write_report
 from sft_dist.report.compare import compare, comparison_json, differences, names_of, read_reports
 from sft_dist.report.compare_page import comparison_charts, render_comparison
+from sft_dist.report.compare_terminal import comparison_table
 from sft_dist.report.compare_words import facts
+from sft_dist.report.headline import headline
 from sft_dist.report.metrics import parse_metrics
 from sft_dist.report.model import ReportData
-from sft_dist.report.page import render
+from sft_dist.report.page import ScoreRow, change, render
 from sft_dist.report.read import ask_nobody, read_report
 from sft_dist.report.redact import HIDDEN, is_secret, redacted, redacted_text
 from sft_dist.report.samples import parse_samples
@@ -101,7 +106,7 @@ def test_the_page_has_the_figures_of_the_files(tmp_path: Path) -> None:
     for said in (
         "8 x NVIDIA H100 80GB HBM3, fsdp2", "Step 3.90 s 4.10 s 1.05", "Peak memory of a GPU 63.0 GiB 61.2 GiB 0.97",
         "support.jsonl train 48,210 19.8 M 32%", "rows that are in the set before, word for word", "stopped by SIGTERM, saved",
-        "150 skipped reason loss 9.1 is over 3 x the median, loss_seen 9.1", "torch", "2.13.0+cu130", "bleu", "+27",
+        "150 skipped left out: a spike (loss 9.1000, median 0.9000, rank 1)", "torch", "2.13.0+cu130", "bleu", "+27",
         "Base, before training", "evaluating 2 min", "Packs are 100% full",
     ):  # fmt: skip
         assert said in words, said
@@ -110,7 +115,7 @@ def test_the_page_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert f"In all {sum(each['elapsed_s'] for each in sessions) / 3600:.2f} ${spent:.2f} ¥{spent * 150:,.0f}" in words
     marks = values_of(html, "loss")["marks"]
     assert [mark["x"]["steps"] for mark in marks] == [100, 200, 300, 100, 150]
-    assert [mark["text"][:10] for mark in marks] == ["checkpoint"] * 3 + ["start 2", "skipped: r"]
+    assert [mark["text"][:10] for mark in marks] == ["checkpoint"] * 3 + ["start 2", "skipped: l"]
 
 
 def test_nothing_on_the_page_has_an_address(tmp_path: Path) -> None:
@@ -184,6 +189,55 @@ def test_a_killed_run(tmp_path: Path) -> None:
     assert values_of(html, "loss")["lines"][0]["x"]["steps"][-1] == 120
 
 
+def test_a_long_error_has_a_short_headline(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path, steps=60, finished=False)
+    rows = ", ".join(f"/shared/data/support-{n}.jsonl:{n}" for n in range(5))
+    error = (
+        f"step 60: loss nan, gradient norm nan, seen by rank 3 on node17, first in {rows}; its batch is in diverged/"
+    )
+    run_folders.beat(folder, phase="failed", step=60, num_steps=120, exit_code=6, what=error)
+    html = page(folder)
+    title = re.findall("<h1>(.*?)</h1>", html)
+    assert title == ["Failed with 6 (diverged) at step 60 of 120: step 60: loss nan"]
+    assert unescape(html).count(f'<p class="whole">S{error[1:]}</p>') == 1
+    assert headline(Verdict("failed", "failed with 2: no such file")) == ("failed with 2: no such file", "")
+    assert headline(Verdict("failed", "failed with 1: " + "a word " * 40))[0].endswith("a word …")
+    assert headline(Verdict("working", "training: " + "a, " * 60))[1] == ""
+
+
+def test_a_run_has_one_speed_on_all_pages(tmp_path: Path) -> None:
+    """Also one whose last step is much faster than the others."""
+    ended, going = whole_run(tmp_path / "ended", steps=60), whole_run(tmp_path / "going", steps=60, finished=False)
+    for folder in (ended, going):
+        written = [each for each in lines(60) if "loss" in each]
+        written[-1] |= {"num_tokens": 900, "step_time_s": 0.01, "tokens_per_s": 90_000.0}
+        write_metrics(folder, written)
+    reports = [read(ended), read(going)]
+    steady = list(map(json.loads, (going / "metrics.jsonl").read_text().splitlines()))[2:]
+    mean = sum(each["num_tokens"] for each in steady) / sum(each["step_time_s"] for each in steady)
+    assert [each.tokens_per_s for each in reports] == [15_900.0, pytest.approx(mean)]
+    rows = compare(reports).rows
+    for report, row in zip(reports, rows, strict=True):
+        assert report.tokens_per_s is not None
+        assert row.tokens_per_s == report.tokens_per_s
+        assert {each.name: each for each in report.compared}["Tokens a second"].actual == report.tokens_per_s
+        assert f"{report.tokens_per_s:,.0f} tokens/s, mean" in text_of(render(report))
+
+
+def test_events_are_told_in_words() -> None:
+    written = [
+        {"step": 3, "event": "rolled_back", "because": "spike", "of_step": 4, "ranks": [1], "of_loss": 7.5},
+        {"step": 4, "event": "skipped", "because": "rolled_back", "of_step": 4},
+        {"step": 9, "event": "early_stopping", "early_stopping/fired": 1, "early_stopping/best_step": 6},
+    ]
+    told = [each.told for each in parse_metrics(json.dumps(line).encode() + b"\n" for line in written).events]
+    assert told == [
+        "step 4 left out: a spike (loss 7.5000, rank 1); back to step 3",
+        "left out: the run had gone back because of it",
+        "fired 1, best step 6",
+    ]
+
+
 def test_a_run_that_goes_on_is_compared_by_its_forecast(tmp_path: Path) -> None:
     folder = whole_run(tmp_path, steps=120, finished=False)
     rows = {row.name: row for row in read(folder).compared}
@@ -210,7 +264,7 @@ def test_what_the_page_says_of_a_run_that_goes_on(tmp_path: Path) -> None:
     assert (rows["Peak memory of a GPU"].actual, rows["USD"].planned) == (61.2 * 2**30, 20.0)
     assert rows["Step"].ratio == pytest.approx(rows["Step"].actual / 3.9)  # type: ignore[operator]
     words = text_of(page(folder))
-    assert "MFU 30%" in words
+    assert "MFU 25%" in words, "a mean, as the speed"
     assert "32% of them supervised" in words
     assert "goes on" in words
     assert "cut short" not in words
@@ -355,6 +409,12 @@ def test_samples_are_gathered_by_prompt() -> None:
 # pictures
 
 
+def test_the_question_is_shown_without_its_template() -> None:
+    line = {"step": 0, "sample": 0, "prompt": "<user>Why?<assistant>", "answer": "So.", "question": "Why?"}
+    (sample,), _ = parse_samples([json.dumps(line).encode() + b"\n"])
+    assert sample.prompt == "Why?"
+
+
 def test_a_smoothed_curve_is_not_above_a_falling_one() -> None:
     falling = [100.0 - i for i in range(100)]
     assert smoothed(falling)[:50] == pytest.approx(falling[:50])
@@ -431,10 +491,33 @@ def test_words() -> None:
     assert told_of([1, 2, 3, 4], [2.0, 9.0, 1.0, math.nan]) == (
         "First 2, least 1 at step 3, most 9 at step 2, last 1, 1 not finite."
     )
-    names = ["eval_loss", "eval_loss/manuals", "eval_scores/bleu", "eval_perplexity"]
-    assert list(map(score_name, names)) == ["loss", "loss: manuals", "bleu", "perplexity"]
+    names = ["eval_loss", "eval_loss/my_rows", "eval_scores/exact_match", "eval_long_loss", "eval_scores/bleu/my_rows"]
+    assert list(map(score_name, names)) == ["loss", "loss: my_rows", "exact_match", "long loss", "bleu/my_rows"]
+    assert list(map(score_title, names)) == ["loss", "loss: my_rows", "exact match", "long loss", "bleu: my_rows"]
+    changes = [(42_377.0, 2_217.0), (3.0, 2_598.4), (0.25, 0.5), (1.0, 1.0)]
+    assert [change(ScoreRow("x", [], *each)) for each in changes] == ["-40,160", "+2,595", "+0.25", "0"]
     assert evenly(3, 10) == [0, 1, 2]
     assert (evenly(100, 5)[0], evenly(100, 5)[-1], len(evenly(100, 5))) == (0, 99, 5)
+
+
+@pytest.mark.parametrize("figures", [[0.61681, 0.61684], [1e9, 1e9 + 1], [42_377.1, 42_377.4], [2e-5, 2.0001e-5]])
+def test_ticks_have_labels_that_differ(figures: list[float]) -> None:
+    for axis in filter(None, (straight(figures), logarithmic(figures))):
+        said = [label for label in labels(axis.ticks) if label]
+        assert said, "one at least"
+        assert len(set(said)) == len(said)
+    assert labels([0.61681, 0.61682]) == ["0.61681", "0.61682"]
+    assert labels([1e9, 1e9 + 1]) == ["1 B", ""]
+
+
+def test_a_share_that_never_changes_is_drawn_between_its_ends() -> None:
+    assert [(axis.low, axis.high) for axis in (straight([0.0, 0.0]), straight([1.0], of_share=True))] == [(0, 1)] * 2
+    assert straight([5.0, 5.0], of_share=True).low == 4.5
+    metrics = parse_metrics(
+        json.dumps({"step": n, "eval_scores/exact_match": 1.0, "eval_scores/bleu": 1.0}).encode() + b"\n"
+        for n in (0, 9)
+    )
+    assert [chart.is_share for chart in score_charts(metrics)] == [True, False]
 
 
 # secrets
@@ -524,7 +607,7 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path: Path) -> None:
         assert run["usd"] == pytest.approx((120 + 4.2 * steps) / 360)
         assert run["jpy"] == pytest.approx(run["usd"] * 150)
         assert run["scores"]["bleu"] == 31
-        assert run["tokens_per_s"] == pytest.approx(statistics.median(line["tokens_per_s"] for line in trained))
+        assert run["tokens_per_s"] == 15_900.0, "the receipt's"
         assert run["peak_memory_gib"] == 61.2
         assert run["hours"] == pytest.approx((120 + 4.2 * steps) / 3600)
     assert document["differences"] == {"optim.lr": {"lr-0": "0.0001", "lr-1": "0.0002"}}
@@ -561,6 +644,23 @@ def test_the_best_and_the_last_evaluation_are_told_apart(tmp_path: Path) -> None
     assert "1.0000 best evaluation, at step 40" in words
     assert "The base was not evaluated" in words
     assert "-0.25" in words
+
+
+def test_no_key_is_broken_in_a_narrow_terminal(tmp_path: Path) -> None:
+    key = "max_new_tokens_of_every_answer"
+    runs = []
+    for number in (1, 2):
+        settings = {
+            **SETTINGS,
+            "eval": {"answers": {key: number}},
+            "checkpoint": {"mirror": "s3://bucket/" + 30 * str(number)},
+        }
+        runs.append(read(whole_run(tmp_path / f"support-8b-{number}", steps=9, settings=settings)))
+    out = io.StringIO()
+    Console(file=out, width=80).print(comparison_table(compare(runs)))
+    shown = [line.split()[0] for line in out.getvalue().splitlines() if line.strip()]
+    assert {"eval.answers.", key, "checkpoint.mirror"} <= set(shown)
+    assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
 def test_runs_without_a_step_are_compared_too(tmp_path: Path) -> None:

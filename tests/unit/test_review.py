@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -13,8 +16,11 @@ from typing import Any
 
 import pytest
 from scipy.stats import binomtest
+from typer.testing import CliRunner
 
+from sft_dist.cli.app import app
 from sft_dist.errors import ConfigError
+from sft_dist.pages.answer import NO_VISIBLE_TEXT
 from sft_dist.review.pairs import Pair, read_comparison
 from sft_dist.review.server import ReviewServer
 from sft_dist.review.votes import Tally, Votes
@@ -51,7 +57,12 @@ def test_what_is_compared(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_told(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no run"):
+        read_comparison(tmp_path)
+    with pytest.raises(ConfigError, match="is no folder here"):
+        read_comparison(run, tmp_path / "nowhere")
+    (tmp_path / "empty/checkpoints/step-00000001").mkdir(parents=True)
+    (tmp_path / "empty/config.yaml").write_text("{}")
     with pytest.raises(ConfigError, match="has no answers before and after training"):
         read_comparison(tmp_path / "empty")
     with pytest.raises(ConfigError, match="has no answers"):
@@ -62,6 +73,52 @@ def test_what_cannot_be_compared_is_told(run: Path, tmp_path: Path) -> None:
     (run / "eval/answers-base.jsonl").write_text('{"prompt": 1}\n')
     with pytest.raises(ConfigError, match=r"answers-base\.jsonl:1 is no answer"):
         read_comparison(run)
+
+
+def test_ctrl_c_ends_with_the_tally(run: Path) -> None:
+    """However often it comes."""
+    command = [sys.executable, "-m", "sft_dist", "review", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = [process.stdout.readline(), process.stdout.readline()]
+            assert said[1].startswith("open http://127.0.0.1:"), said
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.05)
+            rest = process.stdout.read()
+            assert process.wait(timeout=20) == 0, rest
+            expected = "support better: 0, base better: 0, both good: 0, neither good: 0, not looked at: 6"
+            assert rest.split("\n") == ["", expected, ""]
+        finally:
+            process.kill()
+
+
+def test_equal_answers_need_no_page(run: Path) -> None:
+    (run / "eval/answers-tuned.jsonl").write_bytes((run / "eval/answers-base.jsonl").read_bytes())
+    said = CliRunner().invoke(app, ["review", str(run)])
+    assert (said.exit_code, said.output) == (0, "all 7 pairs of answers are equal: there is nothing to choose\n")
+
+
+def test_an_answer_that_shows_nothing_is_named(run: Path, tmp_path: Path) -> None:
+    (run / "eval/answers-tuned.jsonl").unlink()
+    write(run / "eval/answers-tuned.jsonl", *((f"東京 {n}", " \n\u200b") for n in range(6)))
+    comparison = read_comparison(run)
+    server = ReviewServer(comparison, Votes(tmp_path / "v.jsonl", seed=0), seed=0, port=0)
+    try:
+        shown = {text for pair in server.state()["pairs"] for text in (pair["left"], pair["right"])}
+    finally:
+        server._server._server.server_close()
+    assert shown == {NO_VISIBLE_TEXT, *(f"base {n}" for n in range(6))}
+
+
+def test_the_question_is_shown_and_the_prompt_compared(tmp_path: Path) -> None:
+    for step in (0, 10):
+        write(tmp_path / "samples.jsonl", ("<user>Why?<assistant>", f"at {step}"), step=step, question="Why?")
+    comparison = read_comparison(tmp_path)
+    server = ReviewServer(comparison, Votes(tmp_path / "v.jsonl", seed=0), seed=0, port=0)
+    server._server._server.server_close()
+    assert (comparison.pairs[0].prompt, server.state()["pairs"][0]["prompt"]) == ("<user>Why?<assistant>", "Why?")
 
 
 def test_sides_are_chance_and_stay(run: Path) -> None:
