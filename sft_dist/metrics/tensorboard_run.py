@@ -50,9 +50,17 @@ class TensorboardRun:
         self._writer = self._new_writer(purge_step=purge_step)  # type: ignore[no-untyped-call]
 
     def log(self, metrics: Mapping[str, Any], *, lines: Lines) -> None:
-        for name, value in metrics.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(_tag(name), value, int(metrics["step"]))  # type: ignore[no-untyped-call]
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # One event for all: `add_scalar` would write one for each, at ten times the work.
+        values = [
+            Summary.Value(tag=_tag(name), simple_value=value)
+            for name, value in metrics.items()
+            if name != "step" and isinstance(value, int | float)
+        ]
+        self._writer._get_file_writer().add_summary(  # type: ignore[no-untyped-call]
+            Summary(value=values), int(metrics["step"])
+        )
 
     def replay(self, lines: list[str]) -> None:
         if self._has_earlier:

@@ -6,6 +6,7 @@ Whatever goes wrong with it is told once, and ends nothing.
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -23,6 +24,9 @@ PATIENCE_S = 300.0
 
 # How long a process may take to be gone once it is killed.
 END_S = 5.0
+
+# Of a core: where evaluations follow each other quickly, not each of them gets a page.
+SHARE = 0.01
 
 # Below everything else on the machine.
 NICENESS = 19
@@ -45,11 +49,17 @@ class Page:
         self._command = command or (sys.executable, "-m", "sft_dist.report.command", str(folder))
         self._process: subprocess.Popen[bytes] | None = None
         self._started, self._has_begun = 0.0, False
+        self._cpu_s = 0.0  # of the last one
 
     def refresh(self) -> None:
-        """Begins to write it and waits for nothing; while it is being written, nothing is begun."""
+        """Begins to write it and waits for nothing.
+
+        Nothing is begun while one is being written, nor while the last has cost more than ``SHARE`` of the time since.
+        """
         self._has_begun = True
         if self._process is not None and not self._is_over(self._process):
+            return
+        if self._started and self._cpu_s > SHARE * (time.monotonic() - self._started):
             return
         try:
             self._process = subprocess.Popen(
@@ -76,14 +86,15 @@ class Page:
 
     def _is_over(self, process: subprocess.Popen[bytes]) -> bool:
         """Whether a process has ended, or is ended here because it takes too long; what went wrong is told."""
+        before_s = _children_cpu_s()
         if process.poll() is None:
             if time.monotonic() - self._started < PATIENCE_S:
                 return False
-            self._process = None
+            self._process, self._cpu_s = None, 0.0
             self._end(process)
             self._tell(f"nothing came of it within {PATIENCE_S:.0f} s")
             return True
-        self._process = None
+        self._process, self._cpu_s = None, _children_cpu_s() - before_s
         assert process.stderr is not None
         with process.stderr as stream:
             printed = stream.read().decode(errors="replace").strip().splitlines()
@@ -102,6 +113,12 @@ class Page:
         if not self._has_told:
             self._has_told = True
             self._say(f"{self._folder / REPORT} cannot be written ({why}); `sft-dist report` writes it later")
+
+
+def _children_cpu_s() -> float:
+    """User and system seconds of the processes that this one has started and seen the end of."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _environment() -> dict[str, str]:

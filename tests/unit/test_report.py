@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from html import unescape
@@ -779,6 +781,26 @@ def test_one_that_hangs_is_ended_and_told(tmp_path: Path, monkeypatch: pytest.Mo
     beside.close()
     assert len(told) == 1
     assert "nothing came of it within 0 s" in told[0]
+
+
+def test_quick_evaluations_do_not_each_get_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    beside = Page(tmp_path, print, command=(sys.executable, "-S", "-c", busy))
+    clock = time.monotonic()
+    monkeypatch.setattr("sft_dist.report.beside.time.monotonic", lambda: clock)
+    beside.refresh()
+    first = beside._process
+    assert first is not None
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+    clock += 49
+    beside.refresh()
+    assert beside._process is None, "1 % of a core"
+    assert 0.5 <= beside._cpu_s < 0.7
+    clock += 31
+    beside.refresh()
+    assert beside._process is not None
+    beside._has_begun = False
+    beside.close()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
