@@ -226,7 +226,15 @@ def rank_main(folder: Path, config: Path, *, pairs: int, block: int, evaluate_ev
             """Waits for what was given to others: trackers, and the page."""
             self._settle_trackers()
             if self._page is not None and self._page._process is not None:
-                self._page._process.wait(SETTLE_S)
+                self._await(self._page._process.pid)
+
+        @staticmethod
+        def _await(process: int) -> None:
+            """Until it has ended; what it cost stays for ``Page`` to find."""
+            until = time.monotonic() + SETTLE_S
+            while os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                assert time.monotonic() < until, "the page is not written"
+                time.sleep(0.005)
 
         def _settle_trackers(self) -> None:
             if self.logger is None:
