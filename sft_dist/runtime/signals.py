@@ -27,7 +27,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # arrive within milliseconds. Only a later one is the user's second.
 SECOND_INTERRUPT_S = 1.0
 
-SAVING = "\nsaving a checkpoint at the end of this step; press Ctrl-C again to leave now\n"
+SAVING = "\nsaving a checkpoint at the end of a step; press Ctrl-C again to leave now\n"
 NOTHING_TO_SAVE = "ended by SIGUSR1 while not training: there is nothing to save; go on with --resume auto\n"
 SHOW_CURSOR = b"\x1b[?25h"
 

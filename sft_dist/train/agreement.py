@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sft_dist.runtime.process_group import gathered
 
@@ -37,17 +38,33 @@ class Agreement:
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
+        self._begun: tuple[Tensor, dist.Work] | None = None
 
-    def reached(self, *, signal: int, save_is_due: bool, save_failed: bool) -> Agreed:
-        """All ranks call this at the same place; each returns when all have called.
+    @property
+    def is_begun(self) -> bool:
+        """Whether an agreement is on its way; the same on all ranks."""
+        return self._begun is not None
+
+    def begin(self, *, signal: int, save_is_due: bool, save_failed: bool) -> None:
+        """Sends on its way what this rank says, in place of what was on its way; all ranks call this at the same place.
 
         Args:
             signal: number of a signal that this rank has noted, or 0.
             save_is_due, save_failed: by what this rank alone knows, such as its clock.
         """
+        if self._begun is not None:
+            self._begun[1].wait()
         # int64 [fields], the largest of each over the ranks.
         said = torch.tensor([signal, save_is_due, save_failed], dtype=torch.int64)
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
+        work = dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None, "this process is of the group"
+        self._begun = said, work
+
+    def reached(self) -> Agreed:
+        """What came of what was begun; waits until all ranks have begun it."""
+        assert self._begun is not None, "nothing was begun"
+        (said, work), self._begun = self._begun, None
+        work.wait()
         number, is_due, has_failed = said.tolist()
         return Agreed(signal=number, save_is_due=bool(is_due), save_failed=bool(has_failed))
 

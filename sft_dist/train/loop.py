@@ -118,7 +118,7 @@ class Training:
             self._tell_of_saves()
             raise
         self._finish_saving()
-        self._agree(is_saved=True)
+        self._agree(is_saved=True, anew=True)
         self._forwards.close()
         self.ranks = self._stragglers.of_all()
         if self.account is not None:
@@ -179,29 +179,37 @@ class Training:
     def _after_step(self) -> None:
         self.completed += 1
         self.control.trained()
-        if self._evaluation_is_due():
+        is_evaluated = self._evaluation_is_due()
+        if is_evaluated:
             self._evaluate()
         is_saved = self._checkpoint_is_due()
         if is_saved:
             self._save()
         self._tell_of_saves()
-        self._agree(is_saved=is_saved)
+        # What came while that lasted need not wait for the next step.
+        self._agree(is_saved=is_saved, anew=is_evaluated or is_saved)
         self._trained += 1
         slow = self._stragglers.compared(self._trained)
         if slow is not None and self.logger is not None:
             self.logger.say(f"[yellow]{escape(slow)}")
 
-    def _agree(self, *, is_saved: bool) -> None:
-        """Does what any rank asks all of them to do at the end of a step.
-
-        Args:
-            is_saved: whether this step has a checkpoint already.
-        """
-        agreed = self.agreement.reached(
+    def _begin_agreement(self) -> None:
+        self.agreement.begin(
             signal=self.signals.noted,
             save_is_due=self._clock_says_so(),
             save_failed=self.checkpointer.has_failed,
         )
+
+    def _agree(self, *, is_saved: bool, anew: bool) -> None:
+        """Does what any rank asks all of them to do at the end of a step.
+
+        Args:
+            is_saved: whether this step has a checkpoint already.
+            anew: by what ranks know now; else by what they knew before the update.
+        """
+        if anew or not self.agreement.is_begun:
+            self._begin_agreement()
+        agreed = self.agreement.reached()
         if agreed.save_failed:
             self._finish_saving()
         if (agreed.signal or agreed.save_is_due) and not is_saved:
@@ -282,6 +290,7 @@ class Training:
         outcome = train_step(
             self.strategy, self.order.data, self.run.batch, step,
             rank=self.world.rank, device=self.device, lr=lr, admits=admits,
+            meanwhile=self._begin_agreement,
         )  # fmt: skip
         # Reading the numbers of this step would wait for it; those of the one before have arrived by now. Waiting for
         # them is part of the time of this step: the host runs one step ahead, so the average over steps is right.

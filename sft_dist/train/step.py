@@ -103,12 +103,15 @@ def train_step(
     device: torch.device,
     lr: float,
     admits: Callable[[float], bool] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> StepOutcome:
     """Forward and backward over this rank's share of the step, then the update. No value is read from the device.
 
     Args:
         admits: asked with the step's loss whether to make the update, and must answer alike on every rank; then the
             host waits for the loss and for the norm, without a finite one of which there is no update either.
+        meanwhile: called when the ranks have met over the loss and the update is still to be made: what it begins costs
+            no wait of one rank for another that the step does not have anyway.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     loss_sums = []
@@ -121,6 +124,8 @@ def train_step(
         )
         loss_sum += loss_sums[-1]
     dist.all_reduce(loss_sum)
+    if meanwhile is not None:
+        meanwhile()
     loss = loss_sum / step.supervised_tokens
     is_admitted = admits is None or admits(float(loss))
     if is_admitted:

@@ -15,7 +15,7 @@ from sft_dist.checkpoint.store import complete_checkpoints
 from tests.e2e.test_kill import PATIENCE_S, Run, run_to_the_end, steps_of, strike, wait_for, write_config
 from tests.helpers.ranks import Ranks
 
-SAVING = "saving a checkpoint at the end of this step; press Ctrl-C again to leave now"
+SAVING = "saving a checkpoint at the end of a step; press Ctrl-C again to leave now"
 
 
 def send(ranks: Ranks, number: signal.Signals, to: tuple[int, ...]) -> None:
