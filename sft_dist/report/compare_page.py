@@ -48,7 +48,7 @@ def render_comparison(comparison: Comparison) -> str:
         script=Markup(script),
         policy=only_these([script]),
         chart_style=Markup(text_of("sft_dist.report", "chart.css")),
-        page_style=Markup(text_of("sft_dist.report", "page.css")),
+        page_style=Markup(text_of("sft_dist.report", "run.css") + text_of("sft_dist.report", "page.css")),
     )
 
 

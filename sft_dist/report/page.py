@@ -79,7 +79,7 @@ def render(data: ReportData) -> str:
         script=Markup(script),
         policy=only_these([script]),
         chart_style=Markup(text_of(__package__, "chart.css")),
-        page_style=Markup(text_of(__package__, "page.css")),
+        page_style=Markup(text_of(__package__, "run.css") + text_of(__package__, "page.css")),
     )
 
 

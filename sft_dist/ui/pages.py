@@ -64,6 +64,6 @@ def _templates() -> Environment:
     pages.globals |= {
         "style": style(),
         "chart_style": Markup(text_of("sft_dist.report", "chart.css")),
-        "own_style": Markup(text_of(__package__, "ui.css")),
+        "own_style": Markup(text_of("sft_dist.report", "run.css") + text_of(__package__, "ui.css")),
     }
     return pages
