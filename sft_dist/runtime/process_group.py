@@ -50,8 +50,6 @@ def join(world: World) -> dist.Store:
         store = _met(world)
         # Under torchrun the store lives in the launcher, and still has what an earlier attempt wrote.
         return dist.PrefixStore(f"attempt-{attempt_name()}", store)
-    # DeepSpeed reads this even when the group already stands.
-    os.environ.setdefault("LOCAL_RANK", "0")
     return dist.HashStore()
 
 
@@ -90,10 +88,16 @@ def process_group(world: World, device: torch.device, store: dist.Store) -> Iter
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=world.rank, world_size=world.size)
+    # DeepSpeed reads this even when the group already stands; left behind, it would make accelerate wait for others.
+    is_alone = "LOCAL_RANK" not in os.environ
+    if is_alone:
+        os.environ["LOCAL_RANK"] = "0"
     try:
         yield
     finally:
         dist.destroy_process_group()
+        if is_alone:
+            os.environ.pop("LOCAL_RANK", None)
 
 
 def run_on_main_first(world: World, store: dist.Store, key: str, work: Callable[[], str | None]) -> str | None:

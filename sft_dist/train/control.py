@@ -30,10 +30,10 @@ def require_metrics(run: Run, eval_data: PreparedData | None) -> None:
     if eval_data is None:
         return
     names = dict.fromkeys([*evaluated_metrics(eval_data), *examined_metrics(run.eval)], 0.0)
-    if run.checkpoint.keep_best:
-        metric_of(names, run.checkpoint.goal.metric, key="checkpoint.best_metric")
     if run.early_stopping is not None:
         metric_of(names, run.early_stopping.metric, key="early_stopping.metric")
+    if run.checkpoint.keep_best:
+        metric_of(names, run.checkpoint.goal.metric, key="checkpoint.best_metric")
 
 
 def _is_broken(name: str, value: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -61,3 +63,14 @@ def test_a_defect_on_rank_0_ends_all(world: Worlds, tmp_path: Path) -> None:
     first, *others = world(2).run(main_first, str(tmp_path), "ZeroDivisionError", "defect")
     assert first == "by zero"
     assert others == [("SftError", "rank 0 failed: ZeroDivisionError('by zero')", "see its trace")]
+
+
+def test_a_run_alone_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that seems to be there would make accelerate wait for other ranks, in a program that goes on."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    before, world = dict(os.environ), World(0, 0, WorldShape(1, 1))
+    with process_group.process_group(world, torch.device("cpu"), process_group.join(world)):
+        assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed reads it"
+        assert dist.get_world_size() == 1
+    assert dict(os.environ) == before

@@ -46,8 +46,6 @@ def ask(path: Path, out: Path, asked: AskedTasks, *overrides: str) -> dict[str, 
 
 
 def by_lm_eval(base: Path, adapter: Path | None, tasks: Path, *, chats: bool) -> dict[str, float]:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # left by a launch of one; accelerate would wait for others
-        os.environ.pop(name, None)
     model: Any = HFLM(
         pretrained=str(base),
         peft=None if adapter is None else str(adapter),

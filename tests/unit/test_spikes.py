@@ -176,4 +176,4 @@ def test_of_many_rows_the_first_are_named() -> None:
     plan = BatchPlan(global_batch_size=1, micro_batch_size=1, world_size=1, max_seq_len=48)
     step = Step(epoch=0, sequences=np.array([0]), num_tokens=14, supervised_tokens=7)
     found = culprit_of(Trouble(1, "spike", 5.0, None, 1.0, "warn"), data, plan, step, 1e-4, [Seen([35.0], [], "n1")])
-    assert described(found, data) == "seen by rank 0 on n1, first in row 0, row 1, row 2, row 3, row 4 and 2 more"
+    assert described(found, data) == "seen by rank 0 on n1, first in row 0, row 1 and 2 more"
