@@ -130,7 +130,7 @@ class Feed:
         while self._problem is None and (act := self._acts.get()) is not None:
             try:
                 act(self._tracker)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._lose((str(error).strip().splitlines() or [type(error).__name__])[0])
         self._ended.set()
 

@@ -88,7 +88,8 @@ class WandbRun:
                 self._core.kill()
         import wandb
 
-        with suppress(Exception):  # that of a process that is gone
+        # That of a process that is gone: what it raises, or, where it hears of the kill, an end of this program.
+        with suppress(Exception, SystemExit):
             wandb.teardown()
 
     def _surely(self, act: Callable[[], Any], lines: Lines, *, is_remembered: bool = False) -> None:
@@ -173,7 +174,8 @@ class WandbRun:
         if self._restarts == MAX_RESTARTS or self._is_given_up:
             raise
         self._restarts += 1
-        with suppress(Exception):  # that of a process that is gone
+        # That of a process that is gone: what it raises, or, where it hears of the kill, an end of this program.
+        with suppress(Exception, SystemExit):
             wandb.teardown()
         time.sleep(PAUSE_S)
         self._run = self._start()

@@ -134,9 +134,13 @@ class Watchdog:
 
     def forget_earlier(self) -> None:
         """What processes that could not clean up have left; for rank 0, when the run directory is its own."""
-        for folder in (self._output_dir / record.FOLDER).glob("*"):
+        starts = self._output_dir / record.FOLDER
+        for folder in starts.glob("*"):
             if folder != self._beats:
                 shutil.rmtree(folder, ignore_errors=True)
+        if self._beats is None:
+            with suppress(OSError):
+                starts.rmdir()
 
     def _run(self, work: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=work, name=name, daemon=True)

@@ -102,10 +102,9 @@ def train(cfg_yaml: str, planted: Planted, *, resume: bool = False, preempt_afte
     signals: Any = SimpleNamespace(noted=0, while_training=nullcontext)
 
     def stopped(*args: Any, **kwargs: Any) -> StepOutcome:
-        outcome = step(*args, **kwargs)
         if kwargs["lr"] == learning_rate(run.optim, (preempt_after or 0) - 1, STEPS):
             signals.noted = signal.SIGTERM
-        return outcome
+        return step(*args, **kwargs)
 
     try:
         with (

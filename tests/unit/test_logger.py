@@ -165,6 +165,31 @@ def test_a_failure_of_wandb_is_said_once_and_stops_nothing(
     assert capsys.readouterr().out.count("W&B takes nothing more (disk full)") == 1
 
 
+def test_wandb_cannot_end_the_program(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its teardown exits with the code of its process, which is killed where it does not come to its end."""
+    ends = threading.Event()
+    monkeypatch.setattr(wandb_run, "OFFLINE_S", 0.2)
+    wandb.finish = lambda exit_code: ends.wait(60)
+    wandb.teardown = lambda: sys.exit(-9)
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=1) as logger:
+        logger.training_step(line(1))
+    ends.set()
+    assert "W&B takes nothing more (it has not ended within 0 s)" in capsys.readouterr().out
+
+
+def test_nor_can_what_a_tracker_does_in_its_thread(
+    tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb.log = lambda metrics, step: sys.exit("gone")
+    started = time.monotonic()
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=1) as logger:
+        logger.training_step(line(1))
+    assert time.monotonic() - started < wandb_run.OFFLINE_S / 2, "nobody waits for a thread that has ended"
+    assert "W&B takes nothing more (gone)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (KeyboardInterrupt, 1), (ValueError, 1)])
 def test_wandb_is_told_how_the_run_ended(
     tmp_path: Path, wandb: FakeWandb, error: type[BaseException] | None, code: int
