@@ -25,7 +25,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "se
 NODE_PORT = 6818
 # What a node claims to have; only what a job asks for is compared with it.
 CPUS, MEMORY_MIB, GPUS = 64, 1_000_000, 8
-GRACE_S = 10
+GRACE_S = 20
 CREDENTIAL_S = 8
 """A job that was requeued waits for this long, so that nothing of its last start is still believed."""
 

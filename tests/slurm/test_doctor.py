@@ -38,7 +38,11 @@ def doctor(cluster: Cluster, small_run: SmallRun, folder: Path, name: str, *opti
 
 def test_healthy_nodes(cluster: Cluster, small_run: SmallRun, tmp_path: Path) -> None:
     found, printed = doctor(cluster, small_run, tmp_path, "healthy")
-    assert (found["verdict"], found["nodes"], found["failed_nodes"]) == ("ok", ["n1", "n2"], []), printed
+    # Both nodes are this machine: what else runs on it may take a core from one of them, which is found then, rightly.
+    wrong = {finding["check"] for finding in found["findings"] if finding["level"] != "ok"}
+    assert wrong <= {"straggler"}, printed
+    verdict = "warning" if wrong else "ok"
+    assert (found["verdict"], found["nodes"], found["failed_nodes"]) == (verdict, ["n1", "n2"], []), printed
     checks = {finding["check"] for finding in found["findings"]}
     assert {
         "output_dir",
@@ -52,7 +56,7 @@ def test_healthy_nodes(cluster: Cluster, small_run: SmallRun, tmp_path: Path) ->
     } <= checks
     lines = printed.splitlines()
     assert lines[-1] == "doctor: 0"
-    assert sum(line.startswith("verdict: ok  2 nodes") for line in lines) == 1
+    assert sum(line.startswith(f"verdict: {verdict}  2 nodes") for line in lines) == 1
     assert cluster.left_running() == []
 
 
