@@ -71,7 +71,8 @@ def evaluate(
     quiet_libraries()
     names = tuple(name for given in lm_eval or [] for name in given.split(",") if name)
     _check_tasks(names, lm_eval_tasks, limit, chat_template)
-    from sft_dist.train.evaluating import AskedTasks, evaluate_subject, subject_of
+    from sft_dist.train.eval_subject import subject_of
+    from sft_dist.train.evaluating import AskedTasks, evaluate_subject
     from sft_dist.train.preflight import check_inputs
 
     tasks = AskedTasks(names, lm_eval_tasks, limit, chat_template) if names else None

@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.train.evaluating import _step_of_final, evaluate_subject, subject_of
+from sft_dist.train.eval_subject import _step_of_final, subject_of
+from sft_dist.train.evaluating import evaluate_subject
 from tests.helpers.taught import PAIRS, conversation, write_rows
 from tests.helpers.tiny_model import build_base
 from tests.helpers.trained_run import train_run

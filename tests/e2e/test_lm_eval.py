@@ -19,7 +19,8 @@ from lm_eval.tasks import TaskManager
 
 from sft_dist.cli import main
 from sft_dist.errors import ConfigError
-from sft_dist.train.evaluating import AskedTasks, evaluate_subject, subject_of
+from sft_dist.train.eval_subject import subject_of
+from sft_dist.train.evaluating import AskedTasks, evaluate_subject
 from tests.helpers.harness import write_tasks
 from tests.helpers.trained_run import train_run
 
