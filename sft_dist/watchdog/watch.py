@@ -46,6 +46,10 @@ MOST_OF_A_POLL_S = 2.0
 # A rank that has said nothing new for so long does not run, and for half of the limit that the reader is under.
 SILENT_S = 4 * BEAT_S
 
+# The timer that writes stacks reads them without the interpreter's lock, and may stick for ever in one that changes: it
+# is to fire only where nothing has set it anew for some beats, but before the others call this rank silent.
+LEAST_TIMER_S = 3 * BEAT_S
+
 # Ranks begin to judge one after the other, so that a thousand do not read the files of a thousand.
 TURN_S, TURNS = 2.0, 5
 
@@ -165,7 +169,7 @@ class Watchdog:
             return
         if self._stacks is None:
             self._stacks = record.stacks_file(folder, self._world.rank).open("wb")
-        faulthandler.dump_traceback_later(limit_s, file=self._stacks)
+        faulthandler.dump_traceback_later(max(limit_s, LEAST_TIMER_S), file=self._stacks)
 
     def _record(self, phase: str) -> Record:
         self._number += 1
