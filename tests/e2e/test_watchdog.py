@@ -216,6 +216,9 @@ def test_a_rank_that_is_stopped(tiny_base: Path, tmp_path: Path, guilty: int) ->
     assert (codes[guilty], codes[1 - guilty]) == (-signal.SIGKILL, 8)
     assert (found["ranks"], found["is_silent"], found["host"]) == ([guilty], True, socket.gethostname())
     assert f"rank {guilty} on {socket.gethostname()} gives no sign of life: its process is stopped; it was " in log
+    # Its timer never fired: that reads the stacks of threads that run, and may freeze all of them.
+    (stacks,) = (output / "heartbeats").glob(f"*/rank-{1 - guilty}.stacks")
+    assert stacks.read_text() == ""
     beat = the_end(output)
     assert (beat.phase, beat.exit_code, beat.what) == ("failed", 8, found["what"])
     must_go_on(config, output)
