@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from sft_dist.errors import ConfigError
+from sft_dist.model.cpu_shapes import filled_up
 from sft_dist.model.row_cache import RowCache
 from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.model.virtual_tokens import Prefix
 
 ATTENTION_NAME = "sft_dist_packed"
+
+# Tokens of a segment up to which a CPU takes its gradients in fp32, where that is faster than in bf16.
+MAX_FP32_BACKWARD = 320
 
 
 @torch.library.custom_op("sft_dist::packed_attention", mutates_args=(), device_types="cpu")
@@ -45,14 +49,20 @@ def packed_attention(
     start = 0
     for length in seq_lens:
         stop = start + length
-        q, k, v = (_as_batch(t[start:stop], query.shape[1]) for t in (query, key, value))
+        filled = _filled(length, query.dtype)
+        q, k, v = (_by_shared_head(t[start:stop], query, key, filled) for t in (query, key, value))
         o, segment_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, window == 0, attn_mask=_window_mask(length, window, q), scale=scale
+            q, k, v, 0.0, window == 0, attn_mask=_window_mask(filled, window, q), scale=scale
         )
-        out[start:stop] = o[0].transpose(0, 1)
-        lse[:, start:stop] = segment_lse[0]
+        out[start:stop] = o.flatten(0, 1)[:, :length].transpose(0, 1)
+        lse[:, start:stop] = segment_lse.flatten(0, 1)[:, :length]
         start = stop
     return out, lse
+
+
+def _filled(length: int, dtype: torch.dtype) -> int:
+    """The length at which a segment is computed. Causal attention lets no token see what comes after it."""
+    return length if dtype == torch.float32 else filled_up(length)
 
 
 @packed_attention.register_fake
@@ -76,17 +86,22 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of :func:`packed_attention`, in their shapes."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    heads, start = query.shape[1], 0
+    start = 0
     for length in seq_lens:
         stop = start + length
-        g, q, k, v, o = (_as_batch(t[start:stop], heads) for t in (grad, query, key, value, out))
+        dtype = torch.float32 if length <= MAX_FP32_BACKWARD else query.dtype
+        filled = _filled(length, dtype)
+        g, q, k, v, o = (
+            _by_shared_head(t[start:stop].to(dtype), query, key, filled) for t in (grad, query, key, value, out)
+        )
+        segment_lse = F.pad(lse[:, start:stop], (0, filled - length)).unflatten(0, q.shape[:2]).contiguous()
         segment = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, lse[None, :, start:stop].contiguous(), 0.0, window == 0,
-            attn_mask=_window_mask(length, window, q), scale=scale,
-        )  # fmt: skip
+            g, q, k, v, o, segment_lse, 0.0, window == 0, attn_mask=_window_mask(filled, window, q), scale=scale
+        )
         for whole, part in zip(grads, segment, strict=True):
-            # The copies of a shared key or value head each have a gradient; their sum is the head's.
-            whole[start:stop] = part[0].unflatten(0, (whole.shape[1], -1)).sum(1).transpose(0, 1)
+            # Each query head has a gradient of the key or value head that it shares; their sum is the head's.
+            of_head = part.flatten(0, 1) if part.shape[1] == 1 or whole is grads[0] else part.sum(1)
+            whole[start:stop] = of_head[:, :length].transpose(0, 1)
         start = stop
     return grads
 
@@ -110,6 +125,15 @@ def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None,
 
 
 packed_attention.register_autograd(_backward, setup_context=_save)
+
+
+def _by_shared_head(x: Tensor, query: Tensor, key: Tensor, filled: int) -> Tensor:
+    """[t, heads or kv_heads, d] -> [kv_heads, heads / kv_heads, filled, d], with zeros behind; heads that are shared are
+    there once."""
+    if filled > x.shape[0]:
+        x = F.pad(x, (0, 0, 0, 0, 0, filled - x.shape[0]))
+    shared = key.shape[1]
+    return x.transpose(0, 1).unflatten(0, (shared, -1)).expand(-1, query.shape[1] // shared, -1, -1)
 
 
 def _as_batch(x: Tensor, heads: int) -> Tensor:

@@ -24,6 +24,8 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import ConfigError
 from sft_dist.model.adapters import add_lora, trained_parts
 from sft_dist.model.attention import ATTENTION_NAME
+from sft_dist.model.cpu_shapes import filled
+from sft_dist.model.fused import fuse
 from sft_dist.model.hub import model_folder
 from sft_dist.model.int8 import Int8Linear
 from sft_dist.model.loss import LossHead
@@ -77,6 +79,7 @@ class SftModel(nn.Module):
 
     Attributes:
         neftune_alpha: of the noise on the embeddings in training; None: there is none.
+        token_multiple: what the tokens of a batch are filled up to a multiple of; see ``cpu_shapes``.
         sequence_group: the ranks that share the sequences of a micro-batch, set where some do; a micro-batch that is
             not split is computed by each rank alone in any case.
     """
@@ -88,6 +91,7 @@ class SftModel(nn.Module):
         self.prompt = prompt
         self.sequence_group: dist.ProcessGroup | None = None
         self.neftune_alpha: float | None = None
+        self.token_multiple = 1
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -108,6 +112,8 @@ class SftModel(nn.Module):
             logits: return the [N, V] logits at the supervised positions instead.
             cache: is filled with the rows of the batch; or is filled, and the batch has the next token of each row.
         """
+        if cache is None and self.prompt is None:
+            batch = filled(batch, self.token_multiple)
         hidden = self.hidden_states(batch, cache).index_select(0, batch.supervised_index)
         result: Tensor = self.head(hidden) if logits else self.head(hidden, batch.labels)
         return result
@@ -190,6 +196,7 @@ def build_meta_model(
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     model.tie_weights()
+    fuse(model)
     _load_generation_config(model, path, revision)
     with torch.device("meta"):
         return _assemble(model, method, dtype, stored_quantization(config, path), tokens)

@@ -69,8 +69,9 @@ class TokenLossHead(ReadsTokenRows, LossHead):
             logits = F.linear(hidden, self.weight)
             return logits.index_copy(-1, rows.ids, F.linear(hidden, rows.default))
         return linear_cross_entropy_sum(
-            hidden, self.weight, labels, rows=rows.default, row_ids=rows.ids, smoothing=self.smoothing
-        )
+            hidden, self.weight, labels, rows=rows.default, row_ids=rows.ids, row_multiple=self.row_multiple,
+            smoothing=self.smoothing,
+        )  # fmt: skip
 
 
 class ReplaceRows(torch.autograd.Function):

@@ -39,13 +39,18 @@ class Ddp(NativeStrategy):
         fill(model, weights, partial(whole_parameter, device=device), device, group=None)
         if run.precision.master != run.precision.compute:
             cast_while_running(model, TORCH_DTYPES[run.precision.compute])
-        # Buffers are constants here, the same on every rank.
-        self.ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         reduce_dtype = TORCH_DTYPES[run.precision.reduce]
-        if reduce_dtype != TORCH_DTYPES[run.precision.master]:
+        rounds = reduce_dtype != TORCH_DTYPES[run.precision.master]
+        # A single rank has nothing to reduce, and its gradients need no copy in a bucket.
+        self.ddp: DistributedDataParallel | None = None
+        if run.world.size > 1 or rounds:
+            # Buffers are constants here, the same on every rank.
+            self.ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if self.ddp is not None and rounds:
             self.ddp.register_comm_hook(reduce_dtype, reduce_in_dtype)
         self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
-        self._settle_buckets(run, device)
+        if self.ddp is not None:
+            self._settle_buckets(run, device)
 
     def _settle_buckets(self, run: Run, device: torch.device) -> None:
         """Lets DDP order its buckets, which it does once, after its first backward, as gradients came.
@@ -59,8 +64,10 @@ class Ddp(NativeStrategy):
         self.optimizer.zero_grad(set_to_none=True)
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
-        self.ddp.require_backward_grad_sync = is_last_micro_batch
-        return self._backward(self.ddp(batch), supervised_in_step)
+        if self.ddp is not None:
+            self.ddp.require_backward_grad_sync = is_last_micro_batch
+        model = self.model if self.ddp is None else self.ddp
+        return self._backward(model(batch), supervised_in_step)
 
     def infer(self, batch: MicroBatch, *, logits: bool, cache: RowCache | None = None) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):

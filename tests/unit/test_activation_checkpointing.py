@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from sft_dist.data.loader import collate
 from sft_dist.plan.activations import trace
+from sft_dist.model.cpu_shapes import filled
 from sft_dist.sharding import activation_checkpointing as subject
 from tests.helpers.cells import config, start, synthetic_data
 
@@ -174,7 +175,7 @@ def test_offload_moves_the_inputs_of_recomputed_blocks_and_nothing_else(
         )
     )
     moved.clear()  # of the empty batch with which DDP settles its buckets
-    batch = collate(synthetic_data(rows=len(ROWS)), ROWS)
+    batch = filled(collate(synthetic_data(rows=len(ROWS)), ROWS), strategy.model.token_multiple)
     loss = strategy.forward_backward(batch, supervised_in_step=10, is_last_micro_batch=True)
     monkeypatch.setattr(subject, "saved_tensors_hooks", saved_tensors_hooks)
     here = replace(run, activation_checkpointing=run.activation_checkpointing.model_copy(update={"offload": False}))

@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/train.py``; what a peer runs imports nothing of this project."""

@@ -1,0 +1,97 @@
+"""A run of TRL's SFTTrainer over packs that are given; started by its own environment's Python, with a task's file.
+
+It gets what it needs to be as fast as it can without code of ours: no activation checkpointing, packs as they are, each
+row's positions from 0 (``padding_free`` and ``seq_lengths``), torch's fused AdamW, no evaluation, no save, no log.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+DISTRIBUTIONS = ("trl", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+class Clock(TrainerCallback):
+    """When each optimizer step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.time())
+
+
+class Trainer(SFTTrainer):
+    """Keeps the loss of every micro-batch, which is divided by the step's supervised tokens already."""
+
+    losses: list[float]
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*arguments, **keywords)
+        self.losses.append(float(loss))
+        return loss
+
+
+def main(task: dict[str, Any]) -> None:
+    torch.set_num_threads(task["threads"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    packs = [json.loads(line) for line in Path(task["packs"]).read_text().splitlines()]
+    bf16 = task["compute"] == "bf16"
+    quantised = {"quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )} if task["method"] == "qlora" else {}  # fmt: skip
+    # A frozen base needs no fp32 copy; what is trained is kept in fp32 and multiplied in bf16, as here.
+    dtype = torch.bfloat16 if bf16 and task["method"] != "full" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(task["base"], dtype=dtype, device_map=device, **quantised)
+    if task["adapter"]:
+        model = PeftModel.from_pretrained(model, task["adapter"], is_trainable=True)
+    config = SFTConfig(
+        output_dir=task["scratch"], per_device_train_batch_size=1, gradient_accumulation_steps=task["accumulation"],
+        max_steps=task["steps"], learning_rate=task["lr"], lr_scheduler_type="constant", warmup_steps=0,
+        weight_decay=0.0, max_grad_norm=1.0, bf16=bf16, fp16=False, gradient_checkpointing=False, packing=False,
+        padding_free=True, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, report_to=[],
+        save_strategy="no", logging_strategy="no", train_sampling_strategy="sequential", disable_tqdm=True,
+        use_cpu=device == "cpu", dataloader_pin_memory=device == "cuda", completion_only_loss=False,
+        shuffle_dataset=False,
+    )  # fmt: skip
+    clock = Clock()
+    trainer = Trainer(
+        model=model, args=config, train_dataset=Dataset.from_list(packs), callbacks=[clock],
+        processing_class=AutoTokenizer.from_pretrained(task["base"]),
+    )  # fmt: skip
+    trainer.losses = []
+    trainer.train()
+    count = task["accumulation"]
+    losses = [sum(trainer.losses[i : i + count]) for i in range(0, len(trainer.losses), count)]
+    report = {
+        "losses": losses, "ends": clock.ends, "started": psutil.Process().create_time(),
+        "peak_bytes": peak_bytes(), "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
+    }  # fmt: skip
+    Path(task["report"]).write_text(json.dumps(report))
+
+
+def peak_bytes() -> int:
+    """Of the device; on a CPU, the most memory that this process has had resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,45 @@
+"""Few shapes instead of many, for products of bf16 on a CPU.
+
+They are oneDNN's, which builds a kernel for every shape that it has not seen. That takes some 10 ms, many times what a
+product of a thousand tokens takes, and a packed batch has other numbers of tokens, of supervised positions and of
+tokens in a row than the one before it. So each of them is filled up to a multiple of ``MULTIPLE``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from sft_dist.data.batch import MicroBatch
+
+MULTIPLE = 64
+
+
+def multiple_for(device: torch.device, compute: torch.dtype) -> int:
+    """What numbers of tokens are filled up to a multiple of."""
+    return MULTIPLE if device.type == "cpu" and compute == torch.bfloat16 else 1
+
+
+def filled_up(number: int, multiple: int = MULTIPLE) -> int:
+    """The next multiple."""
+    return number + -number % multiple
+
+
+def filled(batch: MicroBatch, multiple: int) -> MicroBatch:
+    """``batch`` with a multiple of so many tokens: what lacks is a segment of its own, without labels.
+
+    A part of a batch stays as it is: the ranks that have the others would have to fill in as many.
+    """
+    lacking = filled_up(batch.num_tokens, multiple) - batch.num_tokens
+    if not lacking or batch.split is not None:
+        return batch
+    positions = torch.arange(lacking, device=batch.position_ids.device)
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, lacking)),
+        position_ids=torch.cat([batch.position_ids, positions[None]], dim=1),
+        cu_seqlens=F.pad(batch.cu_seqlens, (0, 1), value=batch.num_tokens + lacking),
+        seq_lens=(*batch.seq_lens, lacking),
+    )
