@@ -128,8 +128,10 @@ packed_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _by_shared_head(x: Tensor, query: Tensor, key: Tensor, filled: int) -> Tensor:
-    """[t, heads or kv_heads, d] -> [kv_heads, heads / kv_heads, filled, d], with zeros behind; heads that are shared are
-    there once."""
+    """[t, heads or kv_heads, d] -> [kv_heads, heads / kv_heads, filled, d], with zeros behind.
+
+    A key or value head is not copied for the query heads that share it.
+    """
     if filled > x.shape[0]:
         x = F.pad(x, (0, 0, 0, 0, 0, filled - x.shape[0]))
     shared = key.shape[1]

@@ -65,29 +65,33 @@ class SwiGlu(torch.autograd.Function):
 
 
 class Rotated(torch.autograd.Function):
-    """x cos + rotate_half(x) sin, where rotate_half([a, b]) = [-b, a]; for x [batch, heads, t, d], angles [batch, 1, t, d].
+    """x cos + rotate_half(x) sin, where rotate_half([a, b]) = [-b, a].
 
-    A rotation: its gradient is that by the negative angle, where both halves of ``cos`` and ``sin`` are the same, as
-    they are in Llama.
+    Args:
+        x: [batch, heads, t, d].
+        cos, sin: [batch, 1, t, d] of the angles.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin)
+        (x1, x2), (sin1, sin2) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        return _cos_and(x, cos, -1, x2, sin1, x1, sin2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return rotated(grad, cos, -sin), None, None
+        (g1, g2), (sin1, sin2) = grad.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        return _cos_and(grad, cos, 1, g2, sin2, g1, sin1), None, None
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
+def _cos_and(x: Tensor, cos: Tensor, sign: int, a: Tensor, sin_a: Tensor, b: Tensor, sin_b: Tensor) -> Tensor:
+    """x cos + sign [a sin_a, -b sin_b]"""
     out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    first, second = out.chunk(2, dim=-1)
+    first.addcmul_(a, sin_a, value=sign)
+    second.addcmul_(b, sin_b, value=-sign)
     return out
 
 
@@ -115,12 +119,12 @@ def _forward_of(module: nn.Module) -> Any:
         return _norm
     if _same(forward, llama.LlamaMLP.forward) and isinstance(getattr(module, "act_fn", None), type(_silu())):
         return _mlp
-    rotary = getattr(forward, "__globals__", {}).get("apply_rotary_pos_emb")
     if not isinstance(forward, FunctionType) or "apply_rotary_pos_emb" not in forward.__code__.co_names:
         return None
+    rotary = forward.__globals__["apply_rotary_pos_emb"]
     if not _same(rotary, llama.apply_rotary_pos_emb):
         return None
-    if not _same(rotary.__globals__.get("rotate_half"), llama.rotate_half):
+    if not _same(rotary.__globals__["rotate_half"], llama.rotate_half):
         return None
     # The same code, with one global name of its own: others who use the module in this process keep theirs.
     scope = {**forward.__globals__, "apply_rotary_pos_emb": apply_rotary}

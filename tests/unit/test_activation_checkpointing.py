@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from sft_dist.data.loader import collate
-from sft_dist.plan.activations import trace
 from sft_dist.model.cpu_shapes import filled
+from sft_dist.plan.activations import trace
 from sft_dist.sharding import activation_checkpointing as subject
 from tests.helpers.cells import config, start, synthetic_data
 
