@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset
+from peer_memory import peak_bytes
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -83,14 +84,6 @@ def main(task: dict[str, Any]) -> None:
         "peak_bytes": peak_bytes(), "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
     }  # fmt: skip
     Path(task["report"]).write_text(json.dumps(report))
-
-
-def peak_bytes() -> int:
-    """Of the device; on a CPU, the most memory that this process has had resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":

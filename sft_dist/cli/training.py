@@ -61,6 +61,15 @@ def train(
     rehearse_only: Annotated[
         bool, typer.Option("--rehearse-only", help="Do that and end: output_dir is then as it was.")
     ] = False,
+    profile: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Trace N steps, once the run is warm: where their time goes, by part, kind of work and operator. "
+            "output_dir/profile has the trace of each rank and its summary.",
+        ),
+    ] = 0,
 ) -> None:
     """Train. Under a launcher (torchrun, accelerate, deepspeed) each process runs this; without one, this process does.
 
@@ -69,6 +78,8 @@ def train(
     """
     if dry_run and (rehearse or rehearse_only):
         raise ConfigError("--dry-run trains nothing, and a rehearsal trains some steps", fix="give one of the two")
+    if profile and (dry_run or rehearse_only):
+        raise ConfigError("--profile traces steps, and none are trained", fix="leave out --dry-run or --rehearse-only")
     checked = checked_config(config, overrides)
     if dry_run:
         show_plan(checked)
@@ -78,6 +89,7 @@ def train(
         resume=resume,
         allowed=allow_change or (),
         rehearsing="only" if rehearse_only else "first" if rehearse else "no",
+        profiled_steps=profile,
     )
 
 
@@ -87,6 +99,7 @@ def run_checked(
     resume: str = "never",
     allowed: Collection[str] = (),
     rehearsing: Rehearsing = "no",
+    profiled_steps: int = 0,
     on_identity: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> None:
     """Trains with a configuration that was checked; arguments and errors as ``run_training`` has them."""
@@ -113,6 +126,7 @@ def run_checked(
             resume=resume,
             allowed=allowed,
             rehearsing=rehearsing,
+            profiled_steps=profiled_steps,
             on_news=refresh,
             on_identity=on_identity,
         )

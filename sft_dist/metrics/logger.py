@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -123,6 +123,11 @@ class RunLogger:
         with suppress(OSError):
             # soft_wrap: a narrow terminal wraps a line, a log file keeps it whole.
             self._bar.console.print(text, soft_wrap=True)
+
+    def show(self, figures: RenderableType) -> None:
+        """Lines above the bar, as wide as the terminal."""
+        with suppress(OSError):
+            self._bar.console.print(figures)
 
     def require_written(self) -> None:
         """At the end of a run, when its lines have nothing left to wait for.

@@ -66,8 +66,7 @@ class Ddp(NativeStrategy):
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = is_last_micro_batch
-        model = self.model if self.ddp is None else self.ddp
-        return self._backward(model(batch), supervised_in_step)
+        return self._forward_backward(self.model if self.ddp is None else self.ddp, batch, supervised_in_step)
 
     def infer(self, batch: MicroBatch, *, logits: bool, cache: RowCache | None = None) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):

@@ -93,7 +93,7 @@ class Fsdp2(NativeStrategy):
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
         # Every micro-batch reduces: gradients that wait for the last one would be whole on every rank.
-        return self._backward(self.model(batch), supervised_in_step)
+        return self._forward_backward(self.model, batch, supervised_in_step)
 
     def infer(self, batch: MicroBatch, *, logits: bool, cache: RowCache | None = None) -> Tensor:
         with torch.no_grad(), eval_mode(self.model):

@@ -19,6 +19,7 @@ from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.row_cache import RowCache
 from sft_dist.model.weights import Part
 from sft_dist.run import Run
+from sft_dist.runtime.spans import span
 from sft_dist.sharding.optim import set_completed_steps, set_lr, states_of
 from sft_dist.sharding.shard_optimizer import local
 from sft_dist.sharding.spec import HostPart
@@ -176,10 +177,17 @@ class NativeStrategy(Strategy):
         self.world_size = run.world.size
         self.max_grad_norm = run.optim.max_grad_norm
 
-    def _backward(self, loss_sum: Tensor, supervised_in_step: int) -> Tensor:
+    def _forward_backward(self, model: nn.Module, batch: MicroBatch, supervised_in_step: int) -> Tensor:
+        """
+        Args:
+            model: the model, or what is wrapped around it.
+        """
+        with span("forward"):
+            loss_sum: Tensor = model(batch)
         # Both average gradients over ranks; the factor world_size turns the average back into the sum. Ranks that share
         # a sequence count like any others: each has the losses of its own tokens.
-        (loss_sum * (self.world_size / supervised_in_step)).backward()
+        with span("backward"):
+            (loss_sum * (self.world_size / supervised_in_step)).backward()
         return loss_sum.detach()
 
     def step(self, lr: float, *, only_finite: bool = False) -> StepResult:

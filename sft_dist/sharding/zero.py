@@ -22,6 +22,7 @@ from sft_dist.model.lora import readers
 from sft_dist.model.row_cache import RowCache
 from sft_dist.model.weights import Part, Weights, fill
 from sft_dist.run import ZERO_STAGES, Run
+from sft_dist.runtime.spans import span
 from sft_dist.sharding.optim import (
     Group,
     build_optimizer,
@@ -147,9 +148,11 @@ class Zero(Strategy):
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last_micro_batch)
-        loss_sum = self.engine(batch)
+        with span("forward"):
+            loss_sum = self.engine(batch)
         # The engine averages over ranks, as DDP does; dividing by its accumulation steps is left to us.
-        self.engine.backward(loss_sum * (self.world_size / supervised_in_step), scale_wrt_gas=False)
+        with span("backward"):
+            self.engine.backward(loss_sum * (self.world_size / supervised_in_step), scale_wrt_gas=False)
         result: Tensor = loss_sum.detach()
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +33,8 @@ from sft_dist.train.control import Control
 from sft_dist.train.evaluations import EvaluationFiles, Evaluations
 from sft_dist.train.guard import GoBack, Guard
 from sft_dist.train.position import position_after
+from sft_dist.train.profile_summary import shown
+from sft_dist.train.profiling import Profiling
 from sft_dist.train.step import StepOutcome, train_step
 from sft_dist.train.stragglers import Forwards, Mark, RankTimes, Stragglers, forward_waits, seconds
 
@@ -63,6 +66,7 @@ class Training:
         heartbeat: gets what it is doing.
         position: of the checkpoint that the run goes on from; None where it begins.
         guard: judges every step.
+        profiling: traces some steps.
     """
 
     def __init__(
@@ -84,11 +88,12 @@ class Training:
         *,
         num_steps: int,
         position: Position | None,
+        profiling: Profiling | None = None,
     ) -> None:
         self.run, self.world, self.device, self.strategy, self.spec = run, world, device, strategy, spec
         self.order, self.evaluations, self.files, self.checkpointer = order, evaluations, files, checkpointer
         self.logger, self.account, self.signals, self.heartbeat = logger, account, signals, heartbeat
-        self.guard, self.agreement = guard, Agreement()
+        self.guard, self.agreement, self.profiling = guard, Agreement(), profiling
         self.num_steps, self.completed = num_steps, 0 if position is None else position.completed_steps
         self.control = Control(run, logger, checkpointer.best(), position)
         self._stragglers = Stragglers(world.rank, self.agreement, forward_waits=forward_waits(run))
@@ -117,6 +122,7 @@ class Training:
             self.checkpointer.settle()
             self._tell_of_saves()
             raise
+        self._tell_profile(is_over=True)
         self._finish_saving()
         self._agree(is_saved=True, anew=True)
         self._forwards.close()
@@ -144,7 +150,9 @@ class Training:
             self._read()
             self.guard.left_out(self.completed + 1)
         elif self._is_checked:
-            self._train_step()
+            with nullcontext() if self.profiling is None else self.profiling.step():
+                self._train_step()
+            self._tell_profile()
         else:
             self._first_step()
         self._after_step()
@@ -160,6 +168,15 @@ class Training:
     @property
     def _is_over(self) -> bool:
         return self.completed == self.num_steps or self.control.stops
+
+    def _tell_profile(self, *, is_over: bool = False) -> None:
+        """Writes the trace when all steps are in it, or no more will come."""
+        if self.profiling is None or not (self.profiling.is_due or (is_over and self.profiling.has_begun)):
+            return
+        figures = self.profiling.finish()
+        if self.logger is not None:
+            self.logger.show(shown(figures))
+            self.logger.say(f"trace     {self.profiling.folder}, for ui.perfetto.dev or chrome://tracing")
 
     def _first_step(self) -> None:
         """A step with its checks: parameters must move, and what a step gathers must be gone when it ends."""

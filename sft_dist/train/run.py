@@ -40,6 +40,7 @@ from sft_dist.train.loop import Training
 from sft_dist.train.outlook import Outlook, look_ahead
 from sft_dist.train.position import position_after
 from sft_dist.train.preflight import NEVER
+from sft_dist.train.profiling import Profiling
 from sft_dist.train.ready import Inputs, Process, make_ready, warn
 from sft_dist.train.receipt import identity_values, made_with
 from sft_dist.train.rehearsal import rehearse
@@ -64,6 +65,7 @@ def run_training(
     resume: str = NEVER,
     allowed: Collection[str] = (),
     rehearsing: Rehearsing = "no",
+    profiled_steps: int = 0,
     on_news: Callable[[], None] = lambda: None,
     on_identity: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> None:
@@ -72,6 +74,7 @@ def run_training(
     Args:
         resume: ``never``, ``auto`` or the path of a checkpoint.
         allowed: names of the identity (``checkpoint/identity.py``) in which the checkpoint may differ.
+        profiled_steps: to be traced.
         on_news: called on rank 0 when the run directory has more to be looked at: when training begins, and after each
             evaluation.
         on_identity: called on every rank with what the run is (``receipt.identity_values``), before the model is built;
@@ -98,6 +101,7 @@ def run_training(
             resume=resume,
             allowed=allowed,
             rehearsing=rehearsing,
+            profiled_steps=profiled_steps,
             on_news=on_news,
             on_identity=on_identity,
         )
@@ -112,6 +116,7 @@ def _run_training(
     resume: str,
     allowed: Collection[str],
     rehearsing: Rehearsing,
+    profiled_steps: int,
     on_news: Callable[[], None],
     on_identity: Callable[[Mapping[str, Any]], None],
 ) -> None:
@@ -132,7 +137,7 @@ def _run_training(
         try:
             train(
                 run, ready.config, process, inputs, outlook, signals,
-                start=start, allowed=allowed, rehearsing=rehearsing, on_news=on_news,
+                start=start, allowed=allowed, rehearsing=rehearsing, profiled_steps=profiled_steps, on_news=on_news,
                 on_identity=on_identity,
             )  # fmt: skip
         except Preempted:
@@ -168,6 +173,7 @@ def train(
     start: Path | None = None,
     allowed: Collection[str] = (),
     rehearsing: Rehearsing = "no",
+    profiled_steps: int = 0,
     on_news: Callable[[], None] = lambda: None,
     on_identity: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> None:
@@ -178,7 +184,7 @@ def train(
         outlook: on rank 0; None elsewhere.
         start: the checkpoint to go on from.
         allowed: in what it may differ from this run.
-        on_news, on_identity: as ``run_training`` has them.
+        profiled_steps, on_news, on_identity: as ``run_training`` has them.
     """
     world, heartbeat, final = process.world, process.heartbeat, Path(run.output_dir) / "final"
     order = TrainingOrder(inputs.train_data, run.batch, run.seed)
@@ -238,10 +244,13 @@ def train(
             run, order, strategy, checkpointer, logger,
             partial(inputs.renderer.tokenizer.decode, skip_special_tokens=False), position,
         )  # fmt: skip
+        profiling = None
+        if profiled_steps:
+            profiling = Profiling(Path(run.output_dir), rank=world.rank, device=process.device, steps=profiled_steps)
         training = Training(
             run, world, process.device, strategy, spec, order, evaluations, logger, files,
             None if books is None else books.account, checkpointer, signals, heartbeat, guard,
-            num_steps=num_steps, position=position,
+            num_steps=num_steps, position=position, profiling=profiling,
         )  # fmt: skip
         try:
             with heartbeat.phase("training"), signals.while_training():

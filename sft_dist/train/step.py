@@ -17,6 +17,7 @@ from sft_dist.data.batch import BatchPlan
 from sft_dist.data.loader import Step, micro_batches
 from sft_dist.data.prepared import PreparedData
 from sft_dist.runtime import progress
+from sft_dist.runtime.spans import span
 from sft_dist.sharding.strategy import ParameterNorms, StepResult, Strategy
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ class Timed(Iterator[T]):
     def __next__(self) -> T:
         started = time.perf_counter()
         try:
-            with progress.doing("data"):
+            with progress.doing("data"), span("data"):
                 return next(self._items)
         finally:
             self.waited_s += time.perf_counter() - started
@@ -123,13 +124,15 @@ def train_step(
             )
         )
         loss_sum += loss_sums[-1]
-    dist.all_reduce(loss_sum)
+    with span("loss of all ranks"):
+        dist.all_reduce(loss_sum)
     if meanwhile is not None:
         meanwhile()
     loss = loss_sum / step.supervised_tokens
     is_admitted = admits is None or admits(float(loss))
     if is_admitted:
-        result = strategy.step(lr, only_finite=admits is not None)
+        with span("update"):
+            result = strategy.step(lr, only_finite=admits is not None)
     else:
         strategy.discard()
         result = StepResult(torch.tensor(math.nan), is_applied=False)

@@ -1,0 +1,241 @@
+"""Training beside the trainers that people would use instead: speed, memory, start-up and losses, in one run.
+
+    python -m benchmarks.train [--methods full lora qlora] [--lengths 1024 4096] [--peers trl] [--rounds 3]
+                               [--compute bf16] [--threads 2] [--json FILE]
+
+Every side trains the same weights on the same packs in the same order and precision (``train_parts/workload.py``),
+one process after the other, in the order A B, B A, A B, ...: what else the machine does meets all of them. A peer runs
+in an environment of its own, which is made when it is not there; one that cannot be installed is named and left out.
+
+    tokens/s    of the steps after the first ones, data included; the median of the rounds
+    ratio       ours / the peer's, the median over rounds of the ratio of neighbours
+    memory      most that the process had resident, or that torch handed out of a GPU
+    first step  from the start of the process to the end of its first optimizer step
+    of model's products, of square
+                rate of a step's FLOPs (``workload.flops``) as a share of two rates of products that are measured
+                between the rounds (``train_parts/products.py``)
+    losses      largest relative difference from ours at any step
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.train_parts.environments import PEERS, ROOT
+from benchmarks.train_parts.workload import METHODS, Step, Task, Workload, flops
+
+OURS = "sft_dist"
+WARM_UP_STEPS = 4
+STEPS = {1024: 20, 4096: 10}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of one side."""
+
+    side: str
+    method: str
+    length: int
+    round: int
+    tokens_per_s: float
+    flops_per_s: float
+    peak_bytes: int
+    first_step_s: float
+    losses: list[float]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a length, of one side. Args: ratio, memory_ratio: ours / the peer's; 1 for ours."""
+
+    side: str
+    method: str
+    length: int
+    tokens_per_s: float
+    ratio: float
+    peak_gib: float
+    memory_ratio: float
+    first_step_s: float
+    of_model: float
+    of_square: float
+    losses_differ: float
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = _parser().parse_args(arguments)
+    work = Workload(given.folder)
+    absent = {name: why for name in given.peers if (why := PEERS[name].install()) is not None}
+    sides = [OURS, *(name for name in given.peers if name not in absent)]
+    runs: list[Measured] = []
+    rates: list[dict[str, float]] = [_rates(given.threads)]
+    for method in given.methods:
+        for length in given.lengths:
+            for number in range(given.rounds):
+                for side in sides if number % 2 == 0 else sides[::-1]:
+                    runs.append(_run(work, side, method, length, number, given.compute, given.threads))
+                    print(
+                        f"{method} {length} round {number + 1} {side}: {runs[-1].tokens_per_s:,.0f} tokens/s",
+                        file=sys.stderr, flush=True,
+                    )  # fmt: skip
+            rates.append(_rates(given.threads))
+    measured = {name: statistics.median(each[name] for each in rates) for name in rates[0]}
+    rows = list(rows_of(runs, measured))
+    show(rows, measured, absent, Console())
+    if given.json is not None:
+        result = {
+            "machine": {"cpu": _cpu(), "threads": given.threads, "python": platform.python_version()},
+            "compute": given.compute,
+            "versions": {side: next(run.versions for run in runs if run.side == side) for side in sides},
+            "absent": absent,
+            "products_flops_per_s": measured,
+            "rows": [asdict(row) for row in rows],
+        }
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compute", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--folder", type=Path, default=ROOT / ".build" / "bench-train")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def _run(work: Workload, side: str, method: str, length: int, number: int, compute: str, threads: int) -> Measured:
+    steps = STEPS.get(length, 10)
+    config = work.config(method, length, accumulation=1, steps=steps, compute=compute, name=f"{method}-{length}")
+    packs, content = work.packs(config)
+    report, scratch = work.folder / "report.json", work.folder / "scratch"
+    for old in (scratch, work.folder / "runs" / config.stem):
+        shutil.rmtree(old, ignore_errors=True)
+    report.unlink(missing_ok=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if side == OURS:
+        module = "benchmarks.train_parts.own_run"
+        command = [sys.executable, "-m", module, str(config), str(report), str(threads)]
+        environment["PYTHONPATH"] = str(ROOT)
+    else:
+        task = Task(
+            method, compute, length, 1, steps, threads, str(work.base), None if method == "full" else str(work.adapter),
+            str(packs), str(scratch), str(report),
+        )  # fmt: skip
+        (work.folder / "task.json").write_text(task.to_json())
+        command = [str(PEERS[side].python), str(PEERS[side].script), str(work.folder / "task.json")]
+        environment.pop("PYTHONPATH", None)
+    done = subprocess.run(command, env=environment, cwd=work.folder, capture_output=True, text=True)
+    if done.returncode or not report.exists():
+        raise SystemExit(f"{side} {method} {length} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return measured_of(json.loads(report.read_text()), content, side=side, method=method, length=length, number=number)
+
+
+def measured_of(
+    report: dict[str, Any], content: list[Step], *, side: str, method: str, length: int, number: int
+) -> Measured:
+    ends, steady = report["ends"], content[WARM_UP_STEPS:]
+    assert len(ends) == len(content), (side, len(ends), len(content))
+    seconds = ends[-1] - ends[WARM_UP_STEPS - 1]
+    return Measured(
+        side, method, length, number,
+        tokens_per_s=sum(step.tokens for step in steady) / seconds,
+        flops_per_s=sum(flops(step, method) for step in steady) / seconds,
+        peak_bytes=report["peak_bytes"],
+        first_step_s=ends[0] - report["started"],
+        losses=report["losses"],
+        versions=report["versions"],
+    )  # fmt: skip
+
+
+def rows_of(runs: list[Measured], rates: dict[str, float]) -> list[Row]:
+    cells: dict[tuple[str, int, str], list[Measured]] = {}
+    for run in runs:
+        cells.setdefault((run.method, run.length, run.side), []).append(run)
+    rows = []
+    for (method, length, side), mine in cells.items():
+        ours = {run.round: run for run in cells[method, length, OURS]}
+        rate = statistics.median(run.flops_per_s for run in mine)
+        rows.append(
+            Row(
+                side,
+                method,
+                length,
+                tokens_per_s=statistics.median(run.tokens_per_s for run in mine),
+                ratio=statistics.median(ours[run.round].tokens_per_s / run.tokens_per_s for run in mine),
+                peak_gib=max(run.peak_bytes for run in mine) / 2**30,
+                memory_ratio=statistics.median(ours[run.round].peak_bytes / run.peak_bytes for run in mine),
+                first_step_s=statistics.median(run.first_step_s for run in mine),
+                of_model=rate / rates["model"],
+                of_square=rate / rates["square"],
+                losses_differ=max(
+                    abs(a - b) / abs(a) for run in mine for a, b in zip(ours[run.round].losses, run.losses, strict=True)
+                ),
+            )
+        )
+    return rows
+
+
+def show(rows: list[Row], rates: dict[str, float], absent: dict[str, str], console: Console) -> None:
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    for column in ("method", "packed", "side"):
+        table.add_column(column)
+    for column in ("tokens/s", "ratio", "memory", "ratio", "first step", "of model's\nproducts", "of square", "losses"):
+        table.add_column(column, justify="right")
+    last = None
+    for row in rows:
+        table.add_row(
+            "" if (row.method, row.length) == last else row.method,
+            "" if (row.method, row.length) == last else f"{row.length:,}",
+            row.side, f"{row.tokens_per_s:,.0f}", "" if row.side == OURS else f"{row.ratio:.2f} x",
+            f"{row.peak_gib:.2f} GiB", "" if row.side == OURS else f"{row.memory_ratio:.2f}",
+            f"{row.first_step_s:.1f} s", f"{row.of_model:.0%}", f"{row.of_square:.0%}",
+            "" if row.side == OURS else f"{row.losses_differ:.1e}",
+        )  # fmt: skip
+        last = (row.method, row.length)
+    console.print(table)
+    named = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
+    console.print(f"products of bf16: {named}")
+    for name, why in absent.items():
+        console.print(f"{name} is left out: {why}")
+
+
+def _rates(threads: int) -> dict[str, float]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.train_parts.products", str(threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    rates: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return rates
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""A run of this project through its command, with a task's report beside it.
+
+python -m benchmarks.train_parts.own_run CONFIG REPORT THREADS
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+DISTRIBUTIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+
+
+def main(config: Path, report: Path, threads: int) -> None:
+    import torch
+
+    from benchmarks.train_parts.peer_memory import peak_bytes
+    from sft_dist.cli import main as command
+    from sft_dist.train.loop import Training
+
+    torch.set_num_threads(threads)
+    ends, train_step = [], Training._train_step
+
+    def timed(self: Training) -> None:
+        train_step(self)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.time())
+
+    Training._train_step = timed  # type: ignore[method-assign]
+    try:
+        command(["train", str(config)])
+    except SystemExit as end:
+        if end.code:
+            raise
+    import yaml
+
+    folder = Path(yaml.safe_load(config.read_text())["output_dir"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rank = os.environ.get("RANK", "0")
+    measured = {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "data_wait_s": [line["data_wait_s"] for line in lines if "data_wait_s" in line],
+        "ends": ends, "started": psutil.Process().create_time(), "peak_bytes": peak_bytes(),
+        "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
+    }  # fmt: skip
+    report.with_name(report.name if rank == "0" else f"{report.stem}-{rank}.json").write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
