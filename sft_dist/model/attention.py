@@ -49,8 +49,8 @@ def packed_attention(
     start = 0
     for length in seq_lens:
         stop = start + length
-        filled = _filled(length, query.dtype)
-        q, k, v = (_by_shared_head(t[start:stop], query, key, filled) for t in (query, key, value))
+        filled = length if query.dtype == torch.float32 else filled_up(length)
+        q, k, v = (_of_segment(t, start, stop, filled, query, key) for t in (query, key, value))
         o, segment_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, window == 0, attn_mask=_window_mask(filled, window, q), scale=scale
         )
@@ -58,11 +58,6 @@ def packed_attention(
         lse[:, start:stop] = segment_lse.flatten(0, 1)[:, :length]
         start = stop
     return out, lse
-
-
-def _filled(length: int, dtype: torch.dtype) -> int:
-    """The length at which a segment is computed. Causal attention lets no token see what comes after it."""
-    return length if dtype == torch.float32 else filled_up(length)
 
 
 @packed_attention.register_fake
@@ -85,25 +80,30 @@ def packed_attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of :func:`packed_attention`, in their shapes."""
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    inputs = grad, query, key, value, out
+    # Short segments in fp32: cast once for all of them.
+    wide = tuple(t.float() for t in inputs) if min(seq_lens) <= MAX_FP32_BACKWARD else inputs
+    grads = torch.empty_like(wide[1]), torch.empty_like(wide[2]), torch.empty_like(wide[3])
     start = 0
     for length in seq_lens:
         stop = start + length
-        dtype = torch.float32 if length <= MAX_FP32_BACKWARD else query.dtype
-        filled = _filled(length, dtype)
-        g, q, k, v, o = (
-            _by_shared_head(t[start:stop].to(dtype), query, key, filled) for t in (grad, query, key, value, out)
-        )
-        segment_lse = F.pad(lse[:, start:stop], (0, filled - length)).unflatten(0, q.shape[:2]).contiguous()
+        is_short = length <= MAX_FP32_BACKWARD
+        filled = length if is_short or query.dtype == torch.float32 else filled_up(length)
+        g, q, k, v, o = (_of_segment(t, start, stop, filled, query, key) for t in (wide if is_short else inputs))
+        segment_lse = lse[:, start:stop]
+        if filled > length:
+            segment_lse = F.pad(segment_lse, (0, filled - length))
         segment = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, segment_lse, 0.0, window == 0, attn_mask=_window_mask(filled, window, q), scale=scale
-        )
+            g, q, k, v, o, segment_lse.unflatten(0, q.shape[:2]).contiguous(), 0.0, window == 0,
+            attn_mask=_window_mask(filled, window, q), scale=scale,
+        )  # fmt: skip
         for whole, part in zip(grads, segment, strict=True):
             # Each query head has a gradient of the key or value head that it shares; their sum is the head's.
             of_head = part.flatten(0, 1) if part.shape[1] == 1 or whole is grads[0] else part.sum(1)
             whole[start:stop] = of_head[:, :length].transpose(0, 1)
         start = stop
-    return grads
+    grad_query, grad_key, grad_value = (each.to(query.dtype) for each in grads)
+    return grad_query, grad_key, grad_value
 
 
 @packed_attention_backward.register_fake
@@ -127,11 +127,12 @@ def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None,
 packed_attention.register_autograd(_backward, setup_context=_save)
 
 
-def _by_shared_head(x: Tensor, query: Tensor, key: Tensor, filled: int) -> Tensor:
-    """[t, heads or kv_heads, d] -> [kv_heads, heads / kv_heads, filled, d], with zeros behind.
+def _of_segment(x: Tensor, start: int, stop: int, filled: int, query: Tensor, key: Tensor) -> Tensor:
+    """Of [T, heads or kv_heads, d]: [kv_heads, heads / kv_heads, filled, d], with zeros behind the segment.
 
     A key or value head is not copied for the query heads that share it.
     """
+    x = x[start:stop]
     if filled > x.shape[0]:
         x = F.pad(x, (0, 0, 0, 0, 0, filled - x.shape[0]))
     shared = key.shape[1]

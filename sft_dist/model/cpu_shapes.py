@@ -11,10 +11,14 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sft_dist.data.batch import MicroBatch
 
 MULTIPLE = 64
+
+# Sizes of products [m, k] by [k, n] that oneDNN 3.11 was seen to make on one thread: m below, k from, n within.
+ONE_THREAD_M, ONE_THREAD_K, ONE_THREAD_N = 2048, 1024, range(512, 1024)
 
 
 def multiple_for(device: torch.device, compute: torch.dtype) -> int:
@@ -25,6 +29,19 @@ def multiple_for(device: torch.device, compute: torch.dtype) -> int:
 def filled_up(number: int, multiple: int = MULTIPLE) -> int:
     """The next multiple."""
     return number + -number % multiple
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, for [m, k] by [k, n]; by halves of the columns where a CPU would make it on one thread."""
+    (m, k), n = a.shape, b.shape[1]
+    is_onednn = a.dtype == torch.bfloat16 and a.device.type == "cpu"
+    if not is_onednn or m >= ONE_THREAD_M or k < ONE_THREAD_K or n not in ONE_THREAD_N or torch.get_num_threads() == 1:
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if out is None:
+        out = a.new_empty(m, n)
+    for columns in (slice(0, n // 2), slice(n // 2, n)):
+        torch.mm(a, b[:, columns], out=out[:, columns])
+    return out
 
 
 def filled(batch: MicroBatch, multiple: int) -> MicroBatch:

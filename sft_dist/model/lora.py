@@ -18,6 +18,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sft_dist.model.cpu_shapes import product
 from sft_dist.model.int8 import Int8Linear
 from sft_dist.model.nf4 import NF4Linear
 from sft_dist.model.quantized import Dequantize, QuantizedLinear, QuantizedMatmul
@@ -159,7 +160,11 @@ def lora_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, *, scaling: fl
         del dropped
 
     def value() -> Tensor:
-        y = F.linear(x.contiguous(), dequantize(stored, shape, x.dtype), base.bias)
+        weight = dequantize(stored, shape, x.dtype)
+        if base.bias is None:
+            y = product(x.reshape(-1, shape[1]), weight.T).view(*x.shape[:-1], shape[0])
+        else:
+            y = F.linear(x.contiguous(), weight, base.bias)
         # One product and sum; not in place, because selective checkpointing may keep y for the recomputation.
         return torch.addmm(y.view(-1, shape[0]), h.reshape(-1, h.shape[-1]), b.T, alpha=scaling).view(y.shape)
 
@@ -215,7 +220,7 @@ class LoraMatmul(torch.autograd.Function):
             grad_a = (g_h.T @ read.reshape(-1, x.shape[-1])).mul_(ctx.keep_scale)
             del read
         if needs_x:
-            grad_x = g @ ctx.dequantize(tuple(stored), ctx.shape, grad.dtype)
+            grad_x = product(g, ctx.dequantize(tuple(stored), ctx.shape, grad.dtype))
             if mask is None:
                 grad_x.addmm_(g_h, a)
             else:

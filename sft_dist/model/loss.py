@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sft_dist.model.cpu_shapes import product
+
 # Bytes of fp32 logits alive at a time. A CPU gains nothing from more: what does not stay in its caches is slower.
 CHUNK_BYTES = 256 * 2**20
 CPU_CHUNK_BYTES = 32 * 2**20
@@ -78,7 +80,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_products = grad_logits.index_select(1, row_ids)
                 grad_logits.index_fill_(1, row_ids, 0)
             if grad_hidden is not None:
-                grad_h = grad_logits @ weight if lacking else torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+                grad_h = product(grad_logits, weight, None if lacking else grad_hidden[chunk])
                 if rows is not None:
                     grad_h.addmm_(grad_products, rows)
                 if lacking:
