@@ -1,6 +1,6 @@
 """A run of this project through its command, with a task's report beside it.
 
-python -m benchmarks.train_parts.own_run CONFIG REPORT THREADS
+python -m benchmarks.train_parts.own_run CONFIG REPORT THREADS [key=value ...]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import psutil
 DISTRIBUTIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
-def main(config: Path, report: Path, threads: int) -> None:
+def main(config: Path, report: Path, threads: int, overrides: list[str]) -> None:
     import torch
 
     from benchmarks.train_parts.peer_memory import peak_bytes
@@ -35,13 +35,14 @@ def main(config: Path, report: Path, threads: int) -> None:
 
     Training._train_step = timed  # type: ignore[method-assign]
     try:
-        command(["train", str(config)])
+        command(["train", str(config), *overrides])
     except SystemExit as end:
         if end.code:
             raise
     import yaml
 
-    folder = Path(yaml.safe_load(config.read_text())["output_dir"])
+    chosen = [each.partition("=")[2] for each in overrides if each.startswith("output_dir=")]
+    folder = Path(chosen[-1] if chosen else yaml.safe_load(config.read_text())["output_dir"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rank = os.environ.get("RANK", "0")
     measured = {
@@ -54,4 +55,4 @@ def main(config: Path, report: Path, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
