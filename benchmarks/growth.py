@@ -128,7 +128,7 @@ def rows(bench: Bench) -> dict[str, Any]:
 
 
 def start(bench: Bench) -> dict[str, Any]:
-    imports = "import torch, transformers, peft, bitsandbytes, datasets, sft_dist.train.run"
+    imports = "import sft_dist.cli, sft_dist.train.run"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     lines = (bench.work.folder / "rows.jsonl").read_text().splitlines()
     sizes, firsts, alone = [1_000, 4_000, 16_000], [], []
