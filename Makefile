@@ -1,6 +1,6 @@
 # Every target sets up .venv first and does nothing about it when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan-table test test-ci test-slurm test-full lint format clean
+.PHONY: help setup demo plan-table bench-check test test-ci test-slurm test-full lint format clean
 
 # ninja, which DeepSpeed calls to compile its operators, is a program of the environment.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -24,6 +24,9 @@ demo: setup  ## train a small model from nothing on this machine and show what i
 
 plan-table: setup  ## what usual runs take and cost: memory, hours and money, without a GPU
 	.venv/bin/python benchmarks/plan_table.py
+
+bench-check: setup  ## has training become slower beside other trainers? compares ratios with benchmarks/results
+	.venv/bin/python -m benchmarks.check
 
 test: lint  ## everything that must pass before a change is merged: the whole project, in some minutes
 	$(PYTEST) -m "not ci and not full and not slurm"
