@@ -1,0 +1,128 @@
+"""The benchmarks of training count and compare rightly; what they measure is theirs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import check, growth, train
+from benchmarks.train_parts import workload
+from benchmarks.train_parts.point import Point, Report, rows_of
+from benchmarks.train_parts.workload import HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDE, Step, flops
+from sft_dist.data.packing import Packs
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_flops_are_those_that_torch_counts(method: str) -> None:
+    """Of the products of matrices, where every position is supervised; without attention."""
+    tokens = 8
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    if method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.enable_input_require_grads()
+    ids = torch.arange(tokens)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op))
+    without_attention = flops(Step((1,) * tokens, tokens), method) - LAYERS * tokens * HIDDEN * 12
+    assert without_attention == pytest.approx(counted, rel=2e-2 if method == "lora" else 1e-9)
+
+
+def measured(side: str, number: int, rate: float, memory: int, losses: list[float]) -> train.Measured:
+    return train.Measured(side, "full", 1024, number, rate, rate * 1e6, memory, 5.0, losses, {})
+
+
+def test_ratios_are_of_neighbours() -> None:
+    runs = [
+        measured("sft_dist", 0, 200, 10, [2.0, 1.0]), measured("trl", 0, 100, 20, [2.0, 1.001]),
+        measured("trl", 1, 50, 20, [2.0, 1.0]), measured("sft_dist", 1, 150, 10, [2.0, 1.0]),
+        measured("sft_dist", 2, 220, 10, [2.0, 1.0]), measured("trl", 2, 100, 20, [2.0, 1.0]),
+    ]  # fmt: skip
+    rows = {row.side: row for row in train.rows_of(runs, {"model": 4e8, "square": 8e8})}
+    assert rows["trl"].ratio == pytest.approx(2.2)
+    assert rows["trl"].memory_ratio == 0.5
+    assert rows["trl"].losses_differ == pytest.approx(1e-3)
+    assert (rows["sft_dist"].ratio, rows["sft_dist"].losses_differ) == (1.0, 0.0)
+    assert rows["sft_dist"].of_model == pytest.approx(200e6 / 4e8)
+    console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    train.show(list(rows.values()), {"model": 4e8, "square": 8e8}, {"axolotl": "no wheel"}, console)
+    text = console.export_text()
+    assert "2.20 x" in text
+    assert "axolotl is left out: no wheel" in text
+
+
+def test_tokens_a_second_leave_out_the_first_steps() -> None:
+    content = [Step((100,), 60)] * 10
+    ends = [50.0, 51.0, 52.0, 53.0, *(53.0 + 0.5 * n for n in range(1, 7))]
+    report = {"ends": ends, "started": 40.0, "peak_bytes": 1, "losses": [1.0] * 10, "versions": {}}
+    run = train.measured_of(report, content, side="trl", method="full", length=1024, number=0)
+    assert run.tokens_per_s == pytest.approx(200)
+    assert run.first_step_s == 10
+
+
+def result(ratio: float, memory: float, side: str = "trl") -> dict[str, Any]:
+    return {"rows": [{"side": side, "method": "lora", "length": 1024, "ratio": ratio, "memory_ratio": memory}]}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "memory", "good"), [(2.0, 0.7, True), (1.75, 0.75, True), (1.6, 0.7, False), (2.5, 0.8, False)]
+)
+def test_the_guard_compares_ratios(ratio: float, memory: float, good: bool) -> None:
+    found = check.compare(result(2.0, 0.7), result(ratio, memory))
+    assert all(each.is_good for each in found) is good
+
+
+def test_the_guard_needs_something_to_compare() -> None:
+    with pytest.raises(ValueError, match="nothing that was measured"):
+        check.compare(result(2.0, 0.7), result(2.0, 0.7, side="another"))
+
+
+def test_the_guard_ends_with_1_where_something_is_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed = tmp_path / "committed.json"
+    committed.write_text(json.dumps(result(2.0, 0.7)))
+    for ratio, code in ((2.1, 0), (1.0, 1)):
+
+        def measure(arguments: list[str], ratio: float = ratio) -> None:
+            Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(result(ratio, 0.7)))
+
+        monkeypatch.setattr(train, "main", measure)
+        assert check.main(["--committed", str(committed)]) == code
+    assert "worse" in capsys.readouterr().out
+
+
+def test_exponents_are_slopes() -> None:
+    assert growth.exponent([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
+    assert growth.exponent([1, 2, 4, 8], [5, 5, 5, 5]) == pytest.approx(0)
+    assert growth.exponent([1, 10, 100], [1, 100, 10_000]) == pytest.approx(2)
+
+
+def test_rows_of_a_point_have_one_length() -> None:
+    point = Point({}, segment=30, segments=2, packs=3, steps=1)
+    data = rows_of(point, 100)
+    assert isinstance(data.packs, Packs)
+    assert data.num_sequences == 3 * (1 + 3 + 1)
+    assert set(data.num_tokens.tolist()) == {60}
+    assert set(data.lengths.tolist()) == {30}
+    assert Report(step_s=[1.0, 5.0, 2.0]).seconds == 2.0
+
+
+def test_results_that_are_committed_are_of_this_workload() -> None:
+    for path in sorted((Path(train.__file__).parent / "results").glob("train-*.json")):
+        committed = json.loads(path.read_text())
+        assert {row["method"] for row in committed["rows"]} <= set(workload.METHODS)
+        assert committed["versions"][train.OURS]["torch"]
