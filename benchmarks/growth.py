@@ -12,7 +12,8 @@ exponent of cost ~ size^exponent, fitted by least squares to the logarithms: 1 i
     rows      what the loop waits for its data a step, of 1k to 1M rows; and from nothing to the order of an epoch
     start     from the command to the end of the first step, on prepared data, of 1k to 16k rows; the imports alone
     ranks     bytes of parameters and optimizer that a rank holds, of 1, 2 and 4 ranks, and what ``describe`` says
-    scaling   tokens a second of 2 processes / of 1, 4 packs a step and process, each bound to its core
+    scaling   tokens a second of 2 processes / of 1, 4 packs a step and process, each bound to its core; and of two runs
+              of one process that know nothing of each other: what the machine gives
     traffic   bytes of a step's collectives, heard on 2 ranks, and what ``describe`` says
 """
 
@@ -27,6 +28,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 class Bench:
     def __init__(self, work: Workload, scratch: Path, rounds: int) -> None:
-        self.work, self.scratch, self.rounds, self.count = work, scratch, rounds, 0
+        self.work, self.scratch, self.rounds = work, scratch, rounds
 
     def config(self, strategy: str = "ddp", *, length: int, packs: int) -> dict[str, Any]:
         return {
@@ -63,8 +66,7 @@ class Bench:
         }
 
     def measure(self, point: Point) -> list[Report]:
-        self.count += 1
-        return measure(point, self.scratch / str(self.count))
+        return measure(point, Path(tempfile.mkdtemp(dir=self.scratch)))
 
     def median_s(self, points: Sequence[Point]) -> list[float]:
         """Of each point's step, over rounds that alternate."""
@@ -183,12 +185,24 @@ def scaling(bench: Bench) -> dict[str, Any]:
             for world in (1, 2)
         )
         one_s, two_s = bench.median_s([alone, both])
+        if not found:
+            found["two runs"] = _two_runs(bench, alone, one_s)
         found[strategy] = {"one_s": one_s, "two_s": two_s, "speedup": 2 * one_s / two_s}
         speedup = found[strategy]["speedup"]
         console.print(
             f"[bold]scaling[/] {strategy:6} 1: {one_s:.2f} s  2: {two_s:.2f} s a step of 4 packs each   {speedup:.2f} x"
         )
     return found
+
+
+def _two_runs(bench: Bench, alone: Point, one_s: float) -> float:
+    """How much faster two runs of one process are than one, side by side."""
+    with ThreadPoolExecutor() as pool:
+        points = [replace(alone, first_core=core) for core in (0, 1)]
+        seconds = [reports[0].seconds for reports in pool.map(bench.measure, points)]
+    speedup = 2 * one_s / statistics.fmean(seconds)
+    console.print(f"[bold]scaling[/] two runs that know nothing of each other   {speedup:.2f} x")
+    return speedup
 
 
 def traffic(bench: Bench) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Point:
         config: of a run; its data are replaced by rows of these lengths.
         segment: tokens of a row; segments: rows of a pack; packs: of a step.
         world: processes.
-        pinned: bind rank r to core r, one thread each; else all have ``threads``.
+        pinned: bind rank r to core r, counted from ``first_core``, with one thread each.
         listen: count what travels, in a step that is not timed.
     """
 
@@ -42,6 +42,7 @@ class Point:
     world: int = 1
     threads: int = 1
     pinned: bool = True
+    first_core: int = 0
     listen: bool = False
 
 
@@ -90,7 +91,8 @@ def main(point: Point, report: Path) -> None:
     rank = int(os.environ["RANK"])
     if point.pinned:
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]} if point.threads == 1 else set(cores))
+        number = (rank + point.first_core) % len(cores)
+        os.sched_setaffinity(0, {cores[number]} if point.threads == 1 else set(cores))
     import torch
 
     from sft_dist.config.schema import Config
