@@ -250,6 +250,7 @@ def save_on_a_full_disk(
                 return False, error.what, error.fix, False
         assert not checkpointer.has_failed
         assert not list(Path(folder).glob(f"*{store.UNFINISHED}")), "it may be what fills the disk"
+        dist.barrier()  # rank 0 begins the next one when the others have looked
         after = save(checkpointer, strategy, earlier + 2)
         return True, failed.error or "", failed.fix, after.error is None
     finally:
