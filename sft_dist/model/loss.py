@@ -26,7 +26,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     With ``rows`` [k, h] the weight is read as if its rows ``row_ids`` [k] were these. With ``smoothing`` s the target
     is 1 - s of the label and s / V of each of the V ids, as ``label_smoothing`` of torch's ``cross_entropy``.
-    Products are made of a multiple of ``row_multiple`` rows: what lacks is filled with zeros and counts for nothing.
+    Products are made of a multiple of ``row_multiple`` rows: what lacks is filled with zeros, which add nothing to a
+    gradient, and their losses are left out.
     """
 
     @staticmethod
@@ -73,7 +74,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, smoothing - 1.0))
             if smoothing:
                 grad_logits.sub_(smoothing / weight.shape[0])
-            grad_logits[count:] = 0
             grad_logits = grad_logits.to(hidden.dtype)
             grad_products = grad_logits[:, :0]
             if row_ids is not None:

@@ -22,6 +22,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     # c10d warns, with its C++ stack, that a peer has gone: after Ctrl-C all of them do.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch's profiler says on the console when it begins and ends.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # lm-eval warns of every default that a task leaves to it.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
