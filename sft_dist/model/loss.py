@@ -60,8 +60,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 products.index_copy_(1, row_ids, h @ rows.T)
             logits = products.float()
             del products
-            # Each number is read for the last time when its place is written.
-            in_place = {"out": logits} if logits.device.type == "cpu" else {}
+            # Each number is read for the last time when its place is written. Not asked of the device: a plan's trace
+            # of a GPU is on tensors of the CPU.
+            in_place = {"out": logits} if row_multiple > 1 else {}
             log_probs = torch.ops.aten._log_softmax(logits, 1, False, **in_place)
             del logits, in_place
             loss -= (1 - smoothing) * log_probs[:count].gather(1, target[:count]).sum()
@@ -94,6 +95,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight)
         if needs_rows and rows is not None and grad_rows is None:
             grad_rows = torch.zeros_like(rows)
+        ctx.in_parts = row_multiple > 1
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -103,7 +105,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = (None if g is None else _scaled(g, grad) for g in ctx.saved_tensors)
+        grads = (None if g is None else _scaled(g, grad, in_parts=ctx.in_parts) for g in ctx.saved_tensors)
         return *grads, None, None, None, None, None, None
 
 
@@ -114,11 +116,11 @@ def _added(total: Tensor | None, part: Tensor, *, is_only: bool) -> Tensor:
     return part.float() if total is None else total.add_(part)
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, *, in_parts: bool) -> Tensor:
     """gradient * factor, the factor in fp32: rounded to bf16 it would shift every gradient of a step by up to 2^-8."""
     # One dimension, because a product with a zero-dimensional tensor takes the dtype of the other one first.
     factor = factor.reshape(1)
-    if gradient.device.type != "cpu":
+    if not in_parts:
         return torch.mul(gradient, factor, out=torch.empty_like(gradient))
     # A CPU makes an fp32 copy of what it multiplies: of as much as its caches hold.
     for part in gradient.view(-1).split(CPU_SCALED_NUMEL):
@@ -145,7 +147,8 @@ def linear_cross_entropy_sum(
         labels: [N] int64.
         rows, row_ids: [k, h] that stand in for the rows [k] of ``weight``; both or neither.
         chunk_rows: rows of logits alive at a time; default: as many as fit ``CHUNK_BYTES``.
-        row_multiple: products are made of so many rows at a time, or a multiple of it.
+        row_multiple: products are made of so many rows at a time, or a multiple of it; more than 1 where bf16 is
+            multiplied on a CPU (``cpu_shapes``).
         smoothing: share of the target that all ids have in equal parts.
     """
     if chunk_rows is None:
