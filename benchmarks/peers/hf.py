@@ -23,7 +23,7 @@ from benchmarks.peers.losses import head_loss
 from benchmarks.peers.setup import ALL_LINEARS, Setup
 from benchmarks.peers.unmapped import Unmapped
 from sft_dist.data.batch import MicroBatch
-from sft_dist.model.attention import packed_attention
+from sft_dist.model.cpu_attention import packed_attention
 from sft_dist.sharding.activation_checkpointing import ATTENTION, PRODUCTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

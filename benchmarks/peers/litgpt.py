@@ -18,7 +18,7 @@ from benchmarks.peers.losses import head_loss
 from benchmarks.peers.setup import Setup
 from benchmarks.peers.unmapped import Unmapped
 from sft_dist.data.batch import MicroBatch
-from sft_dist.model.attention import packed_attention
+from sft_dist.model.cpu_attention import packed_attention
 
 RECORDED_LAYERS = 3
 ADAPTER_PROMPT, ADAPTER_START = 10, 2

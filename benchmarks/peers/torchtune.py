@@ -20,7 +20,7 @@ from benchmarks.peers.linear import Linear4bit
 from benchmarks.peers.losses import head_loss
 from benchmarks.peers.setup import Setup
 from sft_dist.data.batch import MicroBatch
-from sft_dist.model.attention import packed_attention
+from sft_dist.model.cpu_attention import packed_attention
 
 RECORDED_LAYERS = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

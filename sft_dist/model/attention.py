@@ -2,8 +2,8 @@
 
 Transformers calls :func:`packed_attention_forward` by name (``ATTENTION_NAME``) in every layer and hands it the
 segments' bounds, which arrive as extra forward keywords. On CUDA the work is torch's variable-length flash attention;
-on the CPU an operator of our own attends segment by segment. Both keep the same tensors for backward: query, key,
-value, output and the log-sum-exp, so that a trace on fake CPU tensors sees what a GPU would hold.
+on the CPU an operator of our own attends segment by segment (``cpu_attention``). Both keep the same tensors for
+backward: query, key, value, output and the log-sum-exp, so that a trace on fake CPU tensors sees what a GPU would hold.
 """
 
 from __future__ import annotations
@@ -17,142 +17,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from sft_dist.errors import ConfigError
-from sft_dist.model.cpu_shapes import filled_up
+from sft_dist.model.cpu_attention import packed_attention, window_mask
 from sft_dist.model.row_cache import RowCache
 from sft_dist.model.sequence_parallel import SequenceParallel
 from sft_dist.model.virtual_tokens import Prefix
 
 ATTENTION_NAME = "sft_dist_packed"
 
-# Tokens of a segment up to which a CPU takes its gradients in fp32, where that is faster than in bf16.
-MAX_FP32_BACKWARD = 320
-
-
-@torch.library.custom_op("sft_dist::packed_attention", mutates_args=(), device_types="cpu")
-def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, seq_lens: Sequence[int], scale: float, window: int
-) -> tuple[Tensor, Tensor]:
-    """Causal attention inside each segment, on the CPU.
-
-    Args:
-        query: [T, heads, d].
-        key, value: [T, kv_heads, d]; heads is a multiple of kv_heads.
-        seq_lens: lengths of the segments, summing to T.
-        scale: factor of the scores.
-        window: tokens a query sees, itself included; 0: all before it.
-
-    Returns:
-        output [T, heads, d] and log-sum-exp of the scores [heads, T] in fp32.
-    """
-    out = torch.empty_like(query)
-    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-    start = 0
-    for length in seq_lens:
-        stop = start + length
-        filled = length if query.dtype == torch.float32 else filled_up(length)
-        q, k, v = (_of_segment(t, start, stop, filled, query, key) for t in (query, key, value))
-        o, segment_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, window == 0, attn_mask=_window_mask(filled, window, q), scale=scale
-        )
-        out[start:stop] = o.flatten(0, 1)[:, :length].transpose(0, 1)
-        lse[:, start:stop] = segment_lse.flatten(0, 1)[:, :length]
-        start = stop
-    return out, lse
-
-
-@packed_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, seq_lens: Sequence[int], scale: float, window: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-
-
-@torch.library.custom_op("sft_dist::packed_attention_backward", mutates_args=(), device_types="cpu")
-def packed_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seq_lens: Sequence[int],
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value of :func:`packed_attention`, in their shapes."""
-    inputs = grad, query, key, value, out
-    # Short segments in fp32: cast once for all of them.
-    wide = tuple(t.float() for t in inputs) if min(seq_lens) <= MAX_FP32_BACKWARD else inputs
-    grads = torch.empty_like(wide[1]), torch.empty_like(wide[2]), torch.empty_like(wide[3])
-    start = 0
-    for length in seq_lens:
-        stop = start + length
-        is_short = length <= MAX_FP32_BACKWARD
-        filled = length if is_short or query.dtype == torch.float32 else filled_up(length)
-        g, q, k, v, o = (_of_segment(t, start, stop, filled, query, key) for t in (wide if is_short else inputs))
-        segment_lse = lse[:, start:stop]
-        if filled > length:
-            segment_lse = F.pad(segment_lse, (0, filled - length))
-        segment = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, segment_lse.unflatten(0, q.shape[:2]).contiguous(), 0.0, window == 0,
-            attn_mask=_window_mask(filled, window, q), scale=scale,
-        )  # fmt: skip
-        for whole, part in zip(grads, segment, strict=True):
-            # Each query head has a gradient of the key or value head that it shares; their sum is the head's.
-            of_head = part.flatten(0, 1) if part.shape[1] == 1 or whole is grads[0] else part.sum(1)
-            whole[start:stop] = of_head[:, :length].transpose(0, 1)
-        start = stop
-    grad_query, grad_key, grad_value = (each.to(query.dtype) for each in grads)
-    return grad_query, grad_key, grad_value
-
-
-@packed_attention_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    seq_lens: Sequence[int], scale: float, window: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.seq_lens, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = packed_attention_backward(grad, *ctx.saved_tensors, ctx.seq_lens, ctx.scale, ctx.window)
-    return *grads, None, None, None
-
-
-packed_attention.register_autograd(_backward, setup_context=_save)
-
-
-def _of_segment(x: Tensor, start: int, stop: int, filled: int, query: Tensor, key: Tensor) -> Tensor:
-    """Of [T, heads or kv_heads, d]: [kv_heads, heads / kv_heads, filled, d], with zeros behind the segment.
-
-    A key or value head is not copied for the query heads that share it.
-    """
-    x = x[start:stop]
-    if filled > x.shape[0]:
-        x = F.pad(x, (0, 0, 0, 0, 0, filled - x.shape[0]))
-    shared = key.shape[1]
-    return x.transpose(0, 1).unflatten(0, (shared, -1)).expand(-1, query.shape[1] // shared, -1, -1)
-
 
 def _as_batch(x: Tensor, heads: int) -> Tensor:
     """[t, kv_heads, d] -> [1, heads, t, d], repeating heads that are shared."""
     x = x.transpose(0, 1)
     return (x if x.shape[0] == heads else x.repeat_interleave(heads // x.shape[0], dim=0)).unsqueeze(0)
-
-
-def _window_mask(length: int, window: int, like: Tensor) -> Tensor | None:
-    """Additive causal mask [length, length] of a sliding window; none when the window covers everything."""
-    if window == 0:
-        return None
-    position = torch.arange(length, device=like.device)
-    distance = position[:, None] - position[None, :]
-    hidden = (distance < 0) | (distance >= window)
-    return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill(hidden, float("-inf"))
 
 
 def per_segment_sdpa(
@@ -162,7 +38,7 @@ def per_segment_sdpa(
     heads = query.shape[1]
     parts = []
     for q, k, v in zip(*(t.split(list(seq_lens)) for t in (query, key, value)), strict=True):
-        mask = _window_mask(q.shape[0], window, q)
+        mask = window_mask(q.shape[0], window, q)
         batch_q, batch_k, batch_v = (_as_batch(t, heads) for t in (q, k, v))
         o = F.scaled_dot_product_attention(
             batch_q, batch_k, batch_v, attn_mask=mask, is_causal=mask is None, scale=scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sft_dist.model.attention import packed_attention, packed_attention_backward
+from sft_dist.model.cpu_attention import packed_attention, packed_attention_backward
 
 aten = torch.ops.aten
 

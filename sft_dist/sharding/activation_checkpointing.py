@@ -19,8 +19,8 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext,
 from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts
 
 from sft_dist.config.schema import ActivationCheckpointingConfig
-from sft_dist.model.attention import packed_attention
 from sft_dist.model.build import SftModel
+from sft_dist.model.cpu_attention import packed_attention
 
 ATTENTION = frozenset(
     {

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sft_dist.errors import ConfigError
 from sft_dist.model import attention
-from sft_dist.model.attention import next_token_attention, packed_attention, packed_attention_forward, per_segment_sdpa
+from sft_dist.model.attention import next_token_attention, packed_attention_forward, per_segment_sdpa
+from sft_dist.model.cpu_attention import packed_attention
 from sft_dist.model.row_cache import RowCache
 
 QKV = tuple[Tensor, Tensor, Tensor]

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_dist.data.loader import Part, collate
-from sft_dist.model.attention import MAX_FP32_BACKWARD, packed_attention, per_segment_sdpa
+from sft_dist.model.attention import per_segment_sdpa
+from sft_dist.model.cpu_attention import BLOCK, MAX_BY_PRODUCTS, packed_attention
 from sft_dist.model.cpu_shapes import MULTIPLE, filled, filled_up, product
 from sft_dist.model.loss import linear_cross_entropy_sum
 from tests.helpers.cells import config, start, synthetic_data
@@ -117,7 +118,7 @@ def test_bf16_losses_do_not_feel_what_is_filled_in(tiny_base: Path) -> None:
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_attention_in_bf16_is_that_of_fp32_for_short_and_long_segments(kv_heads: int, window: int) -> None:
-    lengths = (5, 64, 70, MAX_FP32_BACKWARD, MAX_FP32_BACKWARD + 9)
+    lengths = (5, 64, 70, BLOCK + 64, MAX_BY_PRODUCTS, MAX_BY_PRODUCTS + 9)
     torch.manual_seed(0)
     shapes = ((sum(lengths), 4, 16), (sum(lengths), kv_heads, 16), (sum(lengths), kv_heads, 16))
     low: list[Tensor] = [torch.randn(shape).to(BF16).requires_grad_() for shape in shapes]

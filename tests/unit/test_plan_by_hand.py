@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sft_dist.config.schema import ActivationCheckpointingConfig
 from sft_dist.hardware.gpus import find_gpu
 from sft_dist.hardware.networks import find_network
-from sft_dist.model.attention import packed_attention_backward
+from sft_dist.model.cpu_attention import packed_attention_backward
 from sft_dist.model.spec import ParameterSpec
 from sft_dist.plan import cache
 from sft_dist.plan.activations import seq_lens_of, trace
