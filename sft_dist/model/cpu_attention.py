@@ -178,6 +178,7 @@ def _by_products(
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     # Two for all blocks: allocated anew, each would be pages that the system has to fill with zeros.
     held = query.new_empty(2, kv_heads * shares * min(BLOCK, length) * length)
+    minus_lse = -lse
     with _products_in_bf16():
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
@@ -189,8 +190,9 @@ def _by_products(
             q, g = (each[:, :, rows].reshape(kv_heads, -1, size) for each in (query, grad))
             k, v = key[:, 0, keys], value[:, 0, keys]
             torch.bmm(q, k.transpose(1, 2), out=p)
+            torch.add(minus_lse[:, :, rows], probabilities, alpha=scale, out=probabilities)
             # Masked after exp: a CPU is ten times as long at the exp of minus infinity.
-            probabilities.mul_(scale).sub_(lse[:, :, rows]).exp_().tril_(start - first)
+            probabilities.exp_().tril_(start - first)
             if window:
                 probabilities.triu_(start - first - window + 1)
             torch.bmm(g, v.transpose(1, 2), out=ds)

@@ -3,15 +3,19 @@
 They are oneDNN's, which builds a kernel for every shape that it has not seen. That takes some 10 ms, many times what a
 product of a thousand tokens takes, and a packed batch has other numbers of tokens, of supervised positions and of
 tokens in a row than the one before it. So each of them is filled up to a multiple of ``MULTIPLE``.
+
+Of some shapes it makes the product on one thread, however many there are: :func:`product` halves those.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sft_dist.data.batch import MicroBatch
 
@@ -42,6 +46,37 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     for columns in (slice(0, n // 2), slice(n // 2, n)):
         torch.mm(a, b[:, columns], out=out[:, columns])
     return out
+
+
+class Product(torch.autograd.Function):
+    """x W' for x [n, in] and W [out, in], with both of its products by :func:`product`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        return product(grad, weight) if needs_x else None, grad.T @ x if needs_weight else None
+
+
+class SplitLinear(nn.Linear):
+    """A linear layer without bias whose products are on all threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = Product.apply(x.flatten(0, -2), self.weight)
+        return result.unflatten(0, x.shape[:-1])
+
+
+def split_products(model: nn.Module) -> None:
+    """For a model that multiplies bf16 on a CPU: its plain linear layers become ``SplitLinear``."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.bias is None:
+            module.__class__ = SplitLinear
 
 
 def filled(batch: MicroBatch, multiple: int) -> MicroBatch:

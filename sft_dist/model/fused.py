@@ -38,13 +38,16 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         normal = x * scale if x.dtype == torch.float32 else x.float().mul_(scale)
+        g = grad.float()
+        product = g * normal
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normal.to(x.dtype)).flatten(0, -2).sum(0)
+            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None
-        g = (grad * weight).float()
-        share = (g * normal).mean(-1, keepdim=True)
+        wide = weight.float()
+        share = product.mul_(wide).mean(-1, keepdim=True)
+        g = g.mul(wide) if g is grad else g.mul_(wide)
         return g.addcmul_(normal, share, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
@@ -54,13 +57,13 @@ class SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        grad_up = F.silu(gate).mul_(grad)
+        grad_up = F.silu(gate) * grad
         return torch.ops.aten.silu_backward(grad * up, gate), grad_up
 
 

@@ -12,6 +12,10 @@ import torch.distributed as dist
 
 from sft_dist.runtime.world import World
 
+# Of glibc's malloc.h, and the largest size that it takes for the second.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAX_MMAP_THRESHOLD = 32 * 2**20
+
 
 def memory_bytes(world: World, device: torch.device) -> int:
     """All memory of this rank's GPU; on a CPU, the machine's divided by the processes on this node."""
@@ -48,6 +52,19 @@ def most_allocated_bytes(device: torch.device) -> int | None:
     most = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)
+
+
+def keep_freed_memory() -> None:
+    """Lets host memory that is freed stay with the process: what a step frees, the next one allocates.
+
+    glibc hands large tensors back to the system, which fills every page with zeros before it gives it again; that is
+    several per cent of a step on a CPU. Tensors of more than 32 MiB are handed back in any case. Other allocators are
+    left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def release_freed_memory() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
-from sft_dist.model.cpu_shapes import multiple_for
+from sft_dist.model.cpu_shapes import multiple_for, split_products
 from sft_dist.model.weights import Weights
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import ddp, fsdp2, rotary, sequence_parallel, virtual_tokens, zero
@@ -64,6 +64,8 @@ def shard(run: Run, model: SftModel, device: torch.device, weights: Weights) -> 
     model.sequence_group = sequence_parallel.sequence_group(run)
     model.neftune_alpha, model.head.label_smoothing = run.neftune_alpha, run.label_smoothing
     model.token_multiple = model.head.row_multiple = multiple_for(device, TORCH_DTYPES[run.precision.compute])
+    if model.token_multiple > 1:
+        split_products(model)
     apply_activation_checkpointing(model, run.activation_checkpointing)
     match run.strategy:
         case "ddp":

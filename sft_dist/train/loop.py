@@ -19,7 +19,7 @@ from sft_dist.errors import Preempted
 from sft_dist.metrics.heartbeat import Heartbeat
 from sft_dist.metrics.logger import Metrics, RunLogger
 from sft_dist.run import Run
-from sft_dist.runtime.memory import peak_memory_gib
+from sft_dist.runtime.memory import keep_freed_memory, peak_memory_gib
 from sft_dist.runtime.seeding import seed_step
 from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World
@@ -115,6 +115,8 @@ class Training:
         """
         if self.account is not None:
             self.account.begin_training()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         try:
             self._all_steps()
         except Exception:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_dist.data.loader import Part, collate
 from sft_dist.model.attention import per_segment_sdpa
 from sft_dist.model.cpu_attention import BLOCK, MAX_BY_PRODUCTS, packed_attention
-from sft_dist.model.cpu_shapes import MULTIPLE, filled, filled_up, product
+from sft_dist.model.cpu_shapes import MULTIPLE, SplitLinear, filled, filled_up, product, split_products
 from sft_dist.model.loss import linear_cross_entropy_sum
 from tests.helpers.cells import config, start, synthetic_data
 
@@ -154,3 +154,32 @@ def test_a_split_product_is_the_product(
 def test_a_filled_batch_keeps_the_seeds_of_its_rows() -> None:
     batch = replace(collate(synthetic_data(rows=6), [0, 1]), row_seeds=(1, 2))
     assert filled(batch, MULTIPLE).row_seeds == (1, 2)
+
+
+def test_a_split_linear_layer_is_the_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.manual_seed(0)
+    # Halved: the product of the one, and of the other the gradient of its input.
+    for size_in, size_out in ((1024, 512), (512, 1024)):
+        plain, split = (nn.Linear(size_in, size_out, bias=False, dtype=BF16) for _ in range(2))
+        split.load_state_dict(plain.state_dict())
+        split_products(split)
+        assert type(split) is SplitLinear
+        x, weight = torch.randn(2, 48, size_in).to(BF16), torch.randn(2, 48, size_out).to(BF16)
+        results = []
+        for layer in (plain, split):
+            read = x.clone().requires_grad_()
+            y = layer(read)
+            results.append((y, *torch.autograd.grad((y * weight).sum(), (read, layer.weight))))
+        for theirs, ours in zip(*results, strict=True):
+            assert ours.shape == theirs.shape
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=0.05)
+
+
+def test_only_bf16_on_a_cpu_is_split(tiny_base: Path) -> None:
+    for compute, kind in (("bf16", SplitLinear), ("fp32", nn.Linear)):
+        _, strategy = start(config(str(tiny_base), "full", "ddp", precision={"compute": compute}))
+        layers = [m for m in strategy.model.modules() if isinstance(m, nn.Linear) and m is not strategy.model.head]
+        assert layers
+        assert all(type(layer) is kind for layer in layers)
+        strategy.close()
