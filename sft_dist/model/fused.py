@@ -38,16 +38,17 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         normal = x * scale if x.dtype == torch.float32 else x.float().mul_(scale)
-        g = grad.float()
-        product = g * normal
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[1]:
+            g = (grad * weight).float()
+            share = (g * normal).mean(-1, keepdim=True)
+            return g.addcmul_(normal, share, value=-1).mul_(scale).to(x.dtype), None, None
+        product = grad.float() * normal
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None
         wide = weight.float()
         share = product.mul_(wide).mean(-1, keepdim=True)
-        g = g.mul(wide) if g is grad else g.mul_(wide)
+        g = grad.float() * wide
         return g.addcmul_(normal, share, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
