@@ -134,7 +134,8 @@ def packed_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # A window that no segment exceeds is plain causal attention, which has the faster kernel.
     window = sliding_window if sliding_window is not None and sliding_window < max_seq_len else 0
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    # Not t[0], whose gradient would be a copy among zeros.
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     if sequence_parallel is not None:
         q, k, v = sequence_parallel.to_heads(q, k, v)
     if prefix is not None:

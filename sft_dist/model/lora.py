@@ -10,6 +10,7 @@ reads it, and runs the product with W once more when a checkpointed block is rec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,12 @@ class LoraLinear(PeftLinear):
     """PEFT's LoRA layer with our forward and backward.
 
     Its forward reads the parameters of the modules inside it without calling them: see :func:`readers`.
+
+    Attributes:
+        base_product_is_kept: for the recomputation, by selective checkpointing: nothing is added to it in place.
     """
+
+    base_product_is_kept = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != [ADAPTER]:
@@ -45,6 +51,7 @@ class LoraLinear(PeftLinear):
             self.lora_B[ADAPTER].weight,
             scaling=self.scaling[ADAPTER],
             dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+            in_place=not self.base_product_is_kept,
         )
 
 
@@ -141,12 +148,15 @@ def readers(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
             yield module, [module]
 
 
-def lora_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
+def lora_linear(
+    x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0, in_place: bool = True
+) -> Tensor:
     """[..., out] in ``x``'s dtype, that of A and B too.
 
     Args:
         base: an ``nn.Linear`` or ``QuantizedLinear`` with a frozen weight; it is read, not called.
         dropout: probability that an element of the adapter's input is zeroed. Draws the same numbers as ``F.dropout``.
+        in_place: the adapter's part is added to the base's product, not to a copy of it.
     """
     assert not base.weight.requires_grad, "the weight under an adapter is frozen: it would get no gradient here"
     stored: tuple[Tensor, ...] = (base.weight,)
@@ -161,12 +171,10 @@ def lora_linear(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, *, scaling: fl
 
     def value() -> Tensor:
         weight = dequantize(stored, shape, x.dtype)
-        if base.bias is None:
-            y = product(x.reshape(-1, shape[1]), weight.T).view(*x.shape[:-1], shape[0])
-        else:
-            y = F.linear(x.contiguous(), weight, base.bias)
-        # One product and sum; not in place, because selective checkpointing may keep y for the recomputation.
-        return torch.addmm(y.view(-1, shape[0]), h.reshape(-1, h.shape[-1]), b.T, alpha=scaling).view(y.shape)
+        read = x.reshape(-1, shape[1])
+        y = product(read, weight.T) if base.bias is None else F.linear(read, weight, base.bias)
+        add = y.addmm_ if in_place else partial(torch.addmm, y)
+        return add(h.reshape(-1, h.shape[-1]), b.T, alpha=scaling).view(*x.shape[:-1], shape[0])
 
     place = LoraMatmul.apply(x, h, mask, a, b, base.bias, scaling, dropout, dequantize, shape, *stored)
     result: Tensor = _FillIn.apply(place, value)
@@ -213,7 +221,8 @@ class LoraMatmul(torch.autograd.Function):
         g_h = (g @ b).mul_(ctx.scaling)
         grad_x = grad_a = grad_b = None
         if needs_b:
-            grad_b = (g.T @ h.reshape(-1, h.shape[-1])).mul_(ctx.scaling)
+            # [r, out] first: CPUs are slower at products with few columns than at those with few rows.
+            grad_b = (h.reshape(-1, h.shape[-1]).T @ g).mul_(ctx.scaling).T
         if needs_a:
             # What was not dropped is scaled where it is small: in the product.
             read = x if mask is None else x * mask

@@ -16,7 +16,7 @@ from sft_dist.model.cpu_shapes import product
 
 # Bytes of fp32 logits alive at a time. A CPU gains nothing from more: what does not stay in its caches is slower.
 CHUNK_BYTES = 256 * 2**20
-CPU_CHUNK_BYTES = 32 * 2**20
+CPU_CHUNK_BYTES = 16 * 2**20
 # Elements of a gradient that are scaled at a time on a CPU.
 CPU_SCALED_NUMEL = 1 << 18
 

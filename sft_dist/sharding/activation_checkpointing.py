@@ -21,6 +21,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts as selec
 from sft_dist.config.schema import ActivationCheckpointingConfig
 from sft_dist.model.build import SftModel
 from sft_dist.model.cpu_attention import packed_attention
+from sft_dist.model.lora import LoraLinear
 
 ATTENTION = frozenset(
     {
@@ -70,6 +71,9 @@ def apply_activation_checkpointing(
         options: dict[str, Any] = {"use_reentrant": False}
         if config.mode == "selective":
             options["context_fn"] = partial(_keep_the_dearest, wide_products(block))
+            for module in block.modules():
+                if isinstance(module, LoraLinear):
+                    module.base_product_is_kept = True
         run = partial(checkpoint, block.forward, **options)
         block.forward = partial(_with_input_on_host, run, to_host) if config.offload else run
 
