@@ -188,7 +188,8 @@ def _by_products(
             probabilities, score_grads = (each[: shape.numel()].view(shape) for each in held)
             p, ds = probabilities.flatten(1, 2), score_grads.flatten(1, 2)
             q, g = (each[:, :, rows].reshape(kv_heads, -1, size) for each in (query, grad))
-            k, v = key[:, 0, keys], value[:, 0, keys]
+            # Both are in two products, each of which would copy what is not contiguous.
+            k, v = (each[:, 0, keys].contiguous() for each in (key, value))
             torch.bmm(q, k.transpose(1, 2), out=p)
             torch.add(minus_lse[:, :, rows], probabilities, alpha=scale, out=probabilities)
             # Masked after exp: a CPU is ten times as long at the exp of minus infinity.
