@@ -267,8 +267,10 @@ def _norm_by_parts(flat: Tensor) -> Tensor:
     """Of [n], an fp64 scalar."""
     whole = len(flat) // NORM_PART * NORM_PART
     parts = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_PART), dim=1, dtype=torch.float32)
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
-    return torch.hypot(torch.linalg.vector_norm(parts, dtype=torch.float64), rest)
+    norm = torch.linalg.vector_norm(parts, dtype=torch.float64)
+    if whole == len(flat):
+        return norm
+    return torch.hypot(norm, torch.linalg.vector_norm(flat[whole:], dtype=torch.float64))
 
 
 def store_master(model: SftModel, run: Run) -> None:
