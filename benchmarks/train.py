@@ -1,11 +1,12 @@
 """Training beside the trainers that people would use instead: speed, memory, start-up and losses, in one run.
 
-    python -m benchmarks.train [--methods full lora qlora] [--lengths 1024 4096] [--peers trl] [--rounds 3]
+    python -m benchmarks.train [--methods full lora qlora] [--lengths 1024 4096] [--peers trl llamafactory] [--rounds 3]
                                [--compute bf16] [--threads 2] [--json FILE]
 
 Every side trains the same weights on the same packs in the same order and precision (``train_parts/workload.py``),
 one process after the other, in the order A B, B A, A B, ...: what else the machine does meets all of them. A peer runs
-in an environment of its own, which is made when it is not there; one that cannot be installed is named and left out.
+in an environment of its own, which is made when it is not there; one that cannot be installed, or that ends with an
+error, is named and left out.
 
     tokens/s    of the steps after the first ones, data included; the median of the rounds
     ratio       ours / the peer's, the median over rounds of the ratio of neighbours
@@ -41,6 +42,10 @@ OURS = "sft_dist"
 WARM_UP_STEPS = 4
 STEPS = {1024: 20, 4096: 10}
 TABLE_COLUMNS = 120
+
+
+class PeerFailedError(Exception):
+    """A peer's run ended with an error: the method, the length and its last line."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,13 @@ def main(arguments: list[str] | None = None) -> None:
         for length in given.lengths:
             for number in range(given.rounds):
                 for side in sides if number % 2 == 0 else sides[::-1]:
-                    runs.append(_run(work, side, method, length, number, given.compute, given.threads))
+                    try:
+                        runs.append(_run(work, side, method, length, number, given.compute, given.threads))
+                    except PeerFailedError as error:
+                        absent[side] = str(error)
+                        sides = [each for each in sides if each != side]
+                        runs = [run for run in runs if run.side != side]
+                        continue
                     print(
                         f"{method} {length} round {number + 1} {side}: {runs[-1].tokens_per_s:,.0f} tokens/s",
                         file=sys.stderr, flush=True,
@@ -151,7 +162,10 @@ def _run(work: Workload, side: str, method: str, length: int, number: int, compu
         environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, env=environment, cwd=work.folder, capture_output=True, text=True)
     if done.returncode or not report.exists():
-        raise SystemExit(f"{side} {method} {length} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        if side == OURS:
+            raise SystemExit(f"{side} {method} {length} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        said = done.stderr.strip().splitlines() or ["nothing was said"]
+        raise PeerFailedError(f"{method} at {length:,} ended with {done.returncode}: {said[-1]}")
     return measured_of(json.loads(report.read_text()), content, side=side, method=method, length=length, number=number)
 
 

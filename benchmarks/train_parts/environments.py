@@ -14,11 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Peer:
-    """Args: requirement: what pip installs; script: that runs a task in the environment."""
+    """
+    Args:
+        requirement: what pip installs.
+        script: runs a task in the environment.
+        without: packages that come with it, which no task needs and whose kernels may be those of another torch.
+    """
 
     name: str
     requirement: str
     script: Path
+    without: tuple[str, ...] = ()
 
     @property
     def python(self) -> Path:
@@ -34,15 +40,23 @@ class Peer:
         # The torch that is here: both sides have the same kernels.
         torch = version("torch").partition("+")[0]
         pip = [str(self.python), "-m", "pip", "install", "--quiet"]
-        for wanted in ([f"torch=={torch}"], [self.requirement, "peft", "bitsandbytes", "psutil"]):
+        for wanted in ([f"torch=={torch}"], [f"torch=={torch}", self.requirement, "peft", "bitsandbytes", "psutil"]):
             done = subprocess.run([*pip, *wanted], capture_output=True, text=True)
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
                 return lines[0] if lines else f"pip install {' '.join(wanted)} ended with {done.returncode}"
+        if self.without:
+            subprocess.run([str(self.python), "-m", "pip", "uninstall", "--quiet", "--yes", *self.without], check=True)
         mark.touch()
         return None
 
 
 PEERS = {
     "trl": Peer("trl", "trl==1.16.0", Path(__file__).with_name("peer_trl.py")),
+    "llamafactory": Peer(
+        "llamafactory",
+        "llamafactory==0.9.5",
+        Path(__file__).with_name("peer_llamafactory.py"),
+        without=("torchvision", "torchaudio"),
+    ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,37 @@ def test_ratios_are_of_neighbours() -> None:
     text = console.export_text()
     assert "2.20 x" in text
     assert "axolotl is left out: no wheel" in text
+
+
+def test_a_peer_that_fails_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "_rates", lambda threads: {"model": 4e8, "square": 8e8})
+    for peer in train.PEERS.values():
+        monkeypatch.setattr(type(peer), "install", lambda self: None)
+
+    def run(work: Any, side: str, method: str, length: int, number: int, *_: Any) -> train.Measured:
+        if side == "llamafactory" and number == 1:
+            raise train.PeerFailedError("full at 1,024 ended with 1: no kernel")
+        return measured(side, number, 100, 10, [1.0])
+
+    monkeypatch.setattr(train, "_run", run)
+    monkeypatch.setattr(train, "Workload", lambda folder: None)
+    path = tmp_path / "result.json"
+    train.main(["--methods", "full", "--lengths", "1024", "--rounds", "3", "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert {row["side"] for row in result["rows"]} == {"sft_dist", "trl"}
+    assert "llamafactory is left out: full at 1,024 ended with 1: no kernel" in capsys.readouterr().out
+
+
+def test_packs_of_llamafactory_number_the_rows() -> None:
+    source = (Path(train.__file__).parent / "train_parts" / "peer_llamafactory.py").read_text()
+    scope: dict[str, Any] = {"Any": Any, "Dataset": SimpleNamespace(from_list=list)}
+    exec(source[source.index("def as_neat_packs") : source.index("def main")], scope)
+    pack = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, 8, 9], "seq_lengths": [2, 3]}
+    assert scope["as_neat_packs"]([pack]) == [
+        {"input_ids": pack["input_ids"], "labels": pack["labels"], "attention_mask": [1, 1, 2, 2, 2]}
+    ]
 
 
 def test_tokens_a_second_leave_out_the_first_steps() -> None:
