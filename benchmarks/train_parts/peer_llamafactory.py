@@ -6,20 +6,16 @@ activation checkpointing, torch's fused AdamW, no evaluation, no save but the la
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
-import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset, DatasetDict
-from peer_memory import peak_bytes
-from transformers import TrainerCallback
+from peer_report import Clock, write_report
 
 # It imports what it reads sound with. Here are texts, and that package's kernels may be those of another torch.
 sound = ModuleType("torchaudio")
@@ -28,20 +24,6 @@ sys.modules["torchaudio"] = sound
 
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer  # noqa: E402
 from llamafactory.train.tuner import run_exp  # noqa: E402
-
-DISTRIBUTIONS = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
-
-
-class Clock(TrainerCallback):
-    """When each optimizer step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.time())
 
 
 def as_neat_packs(packs: list[dict[str, Any]]) -> Dataset:
@@ -86,13 +68,7 @@ def main(task: dict[str, Any]) -> None:
     if task["method"] == "qlora":
         settings |= {"quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True}
     run_exp(settings, callbacks=[clock])
-    count = task["accumulation"]
-    report = {
-        "losses": [sum(losses[i : i + count]) for i in range(0, len(losses), count)], "ends": clock.ends,
-        "started": psutil.Process().create_time(), "peak_bytes": peak_bytes(),
-        "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
-    }  # fmt: skip
-    Path(task["report"]).write_text(json.dumps(report))
+    write_report(task, "llamafactory", clock, losses)
 
 
 if __name__ == "__main__":

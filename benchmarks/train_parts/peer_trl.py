@@ -6,34 +6,17 @@ row's positions from 0 (``padding_free`` and ``seq_lengths``), torch's fused Ada
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset
-from peer_memory import peak_bytes
+from peer_report import Clock, write_report
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
-
-DISTRIBUTIONS = ("trl", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
-
-
-class Clock(TrainerCallback):
-    """When each optimizer step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.time())
 
 
 class Trainer(SFTTrainer):
@@ -77,13 +60,7 @@ def main(task: dict[str, Any]) -> None:
     )  # fmt: skip
     trainer.losses = []
     trainer.train()
-    count = task["accumulation"]
-    losses = [sum(trainer.losses[i : i + count]) for i in range(0, len(trainer.losses), count)]
-    report = {
-        "losses": losses, "ends": clock.ends, "started": psutil.Process().create_time(),
-        "peak_bytes": peak_bytes(), "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
-    }  # fmt: skip
-    Path(task["report"]).write_text(json.dumps(report))
+    write_report(task, "trl", clock, trainer.losses)
 
 
 if __name__ == "__main__":
