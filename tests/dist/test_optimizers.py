@@ -18,7 +18,7 @@ from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import unsupported_on
 from tests.dist.test_offload import OFFLOADS
-from tests.dist.test_parity import assert_equal_runs, assert_sharded_as_described
+from tests.dist.test_parity import TOLERANCE, assert_equal_runs, assert_sharded_as_described
 from tests.dist.test_resume import STOP, checkpoint, final_bytes, refusal, run_part
 from tests.dist.test_resume import config as whole_run
 from tests.helpers import cells
@@ -75,10 +75,18 @@ def test_adafactor_has_the_statistics_of_whole_tensors(
 @pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("fsdp2", 3)])
 def test_bf16_moments_are_rounded_alike_by_all_ranks(world: World, tiny_base: Path, strategy: str, size: int) -> None:
     """By place and step, so that sharding changes nothing: of two runs whose gradients differ in the last bit of fp32,
-    one element in 2^15 is rounded to the other neighbour, 2^-8 away, which the loss does not see."""
+    one element in 2^15 is rounded to the other neighbour, 2^-8 away, which the loss does not see.
+
+    The gradient's norm does, after some steps: by how much depends on which elements it is, and that on the CPU's order
+    of sums. 1e-5 held on one kind of CPU and 1.3e-5 was seen on another, with the same code.
+    """
     cfg = cells.config(str(tiny_base), "full", strategy, **CHOICES["bf16"])
     trained = world(size).run(cells.train, cells.dump(cfg))
-    assert_equal_runs(trained, alone(world, tiny_base, "full", "bf16"))
+    alike = alone(world, tiny_base, "full", "bf16")
+    for rank in trained:
+        np.testing.assert_allclose(rank.losses, alike.losses, rtol=TOLERANCE)
+        np.testing.assert_allclose(rank.grad_norms[:3], alike.grad_norms[:3], rtol=TOLERANCE)
+        np.testing.assert_allclose(rank.grad_norms, alike.grad_norms, rtol=1e-4)
     exact = alone(world, tiny_base, "full", "adamw")
     # And it is another training than with fp32 moments, by what 2^-8 of a moment is to an update.
     np.testing.assert_allclose(trained[0].losses, exact.losses, rtol=5e-3)
