@@ -18,7 +18,7 @@ from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.optim import unsupported_on
 from tests.dist.test_offload import OFFLOADS
-from tests.dist.test_parity import TOLERANCE, assert_equal_runs, assert_sharded_as_described
+from tests.dist.test_parity import assert_equal_runs, assert_sharded_as_described
 from tests.dist.test_resume import STOP, checkpoint, final_bytes, refusal, run_part
 from tests.dist.test_resume import config as whole_run
 from tests.helpers import cells
@@ -41,15 +41,19 @@ def states(kind: str, **precision: str) -> dict[str, Any]:
     return {"precision": {"compute": "fp32", "optimizer_state": kind, **precision}}
 
 
+LOW_RATE = {"optim": {"lr": 1e-3, "max_grad_norm": 0.5, "weight_decay": 0.1, "warmup_ratio": 0.2}}
+
 CHOICES: dict[str, dict[str, Any]] = {
     "adafactor": ADAFACTOR,
     "adafactor, absolute rate": {"optim": {"type": "adafactor", "lr": 3e-3, "max_grad_norm": 0.5}},
     "bf16": states("bf16"),
+    "bf16, low rate": states("bf16") | LOW_RATE,
     "8bit": states("8bit"),
     "bf16 weights": states("bf16", compute="bf16", master="bf16"),
     "bf16 weights, fp32 moments": states("fp32", compute="bf16", master="bf16"),
     "momentum": {"optim": {"type": "sgd", "lr": 0.3, "momentum": 0.9, "max_grad_norm": 0.5, "warmup_ratio": 0.2}},
     "adamw": {},
+    "adamw, low rate": LOW_RATE,
 }
 
 
@@ -77,17 +81,13 @@ def test_bf16_moments_are_rounded_alike_by_all_ranks(world: World, tiny_base: Pa
     """By place and step, so that sharding changes nothing: of two runs whose gradients differ in the last bit of fp32,
     one element in 2^15 is rounded to the other neighbour, 2^-8 away, which the loss does not see.
 
-    The gradient's norm does, after some steps: by how much depends on which elements it is, and that on the CPU's order
-    of sums. 1e-5 held on one kind of CPU and 1.3e-5 was seen on another, with the same code.
+    Which elements it is depends on the CPU's order of sums. A later gradient's norm sees them by as much as the rate
+    moves weights: at 3e-3 by 1.2e-5 on one kind of CPU.
     """
-    cfg = cells.config(str(tiny_base), "full", strategy, **CHOICES["bf16"])
+    cfg = cells.config(str(tiny_base), "full", strategy, **CHOICES["bf16, low rate"])
     trained = world(size).run(cells.train, cells.dump(cfg))
-    alike = alone(world, tiny_base, "full", "bf16")
-    for rank in trained:
-        np.testing.assert_allclose(rank.losses, alike.losses, rtol=TOLERANCE)
-        np.testing.assert_allclose(rank.grad_norms[:3], alike.grad_norms[:3], rtol=TOLERANCE)
-        np.testing.assert_allclose(rank.grad_norms, alike.grad_norms, rtol=1e-4)
-    exact = alone(world, tiny_base, "full", "adamw")
+    assert_equal_runs(trained, alone(world, tiny_base, "full", "bf16, low rate"))
+    exact = alone(world, tiny_base, "full", "adamw, low rate")
     # And it is another training than with fp32 moments, by what 2^-8 of a moment is to an update.
     np.testing.assert_allclose(trained[0].losses, exact.losses, rtol=5e-3)
     assert np.abs(np.array(trained[0].losses) / exact.losses - 1).max() > 1e-6
