@@ -38,7 +38,8 @@ from rich.console import Console
 
 from benchmarks.train_parts.environments import ROOT
 from benchmarks.train_parts.point import Point, Report, measure
-from benchmarks.train_parts.workload import METHODS, Workload
+from benchmarks.train_parts.sizes import METHODS
+from benchmarks.train_parts.workload import Workload
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 

@@ -1,7 +1,8 @@
 """Training beside the trainers that people would use instead: speed, memory, start-up and losses, in one run.
 
-    python -m benchmarks.train [--methods full lora qlora] [--lengths 1024 4096] [--peers trl llamafactory] [--rounds 3]
-                               [--compute bf16] [--threads 2] [--json FILE]
+    python -m benchmarks.train [--size 33m] [--methods full lora qlora] [--lengths 1024 4096] [--rounds 3]
+                               [--peers trl llamafactory axolotl] [--compute bf16] [--threads 2] [--json FILE]
+    python -m benchmarks.train --size 7b                   LoRA and QLoRA of Llama 2 7B at 4,096 tokens, on a CUDA GPU
 
 Every side trains the same weights on the same packs in the same order and precision (``train_parts/workload.py``),
 one process after the other, in the order A B, B A, A B, ...: what else the machine does meets all of them. A peer runs
@@ -10,12 +11,15 @@ error, is named and left out.
 
     tokens/s    of the steps after the first ones, data included; the median of the rounds
     ratio       ours / the peer's, the median over rounds of the ratio of neighbours
-    memory      most that the process had resident, or that torch handed out of a GPU
+    memory      most that the process had resident, or that torch handed out of a GPU, and there what was planned
     first step  from the start of the process to the end of its first optimizer step
     of model's products, of square
-                rate of a step's FLOPs (``workload.flops``) as a share of two rates of products that are measured
+                rate of a step's FLOPs (``sizes.flops``) as a share of two rates of products that are measured
                 between the rounds (``train_parts/products.py``)
     losses      largest relative difference from ours at any step
+
+Below the table is a step's floor: its FLOPs at the rate of square products, and the bytes of weights, gradients and
+moments that it has to move (``sizes.least_bytes``) at the rate of a large copy.
 """
 
 from __future__ import annotations
@@ -32,15 +36,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_parts.environments import PEERS, ROOT
-from benchmarks.train_parts.workload import METHODS, Step, Task, Workload, flops
+from benchmarks.train_parts.sizes import METHODS, SIZES, Size, Step, flops, least_bytes
+from benchmarks.train_parts.workload import Task, Workload
 
 OURS = "sft_dist"
 WARM_UP_STEPS = 4
-STEPS = {1024: 20, 4096: 10}
 TABLE_COLUMNS = 120
 
 
@@ -56,9 +61,11 @@ class Measured:
     method: str
     length: int
     round: int
+    step_s: float
     tokens_per_s: float
-    flops_per_s: float
+    step_flops: float
     peak_bytes: int
+    planned_bytes: int | None
     first_step_s: float
     losses: list[float]
     versions: dict[str, str]
@@ -66,14 +73,24 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at a length, of one side. Args: ratio, memory_ratio: ours / the peer's; 1 for ours."""
+    """A method at a length, of one side.
+
+    Args:
+        step_s, flops_s, bytes_s: a step's time, and of its floor.
+        ratio, memory_ratio: ours / the peer's; 1 for ours.
+        planned_gib: of ours on a GPU.
+    """
 
     side: str
     method: str
     length: int
+    step_s: float
+    flops_s: float
+    bytes_s: float
     tokens_per_s: float
     ratio: float
     peak_gib: float
+    planned_gib: float | None
     memory_ratio: float
     first_step_s: float
     of_model: float
@@ -82,14 +99,19 @@ class Row:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = _parser().parse_args(arguments)
-    work = Workload(given.folder)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    size = SIZES[given.size]
+    if size.needs_gpu and not torch.cuda.is_available():
+        parser.error(f"--size {given.size} needs a CUDA GPU")
+    work = Workload(given.folder or ROOT / ".build" / f"bench-train-{given.size}", size)
+    methods, lengths = given.methods or size.methods, given.lengths or size.lengths
     absent = {name: why for name in given.peers if (why := PEERS[name].install()) is not None}
     sides = [OURS, *(name for name in given.peers if name not in absent)]
     runs: list[Measured] = []
-    rates: list[dict[str, float]] = [_rates(given.threads)]
-    for method in given.methods:
-        for length in given.lengths:
+    rates: list[dict[str, float]] = [_rates(given.threads, given.size)]
+    for method in methods:
+        for length in lengths:
             for number in range(given.rounds):
                 for side in sides if number % 2 == 0 else sides[::-1]:
                     try:
@@ -103,18 +125,19 @@ def main(arguments: list[str] | None = None) -> None:
                         f"{method} {length} round {number + 1} {side}: {runs[-1].tokens_per_s:,.0f} tokens/s",
                         file=sys.stderr, flush=True,
                     )  # fmt: skip
-            rates.append(_rates(given.threads))
+            rates.append(_rates(given.threads, given.size))
     measured = {name: statistics.median(each[name] for each in rates) for name in rates[0]}
-    rows = list(rows_of(runs, measured))
+    rows = rows_of(runs, measured, size)
     # As wide as the table where no terminal says otherwise.
     show(rows, measured, absent, Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS))
     if given.json is not None:
         result = {
-            "machine": {"cpu": _cpu(), "threads": given.threads, "python": platform.python_version()},
+            "machine": {"cpu": _cpu(), "gpu": _gpu(), "threads": given.threads, "python": platform.python_version()},
+            "size": given.size,
             "compute": given.compute,
             "versions": {side: next(run.versions for run in runs if run.side == side) for side in sides},
             "absent": absent,
-            "products_flops_per_s": measured,
+            "rates_per_s": measured,
             "rows": [asdict(row) for row in rows],
         }
         given.json.parent.mkdir(parents=True, exist_ok=True)
@@ -124,19 +147,20 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
+    parser.add_argument("--size", choices=list(SIZES), default="33m")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS))
+    parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compute", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--folder", type=Path, default=ROOT / ".build" / "bench-train")
+    parser.add_argument("--folder", type=Path, help="where model, data and runs are kept")
     parser.add_argument("--json", type=Path)
     return parser
 
 
 def _run(work: Workload, side: str, method: str, length: int, number: int, compute: str, threads: int) -> Measured:
-    steps = STEPS.get(length, 10)
+    steps = work.size.steps.get(length, 10)
     config = work.config(method, length, accumulation=1, steps=steps, compute=compute, name=f"{method}-{length}")
     packs, content = work.packs(config)
     report, scratch = work.folder / "report.json", work.folder / "scratch"
@@ -166,42 +190,51 @@ def _run(work: Workload, side: str, method: str, length: int, number: int, compu
             raise SystemExit(f"{side} {method} {length} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         said = done.stderr.strip().splitlines() or ["nothing was said"]
         raise PeerFailedError(f"{method} at {length:,} ended with {done.returncode}: {said[-1]}")
-    return measured_of(json.loads(report.read_text()), content, side=side, method=method, length=length, number=number)
+    return measured_of(
+        json.loads(report.read_text()), content, work.size, side=side, method=method, length=length, number=number
+    )
 
 
 def measured_of(
-    report: dict[str, Any], content: list[Step], *, side: str, method: str, length: int, number: int
+    report: dict[str, Any], content: list[Step], size: Size, *, side: str, method: str, length: int, number: int
 ) -> Measured:
     ends, steady = report["ends"], content[WARM_UP_STEPS:]
     assert len(ends) == len(content), (side, len(ends), len(content))
     seconds = ends[-1] - ends[WARM_UP_STEPS - 1]
     return Measured(
         side, method, length, number,
+        step_s=seconds / len(steady),
         tokens_per_s=sum(step.tokens for step in steady) / seconds,
-        flops_per_s=sum(flops(step, method) for step in steady) / seconds,
+        step_flops=sum(flops(size, step, method) for step in steady) / len(steady),
         peak_bytes=report["peak_bytes"],
+        planned_bytes=report.get("planned_bytes"),
         first_step_s=ends[0] - report["started"],
         losses=report["losses"],
         versions=report["versions"],
     )  # fmt: skip
 
 
-def rows_of(runs: list[Measured], rates: dict[str, float]) -> list[Row]:
+def rows_of(runs: list[Measured], rates: dict[str, float], size: Size) -> list[Row]:
     cells: dict[tuple[str, int, str], list[Measured]] = {}
     for run in runs:
         cells.setdefault((run.method, run.length, run.side), []).append(run)
     rows = []
     for (method, length, side), mine in cells.items():
         ours = {run.round: run for run in cells[method, length, OURS]}
-        rate = statistics.median(run.flops_per_s for run in mine)
+        rate = statistics.median(run.step_flops / run.step_s for run in mine)
+        planned = mine[0].planned_bytes
         rows.append(
             Row(
                 side,
                 method,
                 length,
+                step_s=statistics.median(run.step_s for run in mine),
+                flops_s=mine[0].step_flops / rates["square"],
+                bytes_s=least_bytes(size, method) / rates["memory"],
                 tokens_per_s=statistics.median(run.tokens_per_s for run in mine),
                 ratio=statistics.median(ours[run.round].tokens_per_s / run.tokens_per_s for run in mine),
                 peak_gib=max(run.peak_bytes for run in mine) / 2**30,
+                planned_gib=None if planned is None else planned / 2**30,
                 memory_ratio=statistics.median(ours[run.round].peak_bytes / run.peak_bytes for run in mine),
                 first_step_s=statistics.median(run.first_step_s for run in mine),
                 of_model=rate / rates["model"],
@@ -232,18 +265,35 @@ def show(rows: list[Row], rates: dict[str, float], absent: dict[str, str], conso
         )  # fmt: skip
         last = (row.method, row.length)
     console.print(table)
-    named = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
-    console.print(f"products of bf16: {named}")
+    for row in rows:
+        if row.side == OURS:
+            console.print(_floor(row))
+    console.print(
+        f"products of bf16: model {rates['model'] / 1e9:,.0f}, square {rates['square'] / 1e9:,.0f} GFLOP/s; "
+        f"memory, read and written: {rates['memory'] / 1e9:,.1f} GB/s"
+    )
     for name, why in absent.items():
         console.print(f"{name} is left out: {why}")
 
 
-def _rates(threads: int) -> dict[str, float]:
+def _floor(row: Row) -> str:
+    step, products, memory = (f"{seconds * 1e3:,.0f} ms" for seconds in (row.step_s, row.flops_s, row.bytes_s))
+    text = f"{row.method} {row.length:,}: a step takes {step}; its FLOPs {products}, its weights and moments {memory}"
+    if row.planned_gib is None:
+        return text
+    return f"{text}; planned {row.planned_gib:.2f} GiB, measured / planned {row.peak_gib / row.planned_gib:.3f}"
+
+
+def _rates(threads: int, size: str) -> dict[str, float]:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "benchmarks.train_parts.products", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.train_parts.products", str(threads), size]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     rates: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return rates
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _cpu() -> str:

@@ -59,4 +59,5 @@ PEERS = {
         Path(__file__).with_name("peer_llamafactory.py"),
         without=("torchvision", "torchaudio"),
     ),
+    "axolotl": Peer("axolotl", "axolotl==0.19.0", Path(__file__).with_name("peer_axolotl.py")),
 }

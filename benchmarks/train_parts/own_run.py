@@ -45,10 +45,20 @@ def main(config: Path, report: Path, threads: int, overrides: list[str]) -> None
     folder = Path(chosen[-1] if chosen else yaml.safe_load(config.read_text())["output_dir"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rank = os.environ.get("RANK", "0")
+    if torch.cuda.is_available():
+        from sft_dist.config.load import load_config
+        from sft_dist.resolve import resolve
+        from sft_dist.runtime.world import WorldShape
+        from sft_dist.train.probe import planned_peak_bytes
+
+        planned = planned_peak_bytes(resolve(load_config(config), WorldShape()))
+    else:
+        planned = None
     measured = {
         "losses": [line["loss"] for line in lines if "loss" in line],
         "data_wait_s": [line["data_wait_s"] for line in lines if "data_wait_s" in line],
         "ends": ends, "started": psutil.Process().create_time(), "peak_bytes": peak_bytes(),
+        "planned_bytes": planned,
         "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
     }  # fmt: skip
     report.with_name(report.name if rank == "0" else f"{report.stem}-{rank}.json").write_text(json.dumps(measured))

@@ -1,10 +1,11 @@
 """How fast this machine multiplies matrices: what a trainer's rate is a share of.
 
-    python -m benchmarks.train_parts.products THREADS
+    python -m benchmarks.train_parts.products THREADS SIZE
 
-Two rates in bf16, each the median of many runs. ``square`` is a product of 2048 x 2048 matrices. ``model`` is all
-products of the model's linear layers at 1,024 tokens, forward and for both gradients, at their own sizes and nothing
-else: the time that a full fine-tuning step cannot be below.
+Each the median of many runs, products in bf16. ``square`` is a product of square matrices, 2,048 a side, 8,192 on a
+GPU. ``model`` is all products of the model's linear layers at 1,024 tokens (4,096 on a GPU), forward and for both
+gradients, at their own sizes and nothing else: the time that a full fine-tuning step cannot be below. ``memory`` is the
+bytes a second that a large copy reads and writes.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.train_parts.workload import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDE
+from benchmarks.train_parts.sizes import SIZES, Size
+from sft_dist.plan.benchmark import copy_rate
 
-SQUARE, TOKENS, RUNS, COPIES = 2048, 1024, 15, 4
+RUNS, COPIES = 15, 4
 
 
-def rates(device: torch.device) -> dict[str, float]:
-    """FLOP/s by name."""
-    a, b = (torch.randn(SQUARE, SQUARE, dtype=torch.bfloat16, device=device) for _ in range(2))
-    found = {"square": 2 * SQUARE**3 / _median_s(lambda _: a @ b, device)}
-    kv = HIDDEN * KV_HEADS // HEADS
-    layers = [(HIDDEN, HIDDEN)] * 2 + [(HIDDEN, kv)] * 2 + [(HIDDEN, WIDE)] * 2 + [(WIDE, HIDDEN)]
+def rates(device: torch.device, size: Size) -> dict[str, float]:
+    """By name: FLOP/s, and bytes/s of memory."""
+    square, tokens = (2048, 1024) if device.type == "cpu" else (8192, 4096)
+    a, b = (torch.randn(square, square, dtype=torch.bfloat16, device=device) for _ in range(2))
+    found = {"square": 2 * square**3 / _median_s(lambda _: a @ b, device)}
     work = seconds = 0.0
-    for inputs, outputs in set(layers):
-        times = layers.count((inputs, outputs)) * LAYERS
+    for inputs, outputs in set(size.linears):
+        times = size.linears.count((inputs, outputs)) * size.layers
         # As many of each as a model has layers, some: else all of them stay in the caches.
         x, w, g = (
             [torch.randn(rows, columns, dtype=torch.bfloat16, device=device) for _ in range(COPIES)]
-            for rows, columns in ((TOKENS, inputs), (outputs, inputs), (TOKENS, outputs))
+            for rows, columns in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
         )
         products: tuple[Callable[[int], torch.Tensor], ...] = (
             lambda i, x=x, w=w: x[i] @ w[i].T,  # type: ignore[misc]
@@ -43,8 +44,8 @@ def rates(device: torch.device) -> dict[str, float]:
         )
         for product in products:
             seconds += times * _median_s(product, device)
-            work += times * 2 * TOKENS * inputs * outputs
-    return found | {"model": work / seconds}
+            work += times * 2 * tokens * inputs * outputs
+    return found | {"model": work / seconds, "memory": copy_rate(device)}
 
 
 def _median_s(product: Callable[[int], torch.Tensor], device: torch.device) -> float:
@@ -62,4 +63,5 @@ def _median_s(product: Callable[[int], torch.Tensor], device: torch.device) -> f
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]))
-    print(json.dumps(rates(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(rates(here, SIZES[sys.argv[2]])))

@@ -1,8 +1,8 @@
 """What all sides train: a model, an adapter, and packs of rows, made here from a seed; nothing is downloaded.
 
-A Llama of 33.6M parameters (8 blocks of 512, SwiGLU of 1,536, 8 heads that share 4 of keys and values, 8,192 tokens)
-and rows of made-up words: their lengths are lognormal around some 250 tokens, two thirds of each are supervised. Packs
-are those of this project, handed to every side in the order in which this project trains them.
+A Llama of one of ``sizes.SIZES`` with random weights, and rows of made-up words: their lengths are lognormal around
+some 250 tokens, two thirds of each are supervised. Packs are those of this project, handed to every side in the order
+in which this project trains them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,29 +18,17 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCAB, HIDDEN, WIDE, LAYERS, HEADS, KV_HEADS = 8192, 512, 1536, 8, 8, 4
+from benchmarks.train_parts.sizes import METHODS, RANK, SIZES, Size, Step
+from tests.helpers.big_model import write_checkpoint
+
+# Tokens that the tokenizer has; a model has as many or more.
+VOCAB = 8192
+
 ROWS, WORDS, MAX_WORDS = 4000, 9000, 900
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {"type": "full"},
-    "lora": {"type": "lora", "r": 16, "alpha": 32},
-    "qlora": {"type": "qlora", "r": 16, "alpha": 32},
-}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step. Args: segments: lengths of all rows in it; supervised: tokens."""
-
-    segments: tuple[int, ...]
-    supervised: int
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.segments)
 
 
 @dataclass(frozen=True)
@@ -78,6 +65,7 @@ class Workload:
     """A folder with everything; what is there already is taken as it is."""
 
     folder: Path
+    size: Size = SIZES["33m"]
     base: Path = field(init=False)
     adapter: Path = field(init=False)
 
@@ -175,29 +163,13 @@ class Workload:
         fast.save_pretrained(self.base)
 
     def _write_model(self) -> None:
-        torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=16384,
-            tie_word_embeddings=False, bos_token_id=0, eos_token_id=2,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-        model.save_pretrained(self.base)
-        lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+            **self.size.llama, max_position_embeddings=16384, tie_word_embeddings=False, bos_token_id=0, eos_token_id=2
+        )
+        write_checkpoint(self.base, config, num_files=4)
+        torch.manual_seed(0)
+        model = LlamaForCausalLM.from_pretrained(self.base, dtype=torch.bfloat16)
+        lora = LoraConfig(
+            r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         get_peft_model(model, lora).save_pretrained(self.adapter)
-
-
-def flops(step: Step, method: str) -> float:
-    """Of a step's products, forward and backward, nothing computed twice counted twice.
-
-    2 a weight and token forward, 2 more for the gradient of its input, 2 more for its own where it is trained; logits
-    at the supervised positions only. Attention: 2 products of d a pair and head forward, 4 backward; pairs are causal.
-    """
-    kv = HIDDEN * KV_HEADS // HEADS
-    block = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * kv + 3 * HIDDEN * WIDE
-    adapter = 16 * (2 * 2 * HIDDEN + 2 * (HIDDEN + kv) + 3 * (HIDDEN + WIDE))
-    pairs = sum(length * (length + 1) / 2 for length in step.segments)
-    attention = LAYERS * pairs * HIDDEN * (4 + 8)
-    factor = 6 if method == "full" else 4
-    products = factor * (LAYERS * block * step.tokens + HIDDEN * VOCAB * step.supervised)
-    return products + attention + (0 if method == "full" else 6 * LAYERS * adapter * step.tokens)

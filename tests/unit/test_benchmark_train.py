@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,21 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import check, growth, train
-from benchmarks.train_parts import workload
 from benchmarks.train_parts.point import Point, Report, rows_of
-from benchmarks.train_parts.workload import HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDE, Step, flops
+from benchmarks.train_parts.sizes import METHODS, SIZES, Step, flops, least_bytes
 from sft_dist.data.packing import Packs
+
+RATES = {"model": 4e8, "square": 8e8, "memory": 1e9}
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_flops_are_those_that_torch_counts(method: str) -> None:
     """Of the products of matrices, where every position is supervised; without attention."""
     tokens = 8
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, attn_implementation="eager",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    size = SIZES["33m"]
+    model = LlamaForCausalLM(LlamaConfig(**size.llama, attn_implementation="eager"))
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -38,12 +37,28 @@ def test_flops_are_those_that_torch_counts(method: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids).logits.sum().backward()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op))
-    without_attention = flops(Step((1,) * tokens, tokens), method) - LAYERS * tokens * HIDDEN * 12
+    without_attention = flops(size, Step((1,) * tokens, tokens), method) - size.layers * tokens * size.hidden * 12
     assert without_attention == pytest.approx(counted, rel=2e-2 if method == "lora" else 1e-9)
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_least_bytes_are_those_of_the_parameters(name: str) -> None:
+    """2 x 2 bytes a pass of a weight; of what is trained 4 for its gradient and 7 x 4 for AdamW."""
+    size = SIZES[name]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**size.llama, tie_word_embeddings=False))
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    embedding = size.vocab * size.hidden
+    assert least_bytes(size, "full") == 36 * matrices
+    adapters = size.layers * size.block_adapters
+    assert least_bytes(size, "lora") == 4 * (matrices - embedding) + 36 * adapters
+    quantised = size.layers * size.block_weights
+    of_4_bits = least_bytes(size, "qlora") - least_bytes(size, "lora")
+    assert of_4_bits == pytest.approx(-2 * (2 - 0.516) * quantised, rel=1e-3)
+
+
 def measured(side: str, number: int, rate: float, memory: int, losses: list[float]) -> train.Measured:
-    return train.Measured(side, "full", 1024, number, rate, rate * 1e6, memory, 5.0, losses, {})
+    return train.Measured(side, "full", 1024, number, 2.0, rate, 2e6 * rate, memory, None, 5.0, losses, {})
 
 
 def test_ratios_are_of_neighbours() -> None:
@@ -52,15 +67,19 @@ def test_ratios_are_of_neighbours() -> None:
         measured("trl", 1, 50, 20, [2.0, 1.0]), measured("sft_dist", 1, 150, 10, [2.0, 1.0]),
         measured("sft_dist", 2, 220, 10, [2.0, 1.0]), measured("trl", 2, 100, 20, [2.0, 1.0]),
     ]  # fmt: skip
-    rows = {row.side: row for row in train.rows_of(runs, {"model": 4e8, "square": 8e8})}
+    rows = {row.side: row for row in train.rows_of(runs, RATES, SIZES["33m"])}
     assert rows["trl"].ratio == pytest.approx(2.2)
     assert rows["trl"].memory_ratio == 0.5
     assert rows["trl"].losses_differ == pytest.approx(1e-3)
     assert (rows["sft_dist"].ratio, rows["sft_dist"].losses_differ) == (1.0, 0.0)
     assert rows["sft_dist"].of_model == pytest.approx(200e6 / 4e8)
+    assert rows["sft_dist"].flops_s == pytest.approx(400e6 / 8e8)
     console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    train.show(list(rows.values()), {"model": 4e8, "square": 8e8}, {"axolotl": "no wheel"}, console)
+    planned = replace(rows["sft_dist"], peak_gib=1.9, planned_gib=2.0)
+    train.show([planned, rows["trl"]], RATES, {"axolotl": "no wheel"}, console)
     text = console.export_text()
+    assert "full 1,024: a step takes 2,000 ms; its FLOPs 500 ms" in text
+    assert "measured / planned 0.950" in text
     assert "2.20 x" in text
     assert "axolotl is left out: no wheel" in text
 
@@ -68,7 +87,7 @@ def test_ratios_are_of_neighbours() -> None:
 def test_a_peer_that_fails_is_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "_rates", lambda threads: {"model": 4e8, "square": 8e8})
+    monkeypatch.setattr(train, "_rates", lambda threads, size: RATES)
     for peer in train.PEERS.values():
         monkeypatch.setattr(type(peer), "install", lambda self: None)
 
@@ -78,9 +97,9 @@ def test_a_peer_that_fails_is_left_out_and_named(
         return measured(side, number, 100, 10, [1.0])
 
     monkeypatch.setattr(train, "_run", run)
-    monkeypatch.setattr(train, "Workload", lambda folder: None)
+    monkeypatch.setattr(train, "Workload", lambda folder, size: None)
     path = tmp_path / "result.json"
-    train.main(["--methods", "full", "--lengths", "1024", "--rounds", "3", "--json", str(path)])
+    train.main(["--methods", "full", "--lengths", "1024", "--peers", "trl", "llamafactory", "--json", str(path)])
     result = json.loads(path.read_text())
     assert {row["side"] for row in result["rows"]} == {"sft_dist", "trl"}
     assert "llamafactory is left out: full at 1,024 ended with 1: no kernel" in capsys.readouterr().out
@@ -96,13 +115,35 @@ def test_packs_of_llamafactory_number_the_rows() -> None:
     ]
 
 
+def test_packs_of_axolotl_begin_positions_anew_at_every_row() -> None:
+    source = (Path(train.__file__).parent / "train_parts" / "peer_axolotl.py").read_text()
+    scope: dict[str, Any] = {"Any": Any, "Dataset": SimpleNamespace(from_list=list)}
+    exec(source[source.index("def as_samples") : source.index("def main")], scope)
+    pack = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, 8, 9], "seq_lengths": [2, 3]}
+    (sample,) = scope["as_samples"]([pack])
+    assert sample.pop("position_ids") == [0, 1, 0, 1, 2]
+    assert sample == {
+        "input_ids": pack["input_ids"], "labels": pack["labels"], "attention_mask": [1] * 5, "length": 5
+    }  # fmt: skip
+
+
 def test_tokens_a_second_leave_out_the_first_steps() -> None:
     content = [Step((100,), 60)] * 10
     ends = [50.0, 51.0, 52.0, 53.0, *(53.0 + 0.5 * n for n in range(1, 7))]
     report = {"ends": ends, "started": 40.0, "peak_bytes": 1, "losses": [1.0] * 10, "versions": {}}
-    run = train.measured_of(report, content, side="trl", method="full", length=1024, number=0)
+    run = train.measured_of(report, content, SIZES["33m"], side="trl", method="full", length=1024, number=0)
     assert run.tokens_per_s == pytest.approx(200)
+    assert run.step_s == pytest.approx(0.5)
+    assert run.step_flops == flops(SIZES["33m"], content[0], "full")
     assert run.first_step_s == 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_size_that_needs_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        train.main(["--size", "7b"])
+    assert end.value.code == 2
+    assert "--size 7b needs a CUDA GPU" in capsys.readouterr().err
 
 
 def result(ratio: float, memory: float, side: str = "trl") -> dict[str, Any]:
@@ -156,5 +197,5 @@ def test_rows_of_a_point_have_one_length() -> None:
 def test_results_that_are_committed_are_of_this_workload() -> None:
     for path in sorted((Path(train.__file__).parent / "results").glob("train-*.json")):
         committed = json.loads(path.read_text())
-        assert {row["method"] for row in committed["rows"]} <= set(workload.METHODS)
+        assert {row["method"] for row in committed["rows"]} <= set(METHODS)
         assert committed["versions"][train.OURS]["torch"]
