@@ -1,13 +1,13 @@
 """How near the dry run comes to published measurements of other trainers.
 
-    python benchmarks/plan_accuracy.py --points FILE [--json] [--docs PAGE]
-    python benchmarks/plan_accuracy.py --points FILE --efficiencies
+    python benchmarks/plan_accuracy.py [--points FILE] [--json] [--docs PAGE]
+    python benchmarks/plan_accuracy.py [--points FILE] --efficiencies
 
-FILE is a YAML list of rows: model, method, GPUs, sharding, lengths, kernels, versions in words, and what was measured
-(``peak_mem_gib`` with ``peak_mem_kind``, ``tokens_per_s_per_gpu``, ``oom``). For each row the other trainer's model is
-built from Transformers' modules with its kernels, adapters and loss (``benchmarks/peers``), recorded on tensors without
-data as a run's own model is, and played with its sharding. Nothing is fitted to the rows. A row that cannot be mapped
-is counted with its reason.
+FILE (``benchmarks/published.yaml``) is a YAML list of rows: model, method, GPUs, sharding, lengths, kernels, versions
+in words, and what was measured (``peak_mem_gib`` with ``peak_mem_kind``, ``tokens_per_s_per_gpu``, ``oom``). For each
+row the other trainer's model is built from Transformers' modules with its kernels, adapters and loss
+(``benchmarks/peers``), recorded on tensors without data as a run's own model is, and played with its sharding. Nothing
+is fitted to the rows. A row that cannot be mapped is counted with its reason.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from benchmarks.peers.page import page
 from benchmarks.peers.score import Scores, score, summary
 from sft_dist.errors import PlanError
 
+PUBLISHED = Path(__file__).with_name("published.yaml")
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", required=True, type=Path, help="YAML list of published rows")
+    parser.add_argument("--points", type=Path, default=PUBLISHED, help="YAML list of published rows")
     parser.add_argument("--json", action="store_true", help="print JSON; errors are shares, not percent")
     parser.add_argument("--docs", type=Path, help="also write this Markdown page")
     parser.add_argument("--rows", action="store_true", help="also list every compared figure")

@@ -1,13 +1,14 @@
 """Training beside the trainers that people would use instead: speed, memory, start-up and losses, in one run.
 
     python -m benchmarks.train [--size 33m] [--methods full lora qlora] [--lengths 1024 4096] [--rounds 3]
-                               [--peers trl llamafactory axolotl] [--compute bf16] [--threads 2] [--json FILE]
+                               [--peers trl llamafactory axolotl] [--here] [--compute bf16] [--threads 2]
+                               [--json FILE]
     python -m benchmarks.train --size 7b                   LoRA and QLoRA of Llama 2 7B at 4,096 tokens, on a CUDA GPU
 
 Every side trains the same weights on the same packs in the same order and precision (``train_parts/workload.py``),
 one process after the other, in the order A B, B A, A B, ...: what else the machine does meets all of them. A peer runs
-in an environment of its own, which is made when it is not there; one that cannot be installed, or that ends with an
-error, is named and left out.
+in an environment of its own, which is made when it is not there, or with ``--here`` in the Python that runs this, where
+there is no network to make one; one that is not there or that ends with an error is named and left out.
 
     tokens/s    of the steps after the first ones, data included; the median of the rounds
     ratio       ours / the peer's, the median over rounds of the ratio of neighbours
@@ -106,7 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--size {given.size} needs a CUDA GPU")
     work = Workload(given.folder or ROOT / ".build" / f"bench-train-{given.size}", size)
     methods, lengths = given.methods or size.methods, given.lengths or size.lengths
-    absent = {name: why for name in given.peers if (why := PEERS[name].install()) is not None}
+    peers = [PEERS[name] for name in given.peers]
+    absent = {peer.name: why for peer in peers if (why := peer.missing_here() if given.here else peer.install())}
+    pythons = {peer.name: sys.executable if given.here else str(peer.python) for peer in peers}
     sides = [OURS, *(name for name in given.peers if name not in absent)]
     runs: list[Measured] = []
     rates: list[dict[str, float]] = [_rates(given.threads, given.size)]
@@ -115,7 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
             for number in range(given.rounds):
                 for side in sides if number % 2 == 0 else sides[::-1]:
                     try:
-                        runs.append(_run(work, side, method, length, number, given.compute, given.threads))
+                        python = pythons.get(side, sys.executable)
+                        runs.append(_run(work, side, python, method, length, number, given.compute, given.threads))
                     except PeerFailedError as error:
                         absent[side] = str(error)
                         sides = [each for each in sides if each != side]
@@ -151,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS))
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--here", action="store_true", help="peers run in the Python that runs this")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compute", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -159,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(work: Workload, side: str, method: str, length: int, number: int, compute: str, threads: int) -> Measured:
+def _run(
+    work: Workload, side: str, python: str, method: str, length: int, number: int, compute: str, threads: int
+) -> Measured:
     steps = work.size.steps.get(length, 10)
     config = work.config(method, length, accumulation=1, steps=steps, compute=compute, name=f"{method}-{length}")
     packs, content = work.packs(config)
@@ -174,7 +181,7 @@ def _run(work: Workload, side: str, method: str, length: int, number: int, compu
     }
     if side == OURS:
         module = "benchmarks.train_parts.own_run"
-        command = [sys.executable, "-m", module, str(config), str(report), str(threads)]
+        command = [python, "-m", module, str(config), str(report), str(threads)]
         environment["PYTHONPATH"] = str(ROOT)
     else:
         task = Task(
@@ -182,8 +189,9 @@ def _run(work: Workload, side: str, method: str, length: int, number: int, compu
             str(packs), str(scratch), str(report),
         )  # fmt: skip
         (work.folder / "task.json").write_text(task.to_json())
-        command = [str(PEERS[side].python), str(PEERS[side].script), str(work.folder / "task.json")]
-        environment.pop("PYTHONPATH", None)
+        command = [python, str(PEERS[side].script), str(work.folder / "task.json")]
+        if python != sys.executable:
+            environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, env=environment, cwd=work.folder, capture_output=True, text=True)
     if done.returncode or not report.exists():
         if side == OURS:

@@ -1,7 +1,8 @@
-"""Other trainers, each in an environment of its own under .build/peers; made by pip when it is not there."""
+"""Other trainers, each in an environment of its own under .build/peers, made by pip when it is not there; or here."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import venv
@@ -29,6 +30,10 @@ class Peer:
     @property
     def python(self) -> Path:
         return ROOT / ".build" / "peers" / f"{self.name}-env" / "bin" / "python"
+
+    def missing_here(self) -> str | None:
+        """Why the Python that runs this cannot run it, or None."""
+        return None if importlib.util.find_spec(self.name) else "the Python that runs this does not have it"
 
     def install(self) -> str | None:
         """Makes the environment; why that is not possible, or None."""

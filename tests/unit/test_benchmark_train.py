@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import check, growth, train
+from benchmarks.train_parts import environments
 from benchmarks.train_parts.point import Point, Report, rows_of
 from benchmarks.train_parts.sizes import METHODS, SIZES, Step, flops, least_bytes
 from sft_dist.data.packing import Packs
@@ -91,7 +93,7 @@ def test_a_peer_that_fails_is_left_out_and_named(
     for peer in train.PEERS.values():
         monkeypatch.setattr(type(peer), "install", lambda self: None)
 
-    def run(work: Any, side: str, method: str, length: int, number: int, *_: Any) -> train.Measured:
+    def run(work: Any, side: str, python: str, method: str, length: int, number: int, *_: Any) -> train.Measured:
         if side == "llamafactory" and number == 1:
             raise train.PeerFailedError("full at 1,024 ended with 1: no kernel")
         return measured(side, number, 100, 10, [1.0])
@@ -103,6 +105,24 @@ def test_a_peer_that_fails_is_left_out_and_named(
     result = json.loads(path.read_text())
     assert {row["side"] for row in result["rows"]} == {"sft_dist", "trl"}
     assert "llamafactory is left out: full at 1,024 ended with 1: no kernel" in capsys.readouterr().out
+
+
+def test_a_peer_that_this_python_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_rates", lambda threads, size: RATES)
+    monkeypatch.setattr(train, "Workload", lambda folder, size: None)
+    asked = []
+
+    def run(work: Any, side: str, python: str, method: str, length: int, number: int, *_: Any) -> train.Measured:
+        asked.append((side, python))
+        return measured(side, number, 100, 10, [1.0])
+
+    monkeypatch.setattr(train, "_run", run)
+    shown: dict[str, str] = {}
+    monkeypatch.setattr(train, "show", lambda rows, rates, absent, console: shown.update(absent))
+    monkeypatch.setattr(environments.importlib.util, "find_spec", lambda name: None if name == "axolotl" else name)
+    train.main(["--methods", "full", "--lengths", "1024", "--peers", "trl", "axolotl", "--here", "--rounds", "1"])
+    assert shown == {"axolotl": "the Python that runs this does not have it"}
+    assert asked == [("sft_dist", sys.executable), ("trl", sys.executable)]
 
 
 def test_packs_of_llamafactory_number_the_rows() -> None:

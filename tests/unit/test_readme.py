@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -49,6 +50,49 @@ def test_both_readmes_show_the_same_settings() -> None:
         return [line.split("#")[0].rstrip() for line in block.splitlines()]
 
     assert settings("README.md") == settings("README.ja.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("README.md", "within {p90:.1f} % of nine in ten of {count} published peaks"),
+        ("README.ja.md", "公表された {count} 件のピーク測定値とも、その 9 割で誤差 {p90:.1f} % 以内"),
+    ],
+)
+def test_the_accuracy_of_plans_is_that_of_its_page(name: str, sentence: str) -> None:
+    page = (ROOT / "docs/plan_accuracy.md").read_text(encoding="utf-8")
+    found = re.search(r"All (\d+) allocated peaks: .*, nine of ten to ([\d.]+)%", page)
+    assert found is not None
+    text = "".join((ROOT / name).read_text(encoding="utf-8").split())
+    assert "".join(sentence.format(count=found[1], p90=float(found[2])).split()) in text
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "README.md",
+            "{slow_1024} to {fast_1024} times its tokens a second packed to 1,024 and {slow_4096} to {fast_4096} times"
+            " packed to 4,096, with {least} to {most} of its memory",
+        ),
+        (
+            "README.ja.md",
+            "1,024 トークンのパックで {slow_1024}〜{fast_1024} 倍、4,096 トークンのパックで {slow_4096}〜{fast_4096} 倍、"
+            "使うメモリは {least}〜{most} 倍",
+        ),
+    ],
+)
+def test_the_comparison_with_trl_is_that_of_the_committed_results(name: str, sentence: str) -> None:
+    committed = json.loads((ROOT / "benchmarks/results/train-cpu.json").read_text())
+    rows = [row for row in committed["rows"] if row["side"] == "trl"]
+    figures = {}
+    for length in (1024, 4096):
+        ratios = [row["ratio"] for row in rows if row["length"] == length]
+        figures |= {f"slow_{length}": f"{min(ratios):.1f}", f"fast_{length}": f"{max(ratios):.1f}"}
+    memory = [row["memory_ratio"] for row in rows]
+    figures |= {"least": f"{min(memory):.2f}", "most": f"{max(memory):.2f}"}
+    text = "".join((ROOT / name).read_text(encoding="utf-8").split())
+    assert "".join(sentence.format(**figures).split()) in text
 
 
 def test_each_row_of_the_data_page_is_read_as_its_format(tmp_path: Path) -> None:
