@@ -150,7 +150,7 @@ def _listen(found: Report, strategy: Any, order: Any, rank: int, run: Any) -> No
     described: Counter[str] = Counter()
     passes = run.batch.gradient_accumulation_steps
     for each in collectives(run):
-        described[each.kind] += each.size_bytes * (passes if each.every == "micro_batch" else 1)
+        described[each.kind] += each.size_bytes * each.times(passes)
     found.heard, found.described = dict(heard), dict(described)
 
 

@@ -8,7 +8,7 @@ It needs no run: other stacks' tapes are played the same way.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +16,7 @@ from typing import Literal
 from sft_dist.plan.launches import WHOLE, Units
 from sft_dist.plan.rates import Rates
 from sft_dist.plan.tape import Moment, Segment, Tape
-from sft_dist.sharding.collectives import Collective, Pass
+from sft_dist.sharding.collectives import Collective, Every, Pass
 
 WORK_PARTS = ("matrix products", "attention", "element-wise", "dequantising")
 
@@ -34,7 +34,7 @@ class Transfer:
 
     seconds: float
     of: Pass
-    every: Literal["micro_batch", "last_micro_batch", "step"]
+    every: Every
     block: int | None
     when: Literal["before", "after"]
     overlaps: bool = True
@@ -87,20 +87,14 @@ def step_time(
         backward: False for an evaluation: forward passes alone.
     """
     every = [*_of_links(collectives, rates), *transfers]
-    copies = _copies(collectives, rates)
     total: dict[str, float] = defaultdict(float)
     hidden = 0.0
-    usual = [t for t in every if t.every == "micro_batch"]
-    last = [t for t in every if t.every != "step"]
-    ends = _micro_batch(tape, rates, last, copies, units, backward)
-    other = ends
-    if micro_batches > 1 and len(last) > len(usual):
-        other = _micro_batch(tape, rates, usual, copies, units, backward)
-    for played, times in ((other, micro_batches - 1), (ends, 1)):
-        if times:
-            for name, seconds in played.parts.items():
-                total[name] += seconds * times
-            hidden += played.hidden_s * times
+    for when, times in _kinds_of_micro_batches({t.every for t in every}, micro_batches).items():
+        copies = _copies((c for c in collectives if c.every in when), rates)
+        played = _micro_batch(tape, rates, [t for t in every if t.every in when], copies, units, backward)
+        for name, seconds in played.parts.items():
+            total[name] += seconds * times
+        hidden += played.hidden_s * times
     for transfer in every:
         if transfer.every == "step":
             total[transfer.part] += transfer.seconds
@@ -109,10 +103,22 @@ def step_time(
     return StepTime({name: seconds for name, seconds in total.items() if seconds > 0}, hidden)
 
 
+def _kinds_of_micro_batches(found: set[Every], count: int) -> Counter[frozenset[Every]]:
+    """How many of a step's micro-batches have what in them, of what ``found`` has."""
+
+    def of(number: int) -> Iterator[Every]:
+        yield "micro_batch"
+        if number == 0 and "first_micro_batch" in found:
+            yield "first_micro_batch"
+        if number == count - 1 and "last_micro_batch" in found:
+            yield "last_micro_batch"
+
+    return Counter(frozenset(of(number)) for number in range(count))
+
+
 def communication_seconds(collectives: Iterable[Collective], rates: Rates, *, micro_batches: int) -> float:
     """Of all collectives of a step, one after the other."""
-    times = {"micro_batch": micro_batches, "last_micro_batch": 1, "step": 1}
-    return sum(rates.links.seconds(c) * times[c.every] for c in collectives)
+    return sum(rates.links.seconds(c) * c.times(micro_batches) for c in collectives)
 
 
 _Piece = tuple[float, float, Moment]
@@ -288,9 +294,8 @@ def _of_links(collectives: Iterable[Collective], rates: Rates) -> Iterator[Trans
 
 
 def _copies(collectives: Iterable[Collective], rates: Rates) -> dict[Pass, float]:
-    """Seconds of a micro-batch's copies by pass."""
+    """Seconds of their copies by pass."""
     copies: dict[Pass, float] = {"forward": 0.0, "backward": 0.0, "step": 0.0}
     for collective in collectives:
-        if collective.every == "micro_batch":
-            copies[collective.of] += rates.copy_seconds(collective.copied_bytes)
+        copies[collective.of] += rates.copy_seconds(collective.copied_bytes)
     return copies

@@ -31,7 +31,8 @@ class Unit:
 class Fsdp2Timeline(Timeline):
     """``fully_shard``: a unit's shards are gathered into one buffer and copied out of it, gradients are copied into one
     and reduced. In forward the buffer stays until the next unit has its own; in backward the next unit's is filled
-    while one runs, and what is reduced stays until the next unit reduces."""
+    while one runs, and what is reduced stays until the next unit reduces. What is not freed after forward stays for all
+    micro-batches of a step."""
 
     def __init__(self, run: Run, tape: Tape) -> None:
         super().__init__(run, tape)
@@ -45,15 +46,18 @@ class Fsdp2Timeline(Timeline):
         self.buffered = 0  # bytes of gathers that were not copied out yet
         self.reducing = 0  # bytes of the reduce-scatter that is under way
         self.kept_gradients = 0  # this rank's chunks
-        self.accumulates = False
+        self.is_first = self.is_last = True
 
     def begin(self, ledger: Ledger, *, first: bool, last: bool) -> None:
-        self._gather(ledger, self.root)
-        self._copy_out(ledger, self.root, "gathering the embedding")
-        self.accumulates = not first
+        self.is_first, self.is_last = first, last
+        if first:
+            self._gather(ledger, self.root)
+            self._copy_out(ledger, self.root, "gathering the embedding")
         self.kept_gradients = ledger.now["gradients"]
 
     def before_forward(self, ledger: Ledger, block: int) -> None:
+        if not (self.is_first or self.sharding.reshard_after_forward):
+            return
         moment = f"gathering layer {block}"
         unit, before = self.blocks[block], self.buffered
         self._gather(ledger, unit)
@@ -78,12 +82,14 @@ class Fsdp2Timeline(Timeline):
 
     def after_backward(self, ledger: Ledger, block: int) -> None:
         unit = self.blocks[block]
-        ledger.add("gather_buffers", -unit.whole_bytes)
+        if self.is_last or self.sharding.reshard_after_forward:
+            ledger.add("gather_buffers", -unit.whole_bytes)
         whole = self.tape.backward[self.tape.recorded[block]].net["gradients"]
         self._reduce(ledger, unit, whole, f"reducing layer {block}")
 
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
-        ledger.add("gather_buffers", -self.root.whole_bytes)
+        if last:
+            ledger.add("gather_buffers", -self.root.whole_bytes)
         self._reduce(ledger, self.root, ledger.now["gradients"] - self.kept_gradients, "reducing the embedding")
         ledger.add("communication", -self.reducing)
         self.reducing = 0
@@ -112,7 +118,7 @@ class Fsdp2Timeline(Timeline):
         ledger.touch("communication", unit.reduced_bytes // self.shards, moment)
         if self.on_host:
             return
-        if self.accumulates:  # the reduced chunk is added to the one that is there
+        if not self.is_first:  # the reduced chunk is added to the one that is there
             ledger.touch("gradients", unit.gradient_bytes, moment)
         else:
             ledger.add("gradients", unit.gradient_bytes, moment)

@@ -24,6 +24,7 @@ from sft_dist.sharding.ring import Kind, ring_factor
 from sft_dist.sharding.zero import PARTITION_ALIGNMENT
 
 Pass = Literal["forward", "backward", "step"]
+Every = Literal["micro_batch", "first_micro_batch", "last_micro_batch", "step"]
 
 # DistributedDataParallel's defaults: the first bucket is smaller, so that something travels early.
 DDP_FIRST_BUCKET_BYTES, DDP_BUCKET_BYTES = 2**20, 25 * 2**20
@@ -55,7 +56,7 @@ class Collective:
     Args:
         size_bytes: of the whole tensor: gathered, reduced, or what one rank sends and keeps in an all-to-all.
         of: the pass that it belongs to.
-        every: how often: in each micro-batch, in the last one's backward, or once a step behind that.
+        every: how often: in each micro-batch, in the first or the last one only, or once a step behind them.
         block: index of the decoder block that it is of; None: what is before and behind the blocks.
         overlaps: whether computation goes on meanwhile.
         copied_bytes: that the GPU reads and writes around it, to and from the buffers that travel.
@@ -65,10 +66,14 @@ class Collective:
     size_bytes: int
     group: Group
     of: Pass
-    every: Literal["micro_batch", "last_micro_batch", "step"]
+    every: Every
     block: int | None
     overlaps: bool = True
     copied_bytes: int = 0
+
+    def times(self, micro_batches: int) -> int:
+        """How often there is one in a step of so many."""
+        return micro_batches if self.every == "micro_batch" else 1
 
 
 def collectives(run: Run, *, tokens: int | None = None) -> tuple[Collective, ...]:
@@ -156,23 +161,27 @@ def _ddp(run: Run) -> Iterator[Collective]:
 
 
 def _fsdp2(run: Run) -> Iterator[Collective]:
-    """A block is gathered in forward, again in backward if it was freed, and reduced in every micro-batch."""
+    """A block is gathered in forward, again in backward if it was freed, and reduced in every micro-batch.
+
+    What is not freed after forward stays gathered for the step: the root, and with it blocks if they are kept.
+    """
     assert isinstance(run.sharding, Fsdp2Sharding)
     replicas, per_node = run.sharding.dp_replicate, run.world.ranks_per_node
+    frees_blocks = run.sharding.reshard_after_forward
     shards = run.world.size // replicas
     shard = Group("shard", shards, min(shards, per_node))
     replica = Group("replica", replicas, max(1, min(replicas, per_node // shards)))
     compute, reduce = DTYPE_BYTES[run.precision.compute], DTYPE_BYTES[run.precision.reduce]
-    # The root stays gathered from forward to backward.
     units = [None, *range(run.model.num_layers)]
     whole = {unit: sum(padded_numel(p, shards) for p in members(run, unit)) * compute for unit in units}
     needed = blocks_with_backward(run)
     # The one before is fetched ahead, whether or not it is needed.
-    again = range(max(0, needed.start - 1), needed.stop) if needed and run.sharding.reshard_after_forward else range(0)
+    again = range(max(0, needed.start - 1), needed.stop) if needed and frees_blocks else range(0)
 
     def gather(size: int, of: Pass, unit: int | None) -> Collective:
         """Into one buffer, out of which the unit's weights are copied."""
-        return Collective("all_gather", size, shard, of, "micro_batch", unit, copied_bytes=2 * size)
+        every: Every = "micro_batch" if unit is not None and frees_blocks else "first_micro_batch"
+        return Collective("all_gather", size, shard, of, every, unit, copied_bytes=2 * size)
 
     if shards > 1:
         for unit in units:
@@ -284,5 +293,5 @@ def _sequence_parallel(run: Run, tokens: int) -> Iterator[Collective]:
 
 def total_bytes(found: Iterable[Collective], *, micro_batches: int) -> int:
     """Bytes that a rank sends in a step."""
-    times = {"micro_batch": micro_batches, "last_micro_batch": 1, "step": 1}
-    return math.ceil(sum(c.size_bytes * ring_factor(c.kind, c.group.size) * times[c.every] for c in found))
+    sent = (c.size_bytes * ring_factor(c.kind, c.group.size) * c.times(micro_batches) for c in found)
+    return math.ceil(sum(sent))

@@ -1,4 +1,7 @@
-"""FSDP2 (``fully_shard``): every parameter is split along dimension 0; a decoder block is gathered while it runs."""
+"""FSDP2 (``fully_shard``): every parameter is split along dimension 0; a decoder block is gathered while it runs.
+
+Embedding, last norm and output layer, which are needed at both ends of a pass, are gathered once a step.
+"""
 
 from __future__ import annotations
 
@@ -85,13 +88,17 @@ class Fsdp2(NativeStrategy):
         for block in model.blocks().values():
             shard(block, reshard_after_forward=self.sharding.reshard_after_forward)
         # The root holds embedding, last norm and output layer: needed first in forward and first again in backward.
-        shard(model, reshard_after_forward=False)
+        self.root: FSDPModule = shard(model, reshard_after_forward=False)
         if weights is not None:
             home = torch.device("cpu") if self.sharding.cpu_offload else device
             fill(model, weights, partial(_shard, device=home), device, group=self.shard_group)
         self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
 
     def forward_backward(self, batch: MicroBatch, *, supervised_in_step: int, is_last_micro_batch: bool) -> Tensor:
+        # What stays gathered from forward to backward in any case stays so for the step: nothing changes it before its
+        # update, and the most that is held at a time is the same.
+        keeps_blocks = not self.sharding.reshard_after_forward
+        self.root.set_reshard_after_backward(is_last_micro_batch, recurse=keeps_blocks)
         # Every micro-batch reduces: gradients that wait for the last one would be whole on every rank.
         return self._forward_backward(self.model, batch, supervised_in_step)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from sft_dist.config.schema import Config
+from sft_dist.config.schema import Config, Fsdp2Sharding
 from sft_dist.data.loader import collate, micro_batches
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
@@ -73,7 +74,7 @@ def counted(found: tuple[Collective, ...] | list[Collective]) -> Heard:
 def described(run: Run, tokens: list[int]) -> list[Heard]:
     first, last = (collectives(run, tokens=n) for n in tokens)
     return [
-        counted([c for c in first if c.every == "micro_batch"]),
+        counted([c for c in first if c.every in ("micro_batch", "first_micro_batch")]),
         counted([c for c in last if c.every in ("micro_batch", "last_micro_batch")]),
         counted([c for c in last if c.every == "step"]),
     ]
@@ -214,11 +215,13 @@ def test_groups_cross_nodes_where_they_must(tiny_base: Path, nodes: int, per_nod
 
 
 def test_what_a_rank_sends(tiny_base: Path) -> None:
-    """DDP sends 2 (W - 1) / W of the gradients; FSDP2 the weights twice, and the gradients once, a micro-batch."""
+    """DDP sends 2 (W - 1) / W of the gradients; FSDP2 a micro-batch's gradients, and weights of blocks twice."""
     ddp = resolve(cells.config(str(tiny_base), "full", "ddp"), WorldShape(1, 4))
     numel = ddp.model.num_trainable
     assert total_bytes(collectives(ddp), micro_batches=5) == 2 * 3 / 4 * numel * 4
     fsdp2 = resolve(cells.config(str(tiny_base), "full", "fsdp2"), WorldShape(1, 4))
     root = sum(p.numel for p in fsdp2.model.parameters if p.block is None)
-    expected = 5 * 3 / 4 * (2 * (numel - root) + root + numel) * 4
+    expected = 3 / 4 * (5 * (2 * (numel - root) + numel) + root) * 4
     assert total_bytes(collectives(fsdp2), micro_batches=5) == pytest.approx(expected, rel=0.01)
+    kept = replace(fsdp2, sharding=Fsdp2Sharding(reshard_after_forward=False))
+    assert total_bytes(collectives(kept), micro_batches=5) == pytest.approx(3 / 4 * 6 * numel * 4, rel=0.01)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from sft_dist.config.schema import Config
@@ -128,15 +132,8 @@ def measure(cfg_yaml: str) -> Measured:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
             step(strategy, batch, 1)
         is_zero = run.strategy in ZERO_STAGES
-        tries = []
-        # gloo's threads let go of a buffer when they come to it, which may be late: the least of three is the step's.
-        for number in range(1 if is_zero else 3):
-            if number:
-                strategy.discard()
-            with LiveBytes() as live:
-                step(strategy, batch, run.batch.gradient_accumulation_steps, update=False)
-            tries.append(live)
-        live = min(tries, key=lambda each: each.peak)
+        with reducing_unseen(), LiveBytes() as live:
+            step(strategy, batch, run.batch.gradient_accumulation_steps, update=False)
         states = strategy.optimizer_state_bytes()
         assert states is not None
         masters = sum(m.nbytes for m in strategy.master_weights()) if is_zero else 0
@@ -151,6 +148,19 @@ def measure(cfg_yaml: str) -> Measured:
         )
     finally:
         strategy.close()
+
+
+@contextmanager
+def reducing_unseen() -> Iterator[None]:
+    """gloo reduces a copy of what it is given, which its threads let go of when they come to it; NCCL has none."""
+    reduce_scatter = DefaultReduceScatter.__call__
+
+    def unseen(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return reduce_scatter(*args, **kwargs)
+
+    with patch.object(DefaultReduceScatter, "__call__", unseen):
+        yield
 
 
 def step(strategy: Strategy, batch: MicroBatch, micro_batches: int, *, update: bool = True) -> None:
