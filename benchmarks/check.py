@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     committed = json.loads(given.committed.read_text())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "now.json"
-        train.main(["--lengths", *given.lengths, "--rounds", given.rounds, "--json", str(path)])
+        peers = sorted({row["side"] for row in committed["rows"]} - {train.OURS})
+        train.main(["--lengths", *given.lengths, "--rounds", given.rounds, "--json", str(path), "--peers", *peers])
         found = compare(committed, json.loads(path.read_text()))
     show(found, Console())
     return 0 if all(each.is_good for each in found) else 1

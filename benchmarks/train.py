@@ -8,7 +8,8 @@
 Every side trains the same weights on the same packs in the same order and precision (``train_parts/workload.py``),
 one process after the other, in the order A B, B A, A B, ...: what else the machine does meets all of them. A peer runs
 in an environment of its own, which is made when it is not there, or with ``--here`` in the Python that runs this, where
-there is no network to make one; one that is not there or that ends with an error is named and left out.
+there is no network to make one. One that is not there is named and left out; so is a method at which one ends with an
+error.
 
     tokens/s    of the steps after the first ones, data included; the median of the rounds
     ratio       ours / the peer's, the median over rounds of the ratio of neighbours
@@ -29,6 +30,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -51,7 +53,7 @@ TABLE_COLUMNS = 120
 
 
 class PeerFailedError(Exception):
-    """A peer's run ended with an error: the method, the length and its last line."""
+    """A peer's run ended with an error: at which length, and what it said."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,17 @@ def main(arguments: list[str] | None = None) -> None:
     runs: list[Measured] = []
     rates: list[dict[str, float]] = [_rates(given.threads, given.size)]
     for method in methods:
+        able = sides
         for length in lengths:
             for number in range(given.rounds):
-                for side in sides if number % 2 == 0 else sides[::-1]:
+                for side in able if number % 2 == 0 else able[::-1]:
                     try:
                         python = pythons.get(side, sys.executable)
                         runs.append(_run(work, side, python, method, length, number, given.compute, given.threads))
                     except PeerFailedError as error:
-                        absent[side] = str(error)
-                        sides = [each for each in sides if each != side]
-                        runs = [run for run in runs if run.side != side]
+                        absent[f"{side}, {method}"] = str(error)
+                        able = [each for each in able if each != side]
+                        runs = [run for run in runs if (run.side, run.method) != (side, method)]
                         continue
                     print(
                         f"{method} {length} round {number + 1} {side}: {runs[-1].tokens_per_s:,.0f} tokens/s",
@@ -139,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
             "machine": {"cpu": _cpu(), "gpu": _gpu(), "threads": given.threads, "python": platform.python_version()},
             "size": given.size,
             "compute": given.compute,
-            "versions": {side: next(run.versions for run in runs if run.side == side) for side in sides},
+            "versions": {run.side: run.versions for run in runs},
             "absent": absent,
             "rates_per_s": measured,
             "rows": [asdict(row) for row in rows],
@@ -197,7 +200,8 @@ def _run(
         if side == OURS:
             raise SystemExit(f"{side} {method} {length} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         said = done.stderr.strip().splitlines() or ["nothing was said"]
-        raise PeerFailedError(f"{method} at {length:,} ended with {done.returncode}: {said[-1]}")
+        named = [line for line in said if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        raise PeerFailedError(f"at {length:,} it ended with {done.returncode}: {(named or said)[-1]}")
     return measured_of(
         json.loads(report.read_text()), content, work.size, side=side, method=method, length=length, number=number
     )

@@ -76,6 +76,8 @@ def main(task: dict[str, Any]) -> None:
         settings |= {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True, "lora_dropout": 0.0}
     if task["method"] == "qlora":
         settings["load_in_4bit"] = True
+    if not torch.cuda.is_available():
+        settings |= {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
     cfg = load_cfg(DictDefault(settings))
     if task["method"] == "full":
         # As here: what is trained is kept in fp32 and multiplied in bf16.

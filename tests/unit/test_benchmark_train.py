@@ -86,7 +86,7 @@ def test_ratios_are_of_neighbours() -> None:
     assert "axolotl is left out: no wheel" in text
 
 
-def test_a_peer_that_fails_is_left_out_and_named(
+def test_a_method_at_which_a_peer_fails_is_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train, "_rates", lambda threads, size: RATES)
@@ -94,17 +94,32 @@ def test_a_peer_that_fails_is_left_out_and_named(
         monkeypatch.setattr(type(peer), "install", lambda self: None)
 
     def run(work: Any, side: str, python: str, method: str, length: int, number: int, *_: Any) -> train.Measured:
-        if side == "llamafactory" and number == 1:
-            raise train.PeerFailedError("full at 1,024 ended with 1: no kernel")
-        return measured(side, number, 100, 10, [1.0])
+        if (side, method, number) == ("llamafactory", "full", 1):
+            raise train.PeerFailedError("at 1,024 it ended with 1: ValueError: no kernel")
+        return replace(measured(side, number, 100, 10, [1.0]), method=method)
 
     monkeypatch.setattr(train, "_run", run)
     monkeypatch.setattr(train, "Workload", lambda folder, size: None)
     path = tmp_path / "result.json"
-    train.main(["--methods", "full", "--lengths", "1024", "--peers", "trl", "llamafactory", "--json", str(path)])
-    result = json.loads(path.read_text())
-    assert {row["side"] for row in result["rows"]} == {"sft_dist", "trl"}
-    assert "llamafactory is left out: full at 1,024 ended with 1: no kernel" in capsys.readouterr().out
+    cells = ["--methods", "full", "lora", "--lengths", "1024", "--peers", "trl", "llamafactory"]
+    train.main([*cells, "--json", str(path)])
+    rows = {(row["method"], row["side"]) for row in json.loads(path.read_text())["rows"]}
+    both = {("full", "sft_dist"), ("full", "trl"), ("lora", "sft_dist"), ("lora", "trl")}
+    assert rows == both | {("lora", "llamafactory")}
+    said = "llamafactory, full is left out: at 1,024 it ended with 1: ValueError: no kernel"
+    assert said in capsys.readouterr().out
+
+
+def test_the_error_of_a_peer_is_told_not_its_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = "Traceback\nValueError: no kernel\n  0%|   | 0/20 [00:00<?, ?it/s]\n"
+    failed = SimpleNamespace(returncode=1, stdout="", stderr=stderr)
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: failed)
+    work: Any = SimpleNamespace(
+        folder=tmp_path, base=tmp_path, adapter=tmp_path, size=SIZES["33m"], config=lambda *_, **__: tmp_path / "c.yaml",
+        packs=lambda config: (tmp_path / "packs", []),
+    )  # fmt: skip
+    with pytest.raises(train.PeerFailedError, match="at 1,024 it ended with 1: ValueError: no kernel"):
+        train._run(work, "trl", "python", "full", 1024, 0, "bf16", 1)
 
 
 def test_a_peer_that_this_python_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +206,7 @@ def test_the_guard_ends_with_1_where_something_is_worse(
     for ratio, code in ((2.1, 0), (1.0, 1)):
 
         def measure(arguments: list[str], ratio: float = ratio) -> None:
+            assert arguments[arguments.index("--peers") + 1 :] == ["trl"]
             Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(result(ratio, 0.7)))
 
         monkeypatch.setattr(train, "main", measure)
