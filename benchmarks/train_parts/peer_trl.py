@@ -54,10 +54,15 @@ def main(task: dict[str, Any]) -> None:
         shuffle_dataset=False,
     )  # fmt: skip
     clock = Clock()
+    trained = {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
     trainer = Trainer(
         model=model, args=config, train_dataset=Dataset.from_list(packs), callbacks=[clock],
         processing_class=AutoTokenizer.from_pretrained(task["base"]),
     )  # fmt: skip
+    # It rounds the adapters of a quantised base to bf16; here all sides keep what is trained in fp32.
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = trained[name]
     trainer.losses = []
     trainer.train()
     write_report(task, "trl", clock, trainer.losses)
