@@ -30,7 +30,7 @@ from sft_dist.plan.typical import Content, as_content, pairs_per_token, window_o
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
-from sft_dist.sharding.collectives import Collective, Group, collectives
+from sft_dist.sharding.collectives import Collective, Every, Group, collectives
 from tests.helpers import cells
 
 A100 = find_gpu("A100-SXM-80GB")
@@ -140,6 +140,16 @@ def test_what_cannot_hide_is_waited_for(tiny_base: Path) -> None:
     assert step_time(tape, rates=rates, collectives=[update], micro_batches=4).total_s == pytest.approx(
         alone.total_s + 1
     )
+
+
+@pytest.mark.parametrize(("every", "times"), [("first_micro_batch", 1), ("last_micro_batch", 1), ("micro_batch", 4)])
+def test_copies_are_made_when_something_travels(tiny_base: Path, every: Every, times: int) -> None:
+    run = planned(tiny_base, shape=WorldShape(1, 2))
+    tape, rates = trace(run), slow_links(1e30)
+    gather = Collective("all_gather", 1, Group("world", 2, 2), "forward", every, None, copied_bytes=10**10)
+    alone = step_time(tape, rates=rates, micro_batches=4).total_s
+    copied = step_time(tape, rates=rates, collectives=[gather], micro_batches=4).total_s
+    assert copied - alone == pytest.approx(times * rates.copy_seconds(10**10), rel=1e-3)
 
 
 def test_links_between_nodes_are_shared() -> None:
