@@ -50,15 +50,23 @@ def launched(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes
 def trainers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes that train, by rank: their parents have none."""
     below = psutil.Process(launcher.pid).children(recursive=True)
-    ranks = {p: p.environ().get("RANK") for p in [psutil.Process(launcher.pid), *below]}
+    ranks = {p: _rank(p) for p in [psutil.Process(launcher.pid), *below]}
     found = {int(rank): p for p, rank in ranks.items() if rank is not None and ranks[p.parent()] is None}
     return [found[rank] for rank in sorted(found)]
+
+
+def _rank(process: psutil.Process) -> str | None:
+    """None as well for one that has ended since it was listed: compilers and probes come and go below a trainer."""
+    try:
+        return process.environ().get("RANK")
+    except psutil.NoSuchProcess:
+        return None
 
 
 def trainers_below(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Of a launcher whose ranks need not begin with 0."""
     below = psutil.Process(launcher.pid).children(recursive=True)
-    ranked = {p.pid for p in below if "RANK" in p.environ()}
+    ranked = {p.pid for p in below if _rank(p) is not None}
     return [p for p in below if p.pid in ranked and p.ppid() not in ranked]
 
 
