@@ -35,6 +35,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,25 +114,25 @@ def main(arguments: list[str] | None = None) -> None:
     absent = {peer.name: why for peer in peers if (why := peer.missing_here() if given.here else peer.install())}
     pythons = {peer.name: sys.executable if given.here else str(peer.python) for peer in peers}
     sides = [OURS, *(name for name in given.peers if name not in absent)]
-    runs: list[Measured] = []
     rates: list[dict[str, float]] = [_rates(given.threads, given.size)]
+    runs: list[Measured] = []
     for method in methods:
         able = sides
         for length in lengths:
-            for number in range(given.rounds):
-                for side in able if number % 2 == 0 else able[::-1]:
-                    try:
-                        python = pythons.get(side, sys.executable)
-                        runs.append(_run(work, side, python, method, length, number, given.compute, given.threads))
-                    except PeerFailedError as error:
-                        absent[f"{side}, {method}"] = str(error)
-                        able = [each for each in able if each != side]
-                        runs = [run for run in runs if (run.side, run.method) != (side, method)]
-                        continue
-                    print(
-                        f"{method} {length} round {number + 1} {side}: {runs[-1].tokens_per_s:,.0f} tokens/s",
-                        file=sys.stderr, flush=True,
-                    )  # fmt: skip
+            for side, number in _turns(able, given.rounds):
+                if side not in able:
+                    continue
+                try:
+                    python = pythons.get(side, sys.executable)
+                    run = _run(work, side, python, method, length, number, given.compute, given.threads)
+                except PeerFailedError as error:
+                    absent[f"{side}, {method}"] = str(error)
+                    able = [each for each in able if each != side]
+                    runs = [run for run in runs if (run.side, run.method) != (side, method)]
+                    continue
+                runs.append(run)
+                told = f"{method} {length} round {number + 1} {side}: {run.tokens_per_s:,.0f} tokens/s"
+                print(told, file=sys.stderr, flush=True)
             rates.append(_rates(given.threads, given.size))
     measured = {name: statistics.median(each[name] for each in rates) for name in rates[0]}
     rows = rows_of(runs, measured, size)
@@ -149,6 +150,13 @@ def main(arguments: list[str] | None = None) -> None:
         }
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _turns(sides: list[str], rounds: int) -> Iterator[tuple[str, int]]:
+    """A B, B A, A B, ..., each with its round."""
+    for number in range(rounds):
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            yield side, number
 
 
 def _parser() -> argparse.ArgumentParser:

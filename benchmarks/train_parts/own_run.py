@@ -51,7 +51,7 @@ def main(config: Path, report: Path, threads: int, overrides: list[str]) -> None
         from sft_dist.runtime.world import WorldShape
         from sft_dist.train.probe import planned_peak_bytes
 
-        planned = planned_peak_bytes(resolve(load_config(config), WorldShape()))
+        planned = planned_peak_bytes(resolve(load_config(config, overrides), WorldShape()))
     else:
         planned = None
     measured = {
