@@ -89,6 +89,7 @@ def resolve(config: Config, world: WorldShape, *, describe: Describe | None = No
         seed=config.train.seed,
         neftune_alpha=config.train.neftune_alpha,
         label_smoothing=config.train.label_smoothing,
+        compile=config.train.compile,
         output_dir=config.output_dir,
     )
     if run.optim.no_decay:

@@ -80,6 +80,7 @@ class Run:
     seed: int
     neftune_alpha: float | None
     label_smoothing: float
+    compile: bool
     output_dir: str
 
     @property

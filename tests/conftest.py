@@ -18,11 +18,12 @@ from tests.helpers.pool import WorldPool
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What dry runs keep goes with the session; its processes and those that they start share it."""
+    """What dry runs and compilers keep goes with the session; its processes and those that they start share it."""
     if "SFT_DIST_CACHE" not in os.environ:
         kept = tempfile.TemporaryDirectory(prefix="sft-dist-tests-")
         os.environ["SFT_DIST_CACHE"] = kept.name
         config.add_cleanup(kept.cleanup)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{kept.name}/inductor")
     # A shell without job control starts what it puts into the background with Ctrl-C ignored; processes that a test is
     # to end by it would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -352,6 +352,11 @@ class TrainConfig(Section):
         description="Share of the target that is spread over the whole vocabulary while training (Szegedy et al. "
         "2016, arXiv 1512.00567); evaluation goes without.",
     )
+    compile: bool = Field(
+        False,
+        description="Compile norms, gated products and rotary embeddings with torch.compile: fewer passes over memory, "
+        "for some seconds at the start. Needs a C++ compiler.",
+    )
 
 
 FinalState = Literal["last", "best"]

@@ -119,6 +119,7 @@ OTHER_NAMES = {
     "model_name_or_path": "model.path",
     "neftune_noise_alpha": "train.neftune_alpha",
     "label_smoothing_factor": "train.label_smoothing",
+    "torch_compile": "train.compile",
     "metric_for_best_model": "checkpoint.best_metric",
     "load_best_model_at_end": "checkpoint.final",
     "early_stopping_patience": "early_stopping.patience",

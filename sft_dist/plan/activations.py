@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
+from sft_dist.model.compiled import use_compiled
 from sft_dist.model.spec import ModelSpec
 from sft_dist.plan.record import on_the_host, record_short, shorten
 from sft_dist.plan.tape import Tape
@@ -83,6 +84,8 @@ def _shortened(spec: ModelSpec) -> tuple[SftModel, tuple[int, ...]]:
 
 def _apply_from_outside(run: Run, model: SftModel) -> None:
     """What a strategy does to the model beside sharding it; under fsdp2 and ZeRO a module sees ``compute`` alone."""
+    if run.compile:
+        use_compiled(model)
     apply_activation_checkpointing(model, run.activation_checkpointing, to_host=on_the_host(to_host))
     if run.strategy == "ddp":
         store_master(model, run)

@@ -66,7 +66,7 @@ def cached_trace(run: Run, *, backward: bool = True) -> Tape:
     key = [
         "tape", model.path, model.revision, _config_digest(model.path, model.revision),
         model.method.model_dump(mode="json"), model.compute, asdict(model.tokens),
-        run.activation_checkpointing.model_dump(mode="json"),
+        run.activation_checkpointing.model_dump(mode="json"), run.compile,
         run.precision.master if run.strategy == "ddp" else None,
         seq_lens_of(run), run.batch.sequence_parallel if backward else 1, backward,
     ]  # fmt: skip

@@ -140,7 +140,7 @@ def _unsupported_everywhere(env: Mapping[str, str]) -> list[tuple[str, str]]:
         found.append((f"--mixed_precision {precision}", "set it to bf16 or no; precision.compute is bf16 or fp32"))
     backend = env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
-        found.append((f"--dynamo_backend {backend}", "set it to no: the model is not compiled"))
+        found.append((f"--dynamo_backend {backend}", "set it to no, and train.compile: true in the configuration"))
     if _flag(env, "ACCELERATE_USE_MEGATRON_LM"):
         found.append(("--use_megatron_lm", "start with --multi_gpu, --use_fsdp or --use_deepspeed"))
     if _flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
+from sft_dist.model.compiled import compile_fused
 from sft_dist.model.cpu_shapes import multiple_for, split_products
 from sft_dist.model.weights import Weights
 from sft_dist.run import ZERO_STAGES, Run
@@ -66,6 +67,8 @@ def shard(run: Run, model: SftModel, device: torch.device, weights: Weights) -> 
     model.token_multiple = model.head.row_multiple = multiple_for(device, TORCH_DTYPES[run.precision.compute])
     if model.token_multiple > 1:
         split_products(model)
+    if run.compile:
+        compile_fused(model, device, TORCH_DTYPES[run.precision.compute])
     apply_activation_checkpointing(model, run.activation_checkpointing)
     match run.strategy:
         case "ddp":

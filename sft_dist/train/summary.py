@@ -33,6 +33,8 @@ def summary(
     more = [_decay(run)] if run.optim.weight_decay else []
     if run.neftune_alpha is not None or run.label_smoothing:
         more.append(f"noise     {_noise(run)}")
+    if run.compile:
+        more.append("compiled  norms, gated products and rotary embeddings, by torch.compile")
     more += _best(run)
     return "\n".join(
         [

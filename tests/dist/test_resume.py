@@ -89,10 +89,11 @@ def config(
     *,
     dropout: float = 0.0,
     every_steps: int = STOP,
+    compiled: bool = False,
     **sections: Any,
 ) -> str:
     folder.mkdir()
-    train = {"global_batch_size": 8, "micro_batch_size": 1, "max_steps": STEPS}
+    train = {"global_batch_size": 8, "micro_batch_size": 1, "max_steps": STEPS, "compile": compiled}
     keeping = {"every_steps": every_steps, "keep_last": 9}
     cfg = cells.config(str(base), method, strategy, train=train, checkpoint=keeping, **sections)
     if dropout:
