@@ -13,7 +13,7 @@ from sft_dist.plan.schedule import Transfer
 from sft_dist.run import ZERO_STAGES, Run
 from sft_dist.sharding import registry
 from sft_dist.sharding.activation_checkpointing import checkpointed_blocks
-from sft_dist.sharding.collectives import blocks_with_backward, members
+from sft_dist.sharding.collectives import Every, blocks_with_backward, members
 from sft_dist.sharding.remember import for_alike_runs
 
 OFFLOAD = "offload"
@@ -47,7 +47,10 @@ def _shards(run: Run) -> int:
 
 
 def _parameters(run: Run) -> Iterator[Transfer]:
-    """This rank's shard of a unit goes to the device whenever the unit is gathered, in the dtype that is kept."""
+    """This rank's shard of a unit goes to the device whenever the unit is gathered, in the dtype that is kept.
+
+    What FSDP2 does not free after forward is gathered once a step: the root, and blocks if they are kept.
+    """
     needed = blocks_with_backward(run)
     for block in (None, *range(run.model.num_layers)):
         size = sum(
@@ -55,8 +58,10 @@ def _parameters(run: Run) -> Iterator[Transfer]:
             for p in members(run, block)
         )
         copied = size / _shards(run)
-        yield Transfer(copied, "forward", "micro_batch", block, "before", part=OFFLOAD)
-        if block is not None and block in needed:
+        is_kept = isinstance(run.sharding, Fsdp2Sharding) and (block is None or not run.sharding.reshard_after_forward)
+        every: Every = "first_micro_batch" if is_kept else "micro_batch"
+        yield Transfer(copied, "forward", every, block, "before", part=OFFLOAD)
+        if block is not None and block in needed and not is_kept:
             yield Transfer(copied, "backward", "micro_batch", block, "before", part=OFFLOAD)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import check, growth, train
 from benchmarks.train_parts import environments
+from benchmarks.train_parts.peer_memory import peak_bytes
 from benchmarks.train_parts.point import Point, Report, rows_of
 from benchmarks.train_parts.sizes import METHODS, SIZES, Step, flops, least_bytes
 from sft_dist.data.packing import Packs
@@ -57,6 +60,13 @@ def test_least_bytes_are_those_of_the_parameters(name: str) -> None:
     quantised = size.layers * size.block_weights
     of_4_bits = least_bytes(size, "qlora") - least_bytes(size, "lora")
     assert of_4_bits == pytest.approx(-2 * (2 - 0.516) * quantised, rel=1e-3)
+
+
+def test_attention_counts_the_pairs_that_are_looked_at() -> None:
+    """Of rows of 5 and 3 tokens 15 + 6, of eight rows of one token 8."""
+    size = SIZES["33m"]
+    rows, alone = (flops(size, Step(segments, 0), "full") for segments in ((5, 3), (1,) * 8))
+    assert rows - alone == 12 * size.layers * size.hidden * (15 + 6 - 8)
 
 
 def measured(side: str, number: int, rate: float, memory: int, losses: list[float]) -> train.Measured:
@@ -191,6 +201,33 @@ def result(ratio: float, memory: float, side: str = "trl") -> dict[str, Any]:
 def test_the_guard_compares_ratios(ratio: float, memory: float, good: bool) -> None:
     found = check.compare(result(2.0, 0.7), result(ratio, memory))
     assert all(each.is_good for each in found) is good
+
+
+def test_the_guard_knows_cells_by_their_length() -> None:
+    row = {"side": "trl", "method": "lora", "memory_ratio": 0.7}
+    both = {"rows": [row | {"length": 1024, "ratio": 2.0}, row | {"length": 4096, "ratio": 1.0}]}
+    found = check.compare(both, {"rows": [row | {"length": 1024, "ratio": 1.5}]})
+    assert [each.is_good for each in found] == [False, True]
+
+
+def test_the_guard_does_not_compare_us_with_ourselves() -> None:
+    ours = result(1.0, 1.0, "sft_dist")
+    with pytest.raises(ValueError, match="nothing that was measured"):
+        check.compare(ours, ours)
+
+
+def test_losses_of_a_step_are_the_sum_of_its_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(train.__file__).parent / "train_parts")
+    peer_report = importlib.import_module("peer_report")
+    monkeypatch.setattr(peer_report.importlib.metadata, "version", lambda name: "0")
+    task = {"accumulation": 2, "report": str(tmp_path / "report")}
+    peer_report.write_report(task, "trl", peer_report.Clock(), [1.0, 2.0, 3.0, 4.0])
+    assert json.loads((tmp_path / "report").read_text())["losses"] == [3.0, 7.0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a GPU it is torch's own figure")
+def test_peak_memory_is_in_bytes() -> None:
+    assert peak_bytes() == pytest.approx(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, rel=0.01)
 
 
 def test_the_guard_needs_something_to_compare() -> None:

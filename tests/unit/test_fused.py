@@ -144,14 +144,30 @@ def test_a_module_that_computes_something_else_keeps_its_forward() -> None:
         assert type(module) is kind
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_whole_models_are_fused_and_compute_the_same(family: str) -> None:
+def model_of(family: str) -> nn.Module:
     torch.manual_seed(0)
     config: Any = CONFIG_MAPPING[family](
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64, attn_implementation="eager",
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def test_a_rotation_of_another_kind_stays() -> None:
+    """Nanochat's has Llama's code around a rotate_half of its own, the other way round."""
+    model = model_of("nanochat")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ids = torch.arange(12)[None] % 64
+    before = model(input_ids=ids).logits.detach()
+    fuse(model)
+    torch.testing.assert_close(model(input_ids=ids).logits.detach(), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_whole_models_are_fused_and_compute_the_same(family: str) -> None:
+    model = model_of(family)
     ids = torch.arange(12)[None] % 64
     results = []
     for _ in range(2):

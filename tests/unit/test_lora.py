@@ -16,22 +16,25 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from sft_dist.model.int8 import Int8Linear
 from sft_dist.model.lora import DoraLinear, LoraLinear, add_magnitudes, fuse_lora, lora_linear, readers
 from sft_dist.model.nf4 import NF4Linear
+from sft_dist.model.quantized import QuantizedLinear
 from sft_dist.sharding.ddp import cast_while_running
 
 IN, OUT, RANK = 64, 48, 4
-BASES = pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+Quantized = type[QuantizedLinear] | None
+BASES = pytest.mark.parametrize("quantized", [None, NF4Linear, Int8Linear], ids=["dense", "nf4", "int8"])
 
 
 class Layers(nn.Module):
     """Two layers that share an input, and one behind them."""
 
-    def __init__(self, bias: bool, dtype: torch.dtype, quantized: bool) -> None:
+    def __init__(self, bias: bool, dtype: torch.dtype, quantized: Quantized) -> None:
         super().__init__()
         for name, size in (("first", (IN, OUT)), ("second", (IN, OUT)), ("last", (OUT, IN))):
             linear = nn.Linear(*size, bias=bias, dtype=dtype)
-            setattr(self, name, NF4Linear.quantize(linear, dtype) if quantized else linear)
+            setattr(self, name, linear if quantized is None else quantized.quantize(linear, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         u = x.tanh()
@@ -39,7 +42,7 @@ class Layers(nn.Module):
 
 
 def pair(
-    *, bias: bool = False, dtype: torch.dtype = torch.float32, quantized: bool = False, **lora: Any
+    *, bias: bool = False, dtype: torch.dtype = torch.float32, quantized: Quantized = None, **lora: Any
 ) -> tuple[nn.Module, nn.Module]:
     """(PEFT's, ours) with the same values, B not zero."""
     torch.manual_seed(0)
@@ -85,7 +88,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_equals_peft(quantized: bool, dropout: float, rslora: bool, bias: bool) -> None:
+def test_equals_peft(quantized: Quantized, dropout: float, rslora: bool, bias: bool) -> None:
     theirs, ours = pair(bias=bias, quantized=quantized, lora_dropout=dropout, use_rslora=rslora)
     assert sum(type(m) is LoraLinear for m in ours.modules()) == 3
     assert_equal(passes(ours, example()), passes(theirs, example()), 1e-5)
@@ -106,7 +109,7 @@ def test_dora_equals_peft(dropout: float, bias: bool) -> None:
 
 
 @BASES
-def test_equals_peft_in_bf16(quantized: bool) -> None:
+def test_equals_peft_in_bf16(quantized: Quantized) -> None:
     """Each result rounds to 8 bits, 2^-9 of its size; PEFT rounds four times on the way to y, we twice; 3 layers."""
     theirs, ours = pair(dtype=torch.bfloat16, quantized=quantized)
     assert_equal(passes(ours, example(torch.bfloat16)), passes(theirs, example(torch.bfloat16)), 4 * 2**-8)
@@ -150,7 +153,7 @@ def test_an_input_that_is_not_contiguous() -> None:
 
 @BASES
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputation_changes_no_bit(quantized: bool, dropout: float) -> None:
+def test_recomputation_changes_no_bit(quantized: Quantized, dropout: float) -> None:
     _, ours = pair(quantized=quantized, lora_dropout=dropout)
     plain = passes(copy.deepcopy(ours), example())
     recomputed = passes(ours, example(), recompute=True)
@@ -186,7 +189,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize(("recompute", "expected"), [(False, 6), (True, 8)])
 def test_dequantised_once_a_pass(recompute: bool, expected: int) -> None:
     """Three layers, forward and backward; recomputation leaves out the last layer, whose output backward does not need."""
-    _, ours = pair(quantized=True)
+    _, ours = pair(quantized=NF4Linear)
     with Calls() as calls:
         passes(ours, example(), recompute=recompute)
     assert calls.counts["dequantize_4bit"] == expected
@@ -194,7 +197,7 @@ def test_dequantised_once_a_pass(recompute: bool, expected: int) -> None:
 
 def test_a_frozen_first_layer_is_not_dequantised_for_backward() -> None:
     """The first block's inputs need no gradient under frozen embeddings."""
-    _, ours = pair(quantized=True)
+    _, ours = pair(quantized=NF4Linear)
     with Calls() as calls:
         ours(example().detach()).sum().backward()
     assert calls.counts["dequantize_4bit"] == 3 + 1
@@ -218,7 +221,7 @@ def kept(model: nn.Module, x: Tensor) -> dict[int, tuple[int, torch.dtype]]:
 
 @BASES
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_what_is_kept(quantized: bool, dropout: float) -> None:
+def test_what_is_kept(quantized: Quantized, dropout: float) -> None:
     """The shared input once, A's output a layer, and with dropout a byte an element; nothing of the base weight."""
     theirs, ours = pair(quantized=quantized, lora_dropout=dropout)
     tokens = 100
@@ -250,7 +253,7 @@ def test_evaluation_drops_nothing() -> None:
 
 
 @BASES
-def test_fake_tensors_go_through(quantized: bool) -> None:
+def test_fake_tensors_go_through(quantized: Quantized) -> None:
     _, ours = pair(quantized=quantized, lora_dropout=0.3)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(1, 7, IN, requires_grad=True)

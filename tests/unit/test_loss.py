@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sft_dist.data.loader import collate, empty_micro_batch
 from sft_dist.model import loss as loss_module
 from sft_dist.model.describe import describe_model
 from sft_dist.model.loss import LossHead, linear_cross_entropy_sum
+from sft_dist.model.token_rows import TokenLossHead
 from tests.helpers.cells import synthetic_data
 from tests.helpers.loaded import load_model
 
@@ -144,19 +146,51 @@ def test_bf16_gradients_of_many_chunks_do_not_stop_growing() -> None:
     assert relative_error(weight.grad, reference(hidden, weight, labels)[2]) < 1.5e-2
 
 
-def test_in_bf16_the_factor_of_the_loss_is_not_rounded() -> None:
+@pytest.mark.parametrize("row_multiple", [1, 16])
+def test_in_bf16_the_factor_of_the_loss_is_not_rounded(row_multiple: int) -> None:
     """world_size / supervised tokens, rounded to bf16, would change every gradient of a step by up to 1 / 256."""
     factor = 1.50390625 / 256  # half-way between two bf16 numbers
     once: list[Any] = []
     scaled: list[Any] = []
     for grads, f in ((once, 1.0), (scaled, factor)):
         hidden, weight, labels = example(torch.bfloat16)
-        (linear_cross_entropy_sum(hidden, weight, labels) * f).backward()
+        (linear_cross_entropy_sum(hidden, weight, labels, row_multiple=row_multiple) * f).backward()
         grads += [hidden.grad, weight.grad]
     for plain, small in zip(once, scaled, strict=True):
         # Single elements are rounded up or down; their projection on the unscaled gradient shows a common factor.
         measured = (small.double() * plain.double()).sum() / plain.double().square().sum()
         assert float(measured) == pytest.approx(factor, rel=5e-4)
+
+
+def with_rows_of_tokens(smoothing: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Hidden states, frozen weight, labels, two ids and their rows; loss and the gradients of both in fp64."""
+    hidden, weight, labels = example()
+    ids, rows = torch.tensor([3, 20]), torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(5))
+    rows.requires_grad_()
+    labels[:4] = torch.tensor([3, 20, 3, 20])
+    h, r = (t.detach().double().requires_grad_() for t in (hidden, rows))
+    logits = h @ weight.detach().double().index_copy(0, ids, r).T
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return hidden, weight.detach(), labels, ids, rows, (loss, *torch.autograd.grad(loss, (h, r)))
+
+
+@pytest.mark.parametrize("row_multiple", [1, 16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_rows_of_some_tokens_are_trained_by_themselves(row_multiple: int, smoothing: float) -> None:
+    hidden, weight, labels, ids, rows, expected = with_rows_of_tokens(smoothing)
+    loss = linear_cross_entropy_sum(
+        hidden, weight, labels, rows=rows, row_ids=ids, row_multiple=row_multiple, smoothing=smoothing
+    )
+    for ours, exact in zip((loss, *torch.autograd.grad(loss, (hidden, rows))), expected, strict=True):
+        assert relative_error(ours, exact) < 1e-6
+
+
+def test_the_output_layer_with_such_rows_smooths_its_labels() -> None:
+    hidden, weight, labels, ids, rows, expected = with_rows_of_tokens(0.2)
+    head: Any = SimpleNamespace(
+        token_rows=SimpleNamespace(default=rows, ids=ids), weight=weight, row_multiple=1, smoothing=0.2
+    )
+    assert relative_error(TokenLossHead.forward(head, hidden, labels), expected[0]) < 1e-6
 
 
 def test_no_rows_give_a_zero_with_a_graph_and_zero_gradients() -> None:

@@ -44,6 +44,7 @@ from sft_dist.plan.update import update_bytes
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
+from sft_dist.sharding.collectives import collectives
 from tests.helpers import cells
 from tests.helpers.tiny_model import build_base
 
@@ -298,6 +299,16 @@ def test_offloaded_inputs_of_layers(tiny_base: Path) -> None:
     assert "offloaded activations" not in host_parts(run_of(tiny_base, "fsdp2", nodes=2, ranks=4))
 
 
+def test_what_fsdp2_copies_out_of_and_into_the_buffers_of_its_collectives(tiny_base: Path) -> None:
+    """In bf16: gathered weights there and into their own places; gradients in bf16 into a buffer of fp32."""
+    run = run_of(tiny_base, "fsdp2", ranks=3)
+    _, block = units(run, 3)
+    assert {(c.of, c.kind): c.copied_bytes for c in collectives(run) if c.block == 0} == {
+        ("forward", "all_gather"): 4 * block, ("backward", "all_gather"): 4 * block,
+        ("backward", "reduce_scatter"): 6 * block,
+    }  # fmt: skip
+
+
 # Seconds
 
 
@@ -313,6 +324,11 @@ def test_what_goes_over_the_link_to_the_host(tiny_base: Path) -> None:
     assert of(tuple(c for c in copies if c.when == "before"), "forward") == 4 * numel(run) / 2
     assert of(tuple(c for c in copies if c.when == "before"), "backward") == 4 * (numel(run) - root) / 2
     assert of(tuple(c for c in copies if c.when == "after"), "backward") == 4 * numel(run) / 2
+    assert {c.every for c in copies if c.when == "before" and c.block is None} == {"first_micro_batch"}
+    assert {c.every for c in copies if c.when == "before" and c.block is not None} == {"micro_batch"}
+    kept = run_of(tiny_base, "fsdp2", ranks=2, sharding=ON_HOST | {"reshard_after_forward": False})
+    there = [c for c in host_transfers(kept, tokens=100) if c.when == "before"]
+    assert {(c.of, c.every) for c in there} == {("forward", "first_micro_batch")}, "layers stay for the step"
     knobs = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     zero = run_of(tiny_base, "zero2", ranks=2, sharding={"strategy": "zero2", "deepspeed_config": knobs})
     copies = host_transfers(zero, tokens=100)

@@ -16,6 +16,7 @@ from sft_dist.data.loader import collate
 from sft_dist.errors import PlanError
 from sft_dist.hardware.gpus import find_gpu
 from sft_dist.hardware.networks import find_network
+from sft_dist.model.cpu_attention import packed_attention
 from sft_dist.plan import calibration
 from sft_dist.plan.activations import trace
 from sft_dist.plan.calibration import Calibration, calibration_key
@@ -34,6 +35,14 @@ from sft_dist.sharding.collectives import Collective, Every, Group, collectives
 from tests.helpers import cells
 
 A100 = find_gpu("A100-SXM-80GB")
+
+
+def test_flops_of_attention_are_counted_pair_by_pair() -> None:
+    """Two products forward and five backward of 8 numbers, for 4 heads and the 10 + 15 pairs of rows of 4 and 5."""
+    query, key, value = (torch.randn(9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    with FlopCounterMode(display=False) as counter:
+        packed_attention(query, key, value, (4, 5), 0.3, 0)[0].sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * (10 + 15) * 4 * 8
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from torch.autograd import DeviceType
 
 from sft_dist.config.schema import Config
 from sft_dist.metrics.recorded import recorded_steps
 from sft_dist.runtime.spans import PARTS, PREFIX, span, traced
-from sft_dist.train.profile_summary import kind_of, shown, summarise
+from sft_dist.train.profile_summary import Operator, ProfileSummary, kind_of, shown, summarise
+from sft_dist.train.profiling import WARM_UP_STEPS, Profiling
 from sft_dist.train.run import run_training
 from tests.helpers.taught import PAIRS, conversation, write_rows
 
@@ -74,6 +76,36 @@ def test_a_run_that_ends_early_tells_what_it_has(
 ) -> None:
     run_training(settings(tiny_base, tmp_path / "short", steps=5), profiled_steps=50)
     assert "mean of 1 step, traced" in capsys.readouterr().out
+
+
+def test_ranks_have_files_of_their_own(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        profiling = Profiling(tmp_path, rank=rank, device=torch.device("cpu"), steps=1)
+        for _ in range(WARM_UP_STEPS + 1):
+            with profiling.step():
+                torch.ones(3).sum()
+        profiling.finish()
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {
+        "rank-0.json", "rank-0.trace.json.gz", "rank-1.json", "rank-1.trace.json.gz",
+    }  # fmt: skip
+
+
+def test_on_a_gpu_a_traced_step_ends_when_its_work_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("settled"))
+    monkeypatch.setattr(Profiling, "_begin", lambda self: setattr(self, "_profile", object()))
+    profiling = Profiling(tmp_path, rank=0, device=torch.device("cuda"), steps=2)
+    for _ in range(WARM_UP_STEPS + 3):
+        with profiling.step():
+            events.append("step")
+    assert events == ["step"] * WARM_UP_STEPS + ["step", "settled"] * 2 + ["step"]
+
+
+def test_an_operators_share_is_of_the_step() -> None:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(shown(ProfileSummary(0, "cpu", 1, 0.5, {}, {}, [Operator("aten::mm", "products", 0.1, 2)], 0)))
+    (line,) = (line for line in console.export_text().splitlines() if "aten::mm" in line)
+    assert "20%" in line
 
 
 def event(
