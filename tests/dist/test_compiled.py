@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from sft_dist.config.schema import Config
+from sft_dist.model.compiled import COMPILED
 from tests.dist.test_resume import STOP, checkpoint, config, final_bytes, run_part
 from tests.helpers import cells
 from tests.helpers.cells import Trained
@@ -50,6 +53,20 @@ def test_the_losses_of_a_run_without_it(
         np.testing.assert_allclose(rank.losses, reference.losses, rtol=1e-5)
         np.testing.assert_allclose(rank.grad_norms, reference.grad_norms, rtol=1e-5)
         np.testing.assert_allclose(rank.eval_losses, reference.eval_losses, rtol=1e-5)
+
+
+def arithmetics(cfg_yaml: str) -> list[bool]:
+    """Of every fused module, whether it is compiled."""
+    _, strategy = cells.start(Config.model_validate(yaml.safe_load(cfg_yaml)))
+    found = [getattr(type(module), "arithmetic", None) for module in strategy.model.modules()]
+    return [each is COMPILED for each in found if each is not None]
+
+
+def test_every_norm_gate_and_attention_is_compiled_where_it_is_asked_for(world: Worlds, tiny_base: Path) -> None:
+    """Of two layers, with the last norm."""
+    for value in (True, False):
+        cfg = cells.config(str(tiny_base), "lora", "fsdp2", train={"compile": value})
+        assert world(2).run(arithmetics, cells.dump(cfg)) == [[value] * 9] * 2
 
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.ci)])

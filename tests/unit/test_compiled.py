@@ -18,7 +18,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from sft_dist.errors import ConfigError
 from sft_dist.model.compiled import COMPILED, compile_fused, use_compiled
 from sft_dist.model.fused import EAGER, fuse
-from sft_dist.plan.activations import trace
+from sft_dist.plan.cache import cached_trace
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from tests.helpers import cells
@@ -132,7 +132,7 @@ def test_without_a_compiler(tmp_path: Path) -> None:
 def test_a_plan_sees_one_operator_for_each(tiny_base: Path, method: str) -> None:
     """What is kept for backward is the same; what is read and written is less."""
     eager, compiled = (
-        trace(resolve(cells.config(str(tiny_base), method, train={"compile": value}), WorldShape(1, 1)))
+        cached_trace(resolve(cells.config(str(tiny_base), method, train={"compile": value}), WorldShape(1, 1)))
         for value in (False, True)
     )
     assert compiled.kept_bytes == eager.kept_bytes
