@@ -21,6 +21,10 @@ from sft_dist.config.shape import Problem, shape_problems
 from sft_dist.config.text import describe_yaml_error, read_yaml, write_yaml
 from sft_dist.errors import ConfigError
 
+# What YAML says of "\." and its like.
+BAD_ESCAPE = "unknown escape character"
+ESCAPES = "put it into single quotes, or write each backslash twice"
+
 SMALLEST_CONFIG = "model: {path}, data: {train: [{path}]}, train: {global_batch_size, max_steps}, output_dir"
 
 
@@ -115,7 +119,8 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         problem, line = describe_yaml_error(error)
         where = f"{path}, line {line}" if line is not None else str(path)
         raise ConfigError(
-            f"{where}: {problem}", fix="correct the YAML there (check indentation, quotes and brackets)"
+            f"{where}: {problem}",
+            fix=ESCAPES if BAD_ESCAPE in problem else "correct the YAML there (check indentation, quotes and brackets)",
         ) from None
     if value is None:
         raise ConfigError(f"{path}: the file is empty", fix=f"write at least {SMALLEST_CONFIG}")
@@ -148,7 +153,7 @@ def _parse_override(text: str) -> Override:
         problem, _ = describe_yaml_error(error)
         raise ConfigError(
             f"override {text!r}: the value is not YAML: {problem}",
-            fix="put the whole override in quotes and check its brackets",
+            fix=ESCAPES if BAD_ESCAPE in problem else "put the whole override in quotes and check its brackets",
         ) from None
 
 

@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from sft_dist.checkpoint.identity import files_fingerprint
 from sft_dist.checkpoint.source import Source, find_newest_source
-from sft_dist.errors import ConfigError
+from sft_dist.data.files import is_url
+from sft_dist.errors import ConfigError, DataError
 from sft_dist.generate.batch import answer_file
 from sft_dist.generate.chat import Chat, converse
 from sft_dist.generate.display import dim
@@ -109,3 +110,6 @@ def _check(options: Options) -> None:
         raise ConfigError(f"{given} without {missing}", fix="give both: rows to answer, and where their answers go")
     if options.file is not None and options.prompt is not None:
         raise ConfigError("--prompt is one question and --file has many", fix="give one of the two")
+    if options.file is not None and not is_url(options.file) and not (path := Path(options.file)).is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"--file: {options.file} {what}", fix="give one file of rows; the path counts from here")

@@ -13,6 +13,7 @@ from typing import Literal
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.model.known import is_stand_in, known_model, stand_in
@@ -29,6 +30,15 @@ class ModelNotHere(ConfigError):
 def is_folder_path(path: str) -> bool:
     """Whether ``model.path`` can only mean a folder, existing or not."""
     return path.startswith(("/", "./", "../", "~"))
+
+
+def can_be_id(path: str) -> bool:
+    """Whether it is of a form that the hub gives its models."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return not is_folder_path(path)
 
 
 def model_folder(path: str, revision: str | None, part: Part = "weights") -> Path:
@@ -86,7 +96,9 @@ def _folder_like(path: str) -> str:
     around = Path(path).parent
     folders = [entry.name for entry in around.iterdir() if entry.is_dir()] if around.is_dir() else []
     near = difflib.get_close_matches(Path(path).name, folders, n=1)
-    return f"; or did you mean the folder {around / near[0]}?" if near else ""
+    if near:
+        return f"; or did you mean the folder {around / near[0]}?"
+    return f"; or correct the name: the folder {around} has no {Path(path).name}" if path.count("/") and folders else ""
 
 
 def _missing(folder: Path, part: Part) -> str | None:

@@ -29,11 +29,14 @@ def covered(patterns: Iterable[str], paths: Iterable[str], *, key: str, kind: st
     unknown = [pattern for pattern in patterns if not any(covers(pattern, path) for path in paths)]
     if unknown:
         if unknown[0].startswith(REGULAR_EXPRESSION):
-            example = next(iter(paths), "")
+            expression = unknown[0].removeprefix(REGULAR_EXPRESSION)
+            ends_so = f"{REGULAR_EXPRESSION}.*{expression}"
             raise ConfigError(
                 f"{key}: {unknown[0]} matches no {kind}; behind {REGULAR_EXPRESSION} stands an expression for a whole "
-                f"path, such as {example}",
-                fix=f"write {REGULAR_EXPRESSION}.*{unknown[0].removeprefix(REGULAR_EXPRESSION)} for what ends so",
+                f"path, such as {next(iter(paths), '')}",
+                fix=f"write {ends_so} for what ends so"
+                if any(covers(ends_so, path) for path in paths)
+                else f"correct the expression; the last {kind} is {next(reversed(paths), '')}",
             )
         raise ConfigError(f"{key}: the model has no {kind} named {', '.join(unknown)}", fix=fix)
     return [path for path in paths if any(covers(pattern, path) for pattern in patterns)]

@@ -22,8 +22,8 @@ from sft_dist.config.validate import validate
 from sft_dist.data.files import is_url
 from sft_dist.data.named_templates import form_of
 from sft_dist.data.sources import files_here
-from sft_dist.errors import ConfigError
-from sft_dist.model.hub import ModelNotHere, config_source
+from sft_dist.errors import ConfigError, SftError
+from sft_dist.model.hub import ModelNotHere, can_be_id, config_source
 from sft_dist.model.known import ModelNotKnown, known_models_allowed
 from sft_dist.resolve import Describe, described_once, resolve
 from sft_dist.run import Run
@@ -71,8 +71,7 @@ def _check(config: Config, shape: WorldShape, describe: Describe | None) -> Chec
             validate(concrete)
             runs.append(resolve(concrete, shape, describe=described))
         except (ModelNotHere, ModelNotKnown) as e:
-            bring = BRING if needs_no_weights(config) else BRING.removesuffix(" --no-weights")
-            why = f"{e.what}: neither the model nor what goes together with it was checked; bring it here by: {bring}"
+            why = f"{e.what}: neither the model nor what goes together with it was checked; {_remedy(config, e)}"
             return Checked([], [f"not checked: {why}", *_not_here(config), *_not_run(config)])
         except ConfigError as e:
             refused.append((concrete, e))
@@ -84,6 +83,13 @@ def _check(config: Config, shape: WorldShape, describe: Describe | None) -> Chec
         for other, e in refused
     ]
     return Checked(runs, [*notes, *_from_the_table(config), *_not_here(config), *_not_run(config)])
+
+
+def _remedy(config: Config, missing: SftError) -> str:
+    if not can_be_id(config.model.path):
+        return missing.fix
+    bring = BRING if needs_no_weights(config) else BRING.removesuffix(" --no-weights")
+    return f"bring it here by: {bring}"
 
 
 def _from_the_table(config: Config) -> list[str]:

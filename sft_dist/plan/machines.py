@@ -107,5 +107,5 @@ def _gpu_of_this_machine() -> str:
         return torch.cuda.get_device_name(0)
     raise UnknownHardware(
         "hardware.gpu is not set, and this machine has no GPU",
-        fix="say which GPU to plan for: --gpu a100-80gb, or hardware.gpu in the file",
+        fix="say which GPU to plan for: hardware.gpu=a100-80gb behind the configuration, or hardware.gpu in it",
     )

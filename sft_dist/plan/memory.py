@@ -169,7 +169,8 @@ def assumptions_of_memory(run: Run, gpu: Gpu) -> tuple[Assumption, ...]:
     context = context_bytes(run)
     found = [
         Assumption(
-            f"every micro-batch may have {run.batch.micro_batch_size} full sequences, all of whose tokens are trained",
+            f"every micro-batch may have {run.batch.micro_batch_size} full "
+            f"{'sequence' if run.batch.micro_batch_size == 1 else 'sequences'}, all of whose tokens are trained",
             "data.max_seq_len, train.micro_batch_size",
         ),
         Assumption(

@@ -50,6 +50,8 @@ def look_ahead(
             missing.append(f"{error.what}: no seconds are planned; {error.fix}")
     else:
         missing.append(NO_GPU)
+        if config.hardware.gpu is not None:
+            missing.append(f"hardware.gpu is {config.hardware.gpu}, but torch sees no GPU here: this trains on the CPU")
     # A plan traces the model through other people's code, and reads files of prices. A run that trains must not end
     # because one of these fails: the failure is told, and written into the receipt.
     try:

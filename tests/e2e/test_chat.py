@@ -326,6 +326,13 @@ def test_options_that_do_not_go_together(
     assert f"error: {what}" in err
 
 
+def test_a_file_that_is_not_there(taught: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    code, _, err = run_command(capsys, str(taught), "--file", str(tmp_path / "none.jsonl"), "--out", str(out))
+    assert (code, out.exists()) == (4, False)
+    assert f"error: --file: {tmp_path}/none.jsonl does not exist" in err
+
+
 # a file
 
 

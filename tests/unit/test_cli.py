@@ -102,6 +102,10 @@ def test_check(exit_code: Run) -> None:
         "sft-dist model fetch CONFIG --no-weights"
     )
     assert rest == "  not checked: data, chat template, weights, the memory of the devices"
+    code, out, _ = exit_code("config", "check", "run.yaml", "model.path=runs/demo/base")
+    assert code == 0
+    assert "runs/demo/base is neither a model folder nor a hub id" in out
+    assert "was checked; give an existing folder or ORGANISATION/NAME" in out, "no fetching would bring it"
 
 
 def test_check_with_a_model(exit_code: Run, tiny_base: Path) -> None:

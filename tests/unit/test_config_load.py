@@ -163,6 +163,12 @@ def test_switching_a_union_drops_nothing_silently(error: Callable[..., tuple[str
             "but got '<stream end>'",
             "put the whole override in quotes and check its brackets",
         ),
+        (
+            r'method.target_modules=["re:.*layers\.0"]',
+            "override 'method.target_modules=[\"re:.*layers\\\\.0\"]': the value is not YAML: while scanning a "
+            "double-quoted scalar, found unknown escape character '.'",
+            "put it into single quotes, or write each backslash twice",
+        ),
     ],
 )
 def test_wrong_override(error: Callable[..., tuple[str, str]], override: str, what: str, fix: str) -> None:

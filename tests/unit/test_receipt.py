@@ -69,6 +69,13 @@ def test_a_cpu_has_sizes_and_counts_and_no_invented_seconds(tiny_base: Path, tmp
     assert not (tmp_path / "plan.json").exists(), "a plan has seconds"
 
 
+def test_a_cpu_in_place_of_the_gpu_that_is_named_is_told(tiny_base: Path, tmp_path: Path) -> None:
+    cfg, run = parts(tiny_base, tmp_path)
+    named = cfg.model_copy(update={"hardware": HardwareConfig(gpu="h100")})
+    seen = look_ahead(named, run, cells.CPU, cells.synthetic_data(), None)
+    assert seen.missing[:2] == (NO_GPU, "hardware.gpu is h100, but torch sees no GPU here: this trains on the CPU")
+
+
 def test_a_known_gpu_has_the_same_and_the_rest(tiny_base: Path, tmp_path: Path, own_cache: Path) -> None:
     cfg, run = parts(tiny_base, tmp_path)
     data = counted_plan(run, cells.synthetic_data(), None, source="test")

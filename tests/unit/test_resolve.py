@@ -372,6 +372,9 @@ def test_a_folder_that_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError) as caught:
         resolve(config("models/swalow-8b", "full"), WorldShape())
     assert caught.value.fix == "sft-dist model fetch CONFIG; or did you mean the folder models/swallow-8b?"
+    with pytest.raises(ConfigError) as caught:
+        resolve(config("models/other", "full"), WorldShape())
+    assert caught.value.fix == ("sft-dist model fetch CONFIG; or correct the name: the folder models has no other")
 
 
 def test_a_pattern_that_matches_no_whole_path(tmp_path: Path) -> None:
@@ -381,6 +384,11 @@ def test_a_pattern_that_matches_no_whole_path(tmp_path: Path) -> None:
         resolve(Config.model_validate(cfg), WorldShape())
     assert "re:q_proj matches no linear layer; behind re: stands an expression for a whole path" in caught.value.what
     assert caught.value.fix == "write re:.*q_proj for what ends so"
+    cfg["method"]["target_modules"] = [r"re:.*layers\.77\..*"]
+    with pytest.raises(ConfigError) as caught:
+        resolve(Config.model_validate(cfg), WorldShape())
+    last = "model.layers.0.mlp.down_proj"
+    assert caught.value.fix == f"correct the expression; the last linear layer is {last}", "no .* would help"
 
 
 def test_a_weight_that_nf4_cannot_split(tmp_path: Path) -> None:
