@@ -11,7 +11,8 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from sft_dist.model.attention import _varlen, per_segment_sdpa
-from sft_dist.model.fused import apply_rotary, fuse
+from sft_dist.model.compiled import COMPILED
+from sft_dist.model.fused import EAGER, Arithmetic, apply_rotary, fuse
 from sft_dist.model.loss import linear_cross_entropy_sum
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -34,22 +35,24 @@ def near(
         assert float((ours.float() - theirs).norm() / theirs.norm()) < limit
 
 
+@pytest.mark.parametrize("arithmetic", [EAGER, COMPILED], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", ["norm", "mlp"])
-def test_fused_modules(kind: str) -> None:
+def test_fused_modules(kind: str, arithmetic: Arithmetic) -> None:
     config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_attention_heads=4)
     torch.manual_seed(1)
     exact = (llama.LlamaRMSNorm(HIDDEN) if kind == "norm" else llama.LlamaMLP(config)).cuda()
     low = (llama.LlamaRMSNorm(HIDDEN) if kind == "norm" else llama.LlamaMLP(config)).cuda()
     low.load_state_dict(exact.state_dict())
-    fuse(low.bfloat16())
+    fuse(low.bfloat16(), arithmetic)
     near(low, exact, [(1, TOKENS, HIDDEN)])
 
 
-def test_rotary() -> None:
+@pytest.mark.parametrize("arithmetic", [EAGER, COMPILED], ids=["eager", "compiled"])
+def test_rotary(arithmetic: Arithmetic) -> None:
     angles = torch.randn(1, TOKENS, 32, device="cuda").repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     near(
-        lambda q: apply_rotary(q, q, cos.bfloat16(), sin.bfloat16())[0],
+        lambda q: apply_rotary(q, q, cos.bfloat16(), sin.bfloat16(), arithmetic=arithmetic)[0],
         lambda q: llama.apply_rotary_pos_emb(q, q, cos, sin)[0],
         [(1, 4, TOKENS, 64)],
     )
