@@ -36,7 +36,7 @@ CELLS = [("fsdp2", "full"), ("zero3", "qlora")]
 MORE = [
     (strategy, method)
     for strategy in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-    for method in ("full", "lora", "prefix")
+    for method in ("full", "lora")
     if (strategy, method) not in CELLS
 ]
 
