@@ -65,23 +65,23 @@ def use_compiled(model: nn.Module) -> None:
 
 def _first_calls(model: nn.Module, device: torch.device, compute: torch.dtype) -> Iterator[Callable[[], object]]:
     """Calls that compile what the model needs of norms and gates, for any number of tokens."""
-    norms, gates = set[int](), set[int]()
+    norms, gates = set[tuple[int, float]](), set[int]()
     module: Any
     for module in model.modules():
         if getattr(type(module), "arithmetic", None) is not COMPILED:
             continue
         if hasattr(module, "variance_epsilon"):
-            norms.add(module.weight.shape[0])
+            norms.add((module.weight.shape[0], module.variance_epsilon))
         elif hasattr(module, "gate_proj"):
             gates.add(module.gate_proj.out_features)
 
     def tokens(width: int) -> Tensor:
         return torch.zeros(FIRST_TOKENS, width, dtype=compute, device=device)
 
-    for width in sorted(norms):
+    for width, eps in sorted(norms):
         x, weight = tokens(width), torch.ones(width, dtype=compute, device=device)
         scale = torch.ones(FIRST_TOKENS, 1, device=device)
-        yield partial(rms_norm, x, weight, 1e-6)
+        yield partial(rms_norm, x, weight, eps)
         yield partial(rms_norm_input_grad, x, x, weight, scale)
     for width in sorted(gates):
         x = tokens(width)

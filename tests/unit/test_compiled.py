@@ -103,7 +103,7 @@ def test_a_model_is_compiled_before_its_first_step_and_never_again() -> None:
 
 def test_norms_and_gates_need_no_compilation_in_the_first_step() -> None:
     config = LlamaConfig(hidden_size=WIDE, intermediate_size=56, num_attention_heads=4)
-    model = nn.Sequential(llama.LlamaRMSNorm(WIDE), llama.LlamaMLP(config))
+    model = nn.Sequential(llama.LlamaRMSNorm(WIDE, eps=1e-5), llama.LlamaMLP(config))
     compile_fused(model, CPU, torch.float32)
     with torch._dynamo.config.patch(error_on_recompile=True):
         model(torch.randn(1, 9, WIDE, requires_grad=True)).sum().backward()
