@@ -52,7 +52,7 @@ def compare(committed: dict[str, Any], now: dict[str, Any]) -> list[Compared]:
     found = []
     for row in now["rows"]:
         known = before.get(_cell(row))
-        if row["side"] == train.OURS or known is None:
+        if row["side"] in train.OWN or known is None:
             continue
         name = f"{row['method']} {row['length']:,} / {row['side']}"
         speed, memory = known["ratio"], known["memory_ratio"]
@@ -90,8 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     committed = json.loads(given.committed.read_text())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "now.json"
-        peers = sorted({row["side"] for row in committed["rows"]} - {train.OURS})
-        train.main(["--lengths", *given.lengths, "--rounds", given.rounds, "--json", str(path), "--peers", *peers])
+        peers = sorted({row["side"] for row in committed["rows"]} - set(train.OWN))
+        asked = ["--lengths", *given.lengths, "--rounds", given.rounds, "--no-compiled"]
+        train.main([*asked, "--json", str(path), "--peers", *peers])
         found = compare(committed, json.loads(path.read_text()))
     show(found, Console())
     return 0 if all(each.is_good for each in found) else 1

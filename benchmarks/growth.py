@@ -10,10 +10,12 @@ exponent of cost ~ size^exponent, fitted by least squares to the logarithms: 1 i
     packs     step time, 1 to 8 packs of 1,024 accumulated
     rank      step time, LoRA of rank 8 to 128
     rows      what the loop waits for its data a step, of 1k to 1M rows; and from nothing to the order of an epoch
-    start     from the command to the end of the first step, on prepared data, of 1k to 16k rows; the imports alone
+    start     from the command to the end of the first step, on prepared data, of 1k to 16k rows; the imports alone;
+              `sft-dist --help`
     ranks     bytes of parameters and optimizer that a rank holds, of 1, 2 and 4 ranks, and what ``describe`` says
     scaling   tokens a second of 2 processes / of 1, 4 packs a step and process, each bound to its core; and of two runs
-              of one process that know nothing of each other: what the machine gives
+              of one process that know nothing of each other: what the machine gives. `fsdp2 once` reduces gradients
+              once a step (sharding.reduce_once_a_step)
     traffic   bytes of a step's collectives, heard on 2 ranks, and what ``describe`` says
 """
 
@@ -42,6 +44,8 @@ from benchmarks.train_parts.sizes import METHODS
 from benchmarks.train_parts.workload import Workload
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+# FSDP2 that reduces gradients in the last micro-batch alone.
+ONCE = "fsdp2 once"
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -59,7 +63,9 @@ class Bench:
             "model": {"path": str(self.work.base)},
             "method": METHODS["full"],
             "data": {"train": [{"path": "unused"}], "max_seq_len": length, "packing": "best_fit"},
-            "sharding": {"strategy": strategy},
+            "sharding": {"strategy": "fsdp2", "reduce_once_a_step": True}
+            if strategy == ONCE
+            else {"strategy": strategy},
             "precision": {"compute": "bf16"},
             "activation_checkpointing": {"mode": "none"},
             "train": {"global_batch_size": packs, "micro_batch_size": 1, "max_steps": 100},
@@ -160,7 +166,14 @@ def start(bench: Bench) -> dict[str, Any]:
     console.print(
         f"        its imports take {imports_s:.1f} s of that; the rest " + ", ".join(f"{s:.1f}" for s in beyond)
     )
-    return result | {"imports_s": imports_s, "beyond_imports_s": beyond}
+    helps = []
+    for _ in range(1 + bench.rounds):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "sft_dist", "--help"], env=environment, check=True, capture_output=True)
+        helps.append(time.perf_counter() - began)
+    help_s = statistics.median(helps[1:])
+    console.print(f"[bold]start [/]  sft-dist --help takes {help_s:.2f} s")
+    return result | {"imports_s": imports_s, "beyond_imports_s": beyond, "help_s": help_s}
 
 
 def ranks(bench: Bench) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def ranks(bench: Bench) -> dict[str, Any]:
 
 def scaling(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for strategy in ("ddp", "fsdp2", "zero3"):
+    for strategy in ("ddp", "fsdp2", ONCE, "zero3"):
         alone, both = (
             Point(bench.config(strategy=strategy, length=1024, packs=4 * world), packs=4 * world, steps=4, world=world)
             for world in (1, 2)
@@ -191,7 +204,7 @@ def scaling(bench: Bench) -> dict[str, Any]:
         found[strategy] = {"one_s": one_s, "two_s": two_s, "speedup": 2 * one_s / two_s}
         speedup = found[strategy]["speedup"]
         console.print(
-            f"[bold]scaling[/] {strategy:6} 1: {one_s:.2f} s  2: {two_s:.2f} s a step of 4 packs each   {speedup:.2f} x"
+            f"[bold]scaling[/] {strategy:10} 1: {one_s:.2f} s  2: {two_s:.2f} s a step of 4 packs each  {speedup:.2f} x"
         )
     return found
 
@@ -208,7 +221,7 @@ def _two_runs(bench: Bench, alone: Point, one_s: float) -> float:
 
 def traffic(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for strategy in STRATEGIES:
+    for strategy in (*STRATEGIES, ONCE):
         point = Point(
             bench.config(strategy=strategy, length=256, packs=4), segments=1, packs=4, steps=1, world=2, listen=True
         )
@@ -217,7 +230,7 @@ def traffic(bench: Bench) -> dict[str, Any]:
         figures = "  ".join(f"{kind} {size / 2**20:,.1f} MiB" for kind, size in sorted(report.heard.items()))
         is_so = report.heard == report.described
         console.print(
-            f"[bold]traffic[/] {strategy:6} {figures}   {'as described' if is_so else f'described: {report.described}'}"
+            f"[bold]traffic[/] {strategy:10} {figures}  {'as described' if is_so else f'described: {report.described}'}"
         )
     return found
 

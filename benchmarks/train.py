@@ -1,18 +1,19 @@
 """Training beside the trainers that people would use instead: speed, memory, start-up and losses, in one run.
 
     python -m benchmarks.train [--size 33m] [--methods full lora qlora] [--lengths 1024 4096] [--rounds 3]
-                               [--peers trl llamafactory axolotl] [--here] [--compute bf16] [--threads 2]
-                               [--json FILE]
+                               [--peers trl llamafactory axolotl] [--here] [--no-compiled] [--compute bf16]
+                               [--threads 2] [--json FILE]
     python -m benchmarks.train --size 7b                   LoRA and QLoRA of Llama 2 7B at 4,096 tokens, on a CUDA GPU
 
 Every side trains the same weights on the same packs in the same order and precision (``train_parts/workload.py``),
 one process after the other, in the order A B, B A, A B, ...: what else the machine does meets all of them. A peer runs
 in an environment of its own, which is made when it is not there, or with ``--here`` in the Python that runs this, where
 there is no network to make one. One that is not there is named and left out; so is a method at which one ends with an
-error.
+error. This project is a side twice: as it is, and with ``train.compile``.
 
     tokens/s    of the steps after the first ones, data included; the median of the rounds
-    ratio       ours / the peer's, the median over rounds of the ratio of neighbours
+    ratio       ours / the side's, the median over rounds of the ratio of neighbours
+    compiled    the same of ours with ``train.compile``
     memory      most that the process had resident, or that torch handed out of a GPU, and there what was planned
     first step  from the start of the process to the end of its first optimizer step
     of model's products, of square
@@ -48,7 +49,8 @@ from benchmarks.train_parts.environments import PEERS, ROOT
 from benchmarks.train_parts.sizes import METHODS, SIZES, Size, Step, flops, least_bytes
 from benchmarks.train_parts.workload import Task, Workload
 
-OURS = "sft_dist"
+OURS, COMPILED = "sft_dist", "sft_dist, compiled"
+OWN = {OURS: [], COMPILED: ["train.compile=true"]}
 WARM_UP_STEPS = 4
 TABLE_COLUMNS = 120
 
@@ -81,7 +83,8 @@ class Row:
 
     Args:
         step_s, flops_s, bytes_s: a step's time, and of its floor.
-        ratio, memory_ratio: ours / the peer's; 1 for ours.
+        ratio, memory_ratio: ours / the side's; 1 for ours.
+        compiled_ratio: speed of ours with ``train.compile`` / the side's; None where it was not measured.
         planned_gib: of ours on a GPU.
     """
 
@@ -93,6 +96,7 @@ class Row:
     bytes_s: float
     tokens_per_s: float
     ratio: float
+    compiled_ratio: float | None
     peak_gib: float
     planned_gib: float | None
     memory_ratio: float
@@ -113,7 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
     peers = [PEERS[name] for name in given.peers]
     absent = {peer.name: why for peer in peers if (why := peer.missing_here() if given.here else peer.install())}
     pythons = {peer.name: sys.executable if given.here else str(peer.python) for peer in peers}
-    sides = [OURS, *(name for name in given.peers if name not in absent)]
+    own = list(OWN) if given.compiled else [OURS]
+    sides = own + [name for name in given.peers if name not in absent]
     rates: list[dict[str, float]] = [_rates(given.threads, given.size)]
     runs: list[Measured] = []
     for method in methods:
@@ -167,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--here", action="store_true", help="peers run in the Python that runs this")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="ours compiled too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compute", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -190,9 +196,9 @@ def _run(
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if side == OURS:
+    if side in OWN:
         module = "benchmarks.train_parts.own_run"
-        command = [python, "-m", module, str(config), str(report), str(threads)]
+        command = [python, "-m", module, str(config), str(report), str(threads), *OWN[side]]
         environment["PYTHONPATH"] = str(ROOT)
     else:
         task = Task(
@@ -241,6 +247,7 @@ def rows_of(runs: list[Measured], rates: dict[str, float], size: Size) -> list[R
     rows = []
     for (method, length, side), mine in cells.items():
         ours = {run.round: run for run in cells[method, length, OURS]}
+        compiled = {run.round: run for run in cells.get((method, length, COMPILED), [])}
         rate = statistics.median(run.step_flops / run.step_s for run in mine)
         planned = mine[0].planned_bytes
         rows.append(
@@ -252,7 +259,8 @@ def rows_of(runs: list[Measured], rates: dict[str, float], size: Size) -> list[R
                 flops_s=mine[0].step_flops / rates["square"],
                 bytes_s=least_bytes(size, method) / rates["memory"],
                 tokens_per_s=statistics.median(run.tokens_per_s for run in mine),
-                ratio=statistics.median(ours[run.round].tokens_per_s / run.tokens_per_s for run in mine),
+                ratio=_faster(ours, mine),
+                compiled_ratio=_faster(compiled, mine) if compiled else None,
                 peak_gib=max(run.peak_bytes for run in mine) / 2**30,
                 planned_gib=None if planned is None else planned / 2**30,
                 memory_ratio=statistics.median(ours[run.round].peak_bytes / run.peak_bytes for run in mine),
@@ -267,11 +275,16 @@ def rows_of(runs: list[Measured], rates: dict[str, float], size: Size) -> list[R
     return rows
 
 
+def _faster(ours: dict[int, Measured], theirs: list[Measured]) -> float:
+    return statistics.median(ours[run.round].tokens_per_s / run.tokens_per_s for run in theirs)
+
+
 def show(rows: list[Row], rates: dict[str, float], absent: dict[str, str], console: Console) -> None:
     table = Table(box=None, header_style="bold", padding=(0, 1))
     for column in ("method", "packed", "side"):
         table.add_column(column)
-    for column in ("tokens/s", "ratio", "memory", "ratio", "first step", "of model's\nproducts", "of square", "losses"):
+    numbers = ("tokens/s", "ratio", "compiled", "memory", "ratio", "first step", "of model's\nproducts", "of square")
+    for column in (*numbers, "losses"):
         table.add_column(column, justify="right")
     last = None
     for row in rows:
@@ -279,6 +292,7 @@ def show(rows: list[Row], rates: dict[str, float], absent: dict[str, str], conso
             "" if (row.method, row.length) == last else row.method,
             "" if (row.method, row.length) == last else f"{row.length:,}",
             row.side, f"{row.tokens_per_s:,.0f}", "" if row.side == OURS else f"{row.ratio:.2f} x",
+            "" if row.compiled_ratio is None or row.side in OWN else f"{row.compiled_ratio:.2f} x",
             f"{row.peak_gib:.2f} GiB", "" if row.side == OURS else f"{row.memory_ratio:.2f}",
             f"{row.first_step_s:.1f} s", f"{row.of_model:.0%}", f"{row.of_square:.0%}",
             "" if row.side == OURS else f"{row.losses_differ:.1e}",

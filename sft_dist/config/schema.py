@@ -190,6 +190,11 @@ class Fsdp2Sharding(_Sharding):
     reshard_after_forward: bool = Field(
         True, description="Free a layer's gathered weights after forward and gather them again in backward."
     )
+    reduce_once_a_step: bool = Field(
+        False,
+        description="Reduce gradients in the last micro-batch of a step alone, as DDP does: less traffic where several "
+        "are accumulated, but until then every process holds the whole gradients of what trains, in fp32.",
+    )
     cpu_offload: bool = Field(
         False,
         description="Keep parameters, gradients and optimizer states in host memory; the optimizer steps there, and a "

@@ -85,6 +85,11 @@ def _precision(config: Config) -> Iterator[Finding]:
             f"precision.master is bf16, but sharding.strategy {strategy} (DeepSpeed) always keeps fp32 master weights",
             "set precision.master to fp32, or sharding.strategy to fsdp2 or ddp",
         )
+    if isinstance(config.sharding, Fsdp2Sharding) and config.sharding.reduce_once_a_step and precision.reduce == "bf16":
+        yield (
+            "sharding.reduce_once_a_step adds up micro-batches in the dtype of precision.reduce, which is bf16",
+            "set precision.reduce to fp32, or sharding.reduce_once_a_step to false",
+        )
 
 
 def _optimizer(config: Config) -> Iterator[Finding]:

@@ -68,12 +68,12 @@ def _parameters(run: Run) -> Iterator[Transfer]:
 def _gradients(run: Run) -> Iterator[Transfer]:
     """Reduced gradients of this rank's part go to the host; DeepSpeed brings updated weights back."""
     width = DTYPE_BYTES["fp32"] if run.strategy in ZERO_STAGES else DTYPE_BYTES[run.precision.master]
-    every: bool = run.strategy != "zero1"
+    once = run.strategy == "zero1" or (isinstance(run.sharding, Fsdp2Sharding) and run.sharding.reduce_once_a_step)
+    when: Every = "last_micro_batch" if once else "micro_batch"
     for block in (*reversed(range(run.model.num_layers)), None):
         numel = sum(p.numel for p in members(run, block) if p.trainable) / _shards(run)
         if numel:
-            when = "micro_batch" if every else "last_micro_batch"
-            yield Transfer(numel * width, "backward", when, block, "after", part=OFFLOAD)  # type: ignore[arg-type]
+            yield Transfer(numel * width, "backward", when, block, "after", part=OFFLOAD)
     if run.strategy in ZERO_STAGES and "parameters" not in registry.describe(run, 0).on_host:
         back = run.model.num_trainable / _shards(run) * DTYPE_BYTES[run.precision.compute]
         yield Transfer(back, "step", "step", None, "after", False, part=OFFLOAD)

@@ -161,7 +161,7 @@ def _ddp(run: Run) -> Iterator[Collective]:
 
 
 def _fsdp2(run: Run) -> Iterator[Collective]:
-    """A block is gathered in forward, again in backward if it was freed, and reduced in every micro-batch.
+    """A block is gathered in forward, again in backward if it was freed, and reduced in every micro-batch or the last.
 
     What is not freed after forward stays gathered for the step: the root, and with it blocks if they are kept.
     """
@@ -178,10 +178,21 @@ def _fsdp2(run: Run) -> Iterator[Collective]:
     # The one before is fetched ahead, whether or not it is needed.
     again = range(max(0, needed.start - 1), needed.stop) if needed and frees_blocks else range(0)
 
+    micro_batches = run.batch.gradient_accumulation_steps
+    every: Every = "last_micro_batch" if run.sharding.reduce_once_a_step else "micro_batch"
+    waits = run.sharding.reduce_once_a_step and micro_batches > 1
+    # Of a gradient, read and written: into the buffer. One that waits is in ``reduce`` by then: copied to it in the
+    # first micro-batch, and added to in every other one.
+    copied_width = compute + reduce
+    if waits:
+        copied_width = (
+            (compute + reduce) * (compute != reduce) + (micro_batches - 1) * (compute + 2 * reduce) + 2 * reduce
+        )
+
     def gather(size: int, of: Pass, unit: int | None) -> Collective:
         """Into one buffer, out of which the unit's weights are copied."""
-        every: Every = "micro_batch" if unit is not None and frees_blocks else "first_micro_batch"
-        return Collective("all_gather", size, shard, of, every, unit, copied_bytes=2 * size)
+        when: Every = "micro_batch" if unit is not None and frees_blocks else "first_micro_batch"
+        return Collective("all_gather", size, shard, of, when, unit, copied_bytes=2 * size)
 
     if shards > 1:
         for unit in units:
@@ -189,12 +200,13 @@ def _fsdp2(run: Run) -> Iterator[Collective]:
     for unit in (*reversed(range(run.model.num_layers)), None):
         if unit in again and shards > 1:
             yield gather(whole[unit], "backward", unit)
-        reduced = sum(padded_numel(p, shards) for p in members(run, unit) if p.trainable) * reduce
+        numel = sum(padded_numel(p, shards) for p in members(run, unit) if p.trainable)
+        reduced = numel * reduce
         if reduced and shards > 1:
-            copied = reduced + reduced * compute // reduce
-            yield Collective("reduce_scatter", reduced, shard, "backward", "micro_batch", unit, copied_bytes=copied)
+            copied = numel * copied_width
+            yield Collective("reduce_scatter", reduced, shard, "backward", every, unit, copied_bytes=copied)
         if reduced and replicas > 1:
-            yield Collective("all_reduce", reduced // shards, replica, "backward", "micro_batch", unit)
+            yield Collective("all_reduce", reduced // shards, replica, "backward", every, unit)
 
 
 def _zero12(run: Run) -> Iterator[Collective]:

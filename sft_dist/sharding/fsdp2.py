@@ -99,7 +99,8 @@ class Fsdp2(NativeStrategy):
         # update, and the most that is held at a time is the same.
         keeps_blocks = not self.sharding.reshard_after_forward
         self.root.set_reshard_after_backward(is_last_micro_batch, recurse=keeps_blocks)
-        # Every micro-batch reduces: gradients that wait for the last one would be whole on every rank.
+        # Gradients that wait for the last micro-batch are whole on every rank: only where it is asked for.
+        self.root.set_requires_gradient_sync(is_last_micro_batch or not self.sharding.reduce_once_a_step)
         return self._forward_backward(self.model, batch, supervised_in_step)
 
     def infer(self, batch: MicroBatch, *, logits: bool, cache: RowCache | None = None) -> Tensor:

@@ -159,6 +159,12 @@ def test_fsdp2_holds_its_shard_of_the_gradients(world: World, tiny_base: Path) -
     run = resolve(cfg, WorldShape(1, 2))
     held = world(2).run(gradient_numel_between_micro_batches, cells.dump(cfg))
     assert held == [registry.describe(run, rank).optimizer_numel for rank in (0, 1)]
+    waits = cells.config(
+        str(tiny_base), "full", "fsdp2", sharding={"strategy": "fsdp2", "reduce_once_a_step": True},
+        precision={"compute": "bf16"},
+    )  # fmt: skip
+    held = world(2).run(gradient_numel_between_micro_batches, cells.dump(waits))
+    assert held == [run.model.num_trainable] * 2
 
 
 def evaluate_and_verify(text: str) -> None:

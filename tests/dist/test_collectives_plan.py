@@ -98,6 +98,8 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("full", "fsdp2", {"compute": "bf16"}, {}),
         ("full", "fsdp2", {"compute": "bf16", "reduce": "bf16"}, {"reshard_after_forward": False}),
         ("full", "fsdp2", {"compute": "bf16"}, {"dp_replicate": 2}),
+        ("full", "fsdp2", {"compute": "bf16"}, {"reduce_once_a_step": True}),
+        ("lora", "fsdp2", {"compute": "fp32"}, {"reduce_once_a_step": True, "dp_replicate": 2}),
         ("lora", "fsdp2", {"compute": "bf16"}, {}),
         ("qlora", "fsdp2", {"compute": "bf16"}, {}),
         ("prefix", "fsdp2", {"compute": "fp32"}, {}),
@@ -225,3 +227,5 @@ def test_what_a_rank_sends(tiny_base: Path) -> None:
     assert total_bytes(collectives(fsdp2), micro_batches=5) == pytest.approx(expected, rel=0.01)
     kept = replace(fsdp2, sharding=Fsdp2Sharding(reshard_after_forward=False))
     assert total_bytes(collectives(kept), micro_batches=5) == pytest.approx(3 / 4 * 6 * numel * 4, rel=0.01)
+    least = replace(fsdp2, sharding=Fsdp2Sharding(reshard_after_forward=False, reduce_once_a_step=True))
+    assert total_bytes(collectives(least), micro_batches=5) == pytest.approx(3 / 4 * 2 * numel * 4, rel=0.01)

@@ -190,6 +190,23 @@ def test_fsdp2_without_resharding(world: World, alone: Callable[..., Trained], t
     assert_equal_runs(world(2).run(cells.train, cells.dump(cfg)), alone(cells.config(str(tiny_base), "full", "ddp")))
 
 
+@pytest.mark.parametrize(
+    ("method", "sharding", "size"),
+    [("full", {}, 2), ("lora", {"dp_replicate": 2}, 4), ("qlora", {"cpu_offload": True, "reshard_after_forward": False}, 2)],
+    ids=str,
+)  # fmt: skip
+def test_fsdp2_that_reduces_once_a_step(
+    world: World, alone: Callable[..., Trained], tiny_base: Path, method: str, sharding: dict[str, Any], size: int
+) -> None:
+    """Gradients are added up over micro-batches first and over ranks then: the same sums."""
+    settings = {"strategy": "fsdp2", "reduce_once_a_step": True} | sharding
+    cfg = cells.config(str(tiny_base), method, "fsdp2", sharding=settings, train={"micro_batch_size": 1})
+    assert resolve(cfg, WorldShape(1, size)).batch.gradient_accumulation_steps > 1
+    trained = world(size).run(cells.train, cells.dump(cfg))
+    assert_equal_runs(trained, alone(cells.config(str(tiny_base), method, "ddp")))
+    assert_sharded_as_described(cfg, trained)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_reduced_in_bf16(world: World, alone: Callable[..., Trained], tiny_base: Path, strategy: str) -> None:
     """fp32 compute with a bf16 reduction: near the exact run, and not equal to it, so the setting has its effect."""

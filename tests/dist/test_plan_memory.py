@@ -60,6 +60,10 @@ def cell(
 
 def planned_and_real(world: World, size: int, cfg: Any) -> tuple[Run, int, int, Measured]:
     """The run, its planned kept and highest bytes, and the real ones of rank 0."""
+    return (*planned(cfg, size), world(size).run(measure, cells.dump(cfg))[0])
+
+
+def planned(cfg: Any, size: int) -> tuple[Run, int, int]:
     run = resolve(cfg, WorldShape(1, size))
     played = trace(run)
     phases = {phase.name: phase for phase in memory_phases(run, played, None)}
@@ -67,7 +71,7 @@ def planned_and_real(world: World, size: int, cfg: Any) -> tuple[Run, int, int, 
     if run.strategy == "zero2":  # its gradients are gone after a step
         held["gradients"] = 0
     highest = phases["forward_backward"].allocated_bytes - sum(held.values())
-    return run, played.kept_bytes, highest, world(size).run(measure, cells.dump(cfg))[0]
+    return run, played.kept_bytes, highest
 
 
 def check_held(run: Run, real: Measured) -> None:
@@ -136,6 +140,36 @@ def test_the_highest_moment_with_blocks_that_stay_gathered(world: World, base: P
     assert kept == real.saved
     assert abs(highest - real.peak) <= SCALARS, f"planned {highest}, real {real.peak} in {real.moment}"
     check_held(run, real)
+
+
+@pytest.mark.parametrize(
+    ("method", "compute", "sharding"),
+    [
+        ("full", "bf16", {}),
+        ("full", "fp32", {}),
+        pytest.param("lora", "bf16", {}, marks=pytest.mark.ci),
+        pytest.param("full", "bf16", {"reshard_after_forward": False}, marks=pytest.mark.ci),
+        pytest.param("qlora", "fp32", {}, marks=pytest.mark.ci),
+    ],
+)
+def test_the_highest_moment_with_gradients_that_wait(
+    world: World, base: Path, method: str, compute: str, sharding: dict[str, Any]
+) -> None:
+    """Whole on every process, in fp32, from the first micro-batch to the last, which reduces them."""
+    cfg = cell(
+        base, 2, "fsdp2", method, 3, seq_len=32, precision={"compute": compute}, activation_checkpointing={"mode": "none"},
+        sharding={"reduce_once_a_step": True} | sharding,
+    )  # fmt: skip
+    run, kept, highest, real = planned_and_real(world, 2, cfg)
+    assert kept == real.saved
+    assert abs(highest - real.peak) <= SCALARS, f"planned {highest}, real {real.peak} in {real.moment}"
+    check_held(run, real)
+    whole = 4 * run.model.num_trainable
+    every_time = cell(
+        base, 2, "fsdp2", method, 3, seq_len=32, precision={"compute": compute}, activation_checkpointing={"mode": "none"},
+        sharding=sharding,
+    )  # fmt: skip
+    assert highest - planned(every_time, 2)[2] > 0.3 * whole
 
 
 def test_offloaded_inputs_are_not_on_the_device(world: World, base: Path) -> None:

@@ -78,9 +78,12 @@ def test_ratios_are_of_neighbours() -> None:
         measured("sft_dist", 0, 200, 10, [2.0, 1.0]), measured("trl", 0, 100, 20, [2.0, 1.001]),
         measured("trl", 1, 50, 20, [2.0, 1.0]), measured("sft_dist", 1, 150, 10, [2.0, 1.0]),
         measured("sft_dist", 2, 220, 10, [2.0, 1.0]), measured("trl", 2, 100, 20, [2.0, 1.0]),
+        *(measured(train.COMPILED, number, 250, 9, [2.0, 1.0]) for number in range(3)),
     ]  # fmt: skip
     rows = {row.side: row for row in train.rows_of(runs, RATES, SIZES["33m"])}
     assert rows["trl"].ratio == pytest.approx(2.2)
+    assert rows["trl"].compiled_ratio == pytest.approx(2.5)
+    assert rows[train.COMPILED].ratio == pytest.approx(0.8)
     assert rows["trl"].memory_ratio == 0.5
     assert rows["trl"].losses_differ == pytest.approx(1e-3)
     assert (rows["sft_dist"].ratio, rows["sft_dist"].losses_differ) == (1.0, 0.0)
@@ -92,7 +95,7 @@ def test_ratios_are_of_neighbours() -> None:
     text = console.export_text()
     assert "full 1,024: a step takes 2,000 ms; its FLOPs 500 ms" in text
     assert "measured / planned 0.950" in text
-    assert "2.20 x" in text
+    assert text.splitlines()[3].split()[2:6] == ["2.20", "x", "2.50", "x"], text
     assert "axolotl is left out: no wheel" in text
 
 
@@ -106,6 +109,8 @@ def test_a_method_at_which_a_peer_fails_is_left_out_and_named(
     def run(work: Any, side: str, python: str, method: str, length: int, number: int, *_: Any) -> train.Measured:
         if (side, method, number) == ("llamafactory", "full", 1):
             raise train.PeerFailedError("at 1,024 it ended with 1: ValueError: no kernel")
+        if (side, method) == (train.COMPILED, "lora"):
+            raise train.PeerFailedError("at 1,024 it ended with 7: no compiler")
         return replace(measured(side, number, 100, 10, [1.0]), method=method)
 
     monkeypatch.setattr(train, "_run", run)
@@ -115,9 +120,10 @@ def test_a_method_at_which_a_peer_fails_is_left_out_and_named(
     train.main([*cells, "--json", str(path)])
     rows = {(row["method"], row["side"]) for row in json.loads(path.read_text())["rows"]}
     both = {("full", "sft_dist"), ("full", "trl"), ("lora", "sft_dist"), ("lora", "trl")}
-    assert rows == both | {("lora", "llamafactory")}
-    said = "llamafactory, full is left out: at 1,024 it ended with 1: ValueError: no kernel"
-    assert said in capsys.readouterr().out
+    assert rows == both | {("lora", "llamafactory"), ("full", train.COMPILED)}
+    said = capsys.readouterr().out
+    assert "llamafactory, full is left out: at 1,024 it ended with 1: ValueError: no kernel" in said
+    assert "sft_dist, compiled, lora is left out: at 1,024 it ended with 7: no compiler" in said
 
 
 def test_the_error_of_a_peer_is_told_not_its_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +151,13 @@ def test_a_peer_that_this_python_lacks_is_named(monkeypatch: pytest.MonkeyPatch)
     shown: dict[str, str] = {}
     monkeypatch.setattr(train, "show", lambda rows, rates, absent, console: shown.update(absent))
     monkeypatch.setattr(environments.importlib.util, "find_spec", lambda name: None if name == "axolotl" else name)
-    train.main(["--methods", "full", "--lengths", "1024", "--peers", "trl", "axolotl", "--here", "--rounds", "1"])
+    cell = ["--methods", "full", "--lengths", "1024", "--rounds", "1"]
+    train.main([*cell, "--peers", "trl", "axolotl", "--here"])
     assert shown == {"axolotl": "the Python that runs this does not have it"}
-    assert asked == [("sft_dist", sys.executable), ("trl", sys.executable)]
+    assert asked == [(side, sys.executable) for side in (*train.OWN, "trl")]
+    asked.clear()
+    train.main([*cell, "--peers", "--no-compiled"])
+    assert asked == [("sft_dist", sys.executable)]
 
 
 def test_packs_of_llamafactory_number_the_rows() -> None:
@@ -211,7 +221,7 @@ def test_the_guard_knows_cells_by_their_length() -> None:
 
 
 def test_the_guard_does_not_compare_us_with_ourselves() -> None:
-    ours = result(1.0, 1.0, "sft_dist")
+    ours = {"rows": [row for side in train.OWN for row in result(1.0, 1.0, side)["rows"]]}
     with pytest.raises(ValueError, match="nothing that was measured"):
         check.compare(ours, ours)
 

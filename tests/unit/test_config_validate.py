@@ -196,6 +196,11 @@ WRONG = [
         "set precision.master to fp32, or sharding.strategy to fsdp2 or ddp",
     ),
     (
+        {"precision": {"reduce": "bf16"}, "sharding": {"strategy": "fsdp2", "reduce_once_a_step": True}},
+        "sharding.reduce_once_a_step adds up micro-batches in the dtype of precision.reduce, which is bf16",
+        "set precision.reduce to fp32, or sharding.reduce_once_a_step to false",
+    ),
+    (
         {"activation_checkpointing": {"mode": "every_k"}},
         "activation_checkpointing.mode is every_k, but activation_checkpointing.k is missing",
         "set activation_checkpointing.k, e.g. to 2",

@@ -307,6 +307,16 @@ def test_what_fsdp2_copies_out_of_and_into_the_buffers_of_its_collectives(tiny_b
         ("forward", "all_gather"): 4 * block, ("backward", "all_gather"): 4 * block,
         ("backward", "reduce_scatter"): 6 * block,
     }  # fmt: skip
+    # Three micro-batches: to fp32, two times bf16 added to it, and into the buffer.
+    once = {"strategy": "fsdp2", "reduce_once_a_step": True}
+    train = {"global_batch_size": 18, "micro_batch_size": 2}
+    waits = run_of(tiny_base, "fsdp2", ranks=3, sharding=once, train=train)
+    assert waits.batch.gradient_accumulation_steps == 3
+    (reduced,) = [c for c in collectives(waits) if c.block == 0 and c.kind == "reduce_scatter"]
+    assert (reduced.every, reduced.copied_bytes) == ("last_micro_batch", (6 + 2 * 10 + 8) * block)
+    alone = run_of(tiny_base, "fsdp2", ranks=3, sharding=once, train=train | {"global_batch_size": 6})
+    (reduced,) = [c for c in collectives(alone) if c.block == 0 and c.kind == "reduce_scatter"]
+    assert reduced.copied_bytes == 6 * block, "a single micro-batch is reduced as it comes"
 
 
 # Seconds
@@ -329,6 +339,9 @@ def test_what_goes_over_the_link_to_the_host(tiny_base: Path) -> None:
     kept = run_of(tiny_base, "fsdp2", ranks=2, sharding=ON_HOST | {"reshard_after_forward": False})
     there = [c for c in host_transfers(kept, tokens=100) if c.when == "before"]
     assert {(c.of, c.every) for c in there} == {("forward", "first_micro_batch")}, "layers stay for the step"
+    for once, when in ((False, "micro_batch"), (True, "last_micro_batch")):
+        waits = run_of(tiny_base, "fsdp2", ranks=2, sharding=ON_HOST | {"reduce_once_a_step": once})
+        assert {c.every for c in host_transfers(waits, tokens=100) if c.when == "after"} == {when}
     knobs = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     zero = run_of(tiny_base, "zero2", ranks=2, sharding={"strategy": "zero2", "deepspeed_config": knobs})
     copies = host_transfers(zero, tokens=100)

@@ -79,6 +79,7 @@ def test_what_was_changed_is_told(tmp_path: Path) -> None:
         "optim.lr: 0.003 -> 0.0001",
         "sharding.cpu_offload: None -> False",
         "sharding.dp_replicate: None -> 1",
+        "sharding.reduce_once_a_step: None -> False",
         "sharding.reshard_after_forward: None -> True",
         "sharding.strategy: ddp -> fsdp2",
     ]
