@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sft_dist.plan.bill import HourlyPrice, hourly_price
 from sft_dist.plan.data import counted_plan
 from sft_dist.plan.expected import Expected, expect
 from sft_dist.plan.machines import Machines, machines_here
+from sft_dist.plan.result import Plan
 from sft_dist.plan.to_json import PLAN, plan_text
 from sft_dist.run import Run
 from sft_dist.train.run_files import keep_file
@@ -40,7 +42,11 @@ class Outlook:
 def look_ahead(
     config: Config, run: Run, device: torch.device, train_data: PreparedData, eval_data: PreparedData | None
 ) -> Outlook:
-    """Plans a resolved run on its own data; rank 0's. Writes ``plan.json`` where there is none and the GPU is known."""
+    """Plans a resolved run on its own data; rank 0's.
+
+    Writes ``plan.json`` where the GPU is known and there is none, or one of another subject, for instance of machines
+    that were thought of: what is shown as the plan of the run is to be its own.
+    """
     missing: list[str] = []
     machines = expected = price = None
     if device.type == "cuda":
@@ -57,7 +63,7 @@ def look_ahead(
     try:
         data = counted_plan(run, train_data, eval_data, source="counted by the run")
         expected, plan = expect(config, run, machines, data)
-        if plan is not None and not (Path(run.output_dir) / PLAN).exists():
+        if plan is not None and not _is_there(Path(run.output_dir), plan):
             _write_plan(Path(run.output_dir), plan_text(plan) + "\n", missing)
     except Exception as error:
         missing.append(f"no plan to compare with: {_told(error)}")
@@ -66,6 +72,15 @@ def look_ahead(
     except Exception as error:
         missing.append(f"no bill: {_told(error)}")
     return Outlook(machines, expected, price, tuple(missing))
+
+
+def _is_there(folder: Path, plan: Plan) -> bool:
+    """Whether the folder has one of the same subject; its data may be known otherwise."""
+    try:
+        written = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and written.get("subject") == plan.subject
 
 
 def _write_plan(folder: Path, text: str, missing: list[str]) -> None:

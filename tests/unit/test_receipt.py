@@ -19,6 +19,7 @@ from sft_dist.plan.data import counted_plan
 from sft_dist.plan.dry_run import plan_run
 from sft_dist.plan.expected import Expected, expect
 from sft_dist.plan.machines import Machines, machines_here
+from sft_dist.plan.to_json import plan_text
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -92,6 +93,31 @@ def test_a_known_gpu_has_the_same_and_the_rest(tiny_base: Path, tmp_path: Path, 
     assert whole.flops_per_token is not None
     assert whole.tokens_per_s is not None
     assert whole.flops_per_token * whole.tokens_per_s / 989e12 == pytest.approx(plan.time.mfu, rel=0.01)
+
+
+def test_the_plan_in_the_folder_is_that_of_the_run(
+    tiny_base: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was made for other machines is replaced; one of the same stays, whatever it knew of the data."""
+    cfg, run = parts(tiny_base, tmp_path)
+    data = counted_plan(run, cells.synthetic_data(), None, source="test")
+    found = expect(cfg, run, H100, data)
+    _, plan = found
+    assert plan is not None
+    monkeypatch.setattr(outlook_module, "expect", lambda *_: found)
+    file = tmp_path / "plan.json"
+
+    def is_replaced(text: str) -> bool:
+        file.write_text(text)
+        assert look_ahead(cfg, run, cells.CPU, cells.synthetic_data(), None).missing == (NO_GPU,)
+        return file.read_text() == plan_text(plan) + "\n"
+
+    assert look_ahead(cfg, run, cells.CPU, cells.synthetic_data(), None).missing == (NO_GPU,)
+    assert file.read_text() == plan_text(plan) + "\n"
+    assert is_replaced(json.dumps({"subject": plan.subject | {"machines": "8 x B200"}}))
+    assert is_replaced("{")
+    assert is_replaced("[]")
+    assert not is_replaced(json.dumps({"subject": plan.subject, "data": "as it was told"}))
 
 
 def test_ranks_that_share_sequences_are_planned_too(tiny_base: Path, tmp_path: Path) -> None:
