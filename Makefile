@@ -31,8 +31,8 @@ bench-check: setup  ## has training become slower beside other trainers? compare
 test: lint  ## everything that must pass before a change is merged: the whole project, in some minutes
 	$(PYTEST) -m "not ci and not full and not slurm"
 
-test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests
-	$(PYTEST) -m "ci and not full and not slurm"
+test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests; PART=1/3: a third
+	$(PYTEST) -m "ci and not full and not slurm" $(if $(PART),--part $(PART))
 
 # Two clusters side by side; what takes longest begins first.
 test-slurm: setup  ## jobs on a SLURM cluster that the tests bring up (root and SLURM's packages; else skipped)

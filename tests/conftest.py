@@ -14,7 +14,26 @@ from typing import Any
 import pytest
 
 from tests.helpers import figures
+from tests.helpers.parts import files_of_part
 from tests.helpers.pool import WorldPool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="K/N", help="run the files of part K of N alone, of what is selected")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Behind the selection by markers."""
+    if config.getoption("--part") is None:
+        return
+    part, parts = (int(number) for number in config.getoption("--part").split("/"))
+    if not 1 <= part <= parts:
+        raise pytest.UsageError(f"--part {part}/{parts}: there is no such part")
+    wanted = files_of_part((item.path for item in items), part, parts)
+    left_out = [item for item in items if item.path not in wanted]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item.path in wanted]
 
 
 def pytest_configure(config: pytest.Config) -> None:
