@@ -45,7 +45,7 @@ def summary(
             f"{_on_host(spec)}; "
             f"activation checkpointing {run.activation_checkpointing.mode}",
             f"precision compute {precision.compute}, trainable stored in {stored}, master {spec.optimizer_dtype}, "
-            f"gradients reduced in {precision.reduce}, {_optimizer(run)}",
+            f"gradients reduced in {precision.reduce}{_once(run)}, {_optimizer(run)}",
             f"data      {_count(train_data.num_rows, 'row')} in {_count(train_data.num_sequences, kind)}, "
             f"{tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.0%}){held_out}",
             f"schedule  {_count(num_steps, 'step')} of {_sequences(batch, train_data, kind)}: {_sharers(batch)} x "
@@ -101,6 +101,10 @@ def _noise(run: Run) -> str:
     if run.label_smoothing:
         parts.append(f"labels smoothed by {run.label_smoothing:g}")
     return f"only in training: {' and '.join(parts)}; its loss is not comparable with that of evaluation"
+
+
+def _once(run: Run) -> str:
+    return " once a step" if isinstance(run.sharding, Fsdp2Sharding) and run.sharding.reduce_once_a_step else ""
 
 
 def _replicas(run: Run) -> str:

@@ -5,6 +5,7 @@ Usage: python -m tests.helpers.forked_prepare {kill|together|orphan} FOLDER BASE
 FOLDER has rows.jsonl; the cache is made in FOLDER/cache.
 kill: ten times a process that is killed at a random moment of its own time, by a signal that nobody handles, so that
 it ends as by ``kill -9``; then one that is not. Prints the exit codes and how many chunks there were before the last.
+A machine's speed is no matter: moments are counted in the time that loading the tokenizer takes.
 together: two processes at once; prints their exit codes.
 orphan: one with two workers, which is killed when they are there; prints the processes below it.
 """
@@ -39,6 +40,16 @@ def begin(folder: Path, base: str, workers: int, killed_after_s: float = 0.0) ->
     os._exit(0)
 
 
+def loading_s(base: str) -> float:
+    """Time of the processor that a child takes for what is before the first chunk."""
+    pid = os.fork()
+    if not pid:
+        load_renderer(base, None, None)
+        os._exit(0)
+    used = os.wait4(pid, 0)[2]
+    return used.ru_utime + used.ru_stime
+
+
 def end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -65,9 +76,9 @@ def main(what: str, folder: Path, base: str) -> object:
         os.kill(pid, signal.SIGKILL)
         end(pid)
         return below
-    draw, codes = random.Random(5), []
+    draw, codes, unit_s = random.Random(5), [], loading_s(base)
     for _ in range(10):
-        codes.append(end(begin(folder, base, 0, killed_after_s=draw.uniform(0.01, 0.1))))
+        codes.append(end(begin(folder, base, 0, killed_after_s=draw.uniform(0.3, 4) * unit_s)))
     chunks = [path.read_bytes().count(b"\n") for path in (folder / "cache").rglob("chunks.jsonl")]
     return [*codes, end(begin(folder, base, 0)), *chunks]
 

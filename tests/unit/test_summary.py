@@ -103,6 +103,12 @@ def test_where_it_is(tiny_base: Path) -> None:
     )
 
 
+def test_how_often_gradients_are_reduced(tiny_base: Path) -> None:
+    for once, said in ((False, "gradients reduced in fp32, "), (True, "gradients reduced in fp32 once a step, ")):
+        run = run_of(tiny_base, "full", sharding={"strategy": "fsdp2", "reduce_once_a_step": once})
+        assert said in told(run)["precision"]
+
+
 def test_data_and_steps(tiny_base: Path) -> None:
     data, held_out = cells.synthetic_data(), cells.synthetic_data(rows=7, seed=99)
     lines = told(run_of(tiny_base, "full", "ddp", size=1), data, held_out)
