@@ -10,7 +10,6 @@ reads it, and runs the product with W once more when a checkpointed block is rec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sft_dist.model.cpu_shapes import product
+from sft_dist.model.cpu_shapes import add_mm, linear, mm, product
 from sft_dist.model.int8 import Int8Linear
 from sft_dist.model.nf4 import NF4Linear
 from sft_dist.model.quantized import Dequantize, QuantizedLinear, QuantizedMatmul
@@ -166,15 +165,15 @@ def lora_linear(
     shape = (base.out_features, base.in_features)
     with torch.no_grad():
         dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
-        h = F.linear(dropped, a)
+        h = mm(dropped.reshape(-1, a.shape[1]), a.T).view(*x.shape[:-1], a.shape[0])
         del dropped
 
     def value() -> Tensor:
         weight = dequantize(stored, shape, x.dtype)
         read = x.reshape(-1, shape[1])
-        y = product(read, weight.T) if base.bias is None else F.linear(read, weight, base.bias)
-        add = y.addmm_ if in_place else partial(torch.addmm, y)
-        return add(h.reshape(-1, h.shape[-1]), b.T, alpha=scaling).view(*x.shape[:-1], shape[0])
+        y = linear(read, weight, base.bias)
+        total = add_mm(y, h.reshape(-1, h.shape[-1]), b.T, alpha=scaling, in_place=in_place)
+        return total.view(*x.shape[:-1], shape[0])
 
     place = LoraMatmul.apply(x, h, mask, a, b, base.bias, scaling, dropout, dequantize, shape, *stored)
     result: Tensor = _FillIn.apply(place, value)
@@ -218,22 +217,22 @@ class LoraMatmul(torch.autograd.Function):
         x, h, mask, a, b, *stored = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:6]
         g = grad.reshape(-1, grad.shape[-1])
-        g_h = (g @ b).mul_(ctx.scaling)
+        g_h = mm(g, b).mul_(ctx.scaling)
         grad_x = grad_a = grad_b = None
         if needs_b:
             # [r, out] first: CPUs are slower at products with few columns than at those with few rows.
-            grad_b = (h.reshape(-1, h.shape[-1]).T @ g).mul_(ctx.scaling).T
+            grad_b = mm(h.reshape(-1, h.shape[-1]).T, g).mul_(ctx.scaling).T
         if needs_a:
             # What was not dropped is scaled where it is small: in the product.
             read = x if mask is None else x * mask
-            grad_a = (g_h.T @ read.reshape(-1, x.shape[-1])).mul_(ctx.keep_scale)
+            grad_a = mm(g_h.T, read.reshape(-1, x.shape[-1])).mul_(ctx.keep_scale)
             del read
         if needs_x:
             grad_x = product(g, ctx.dequantize(tuple(stored), ctx.shape, grad.dtype))
             if mask is None:
-                grad_x.addmm_(g_h, a)
+                add_mm(grad_x, g_h, a)
             else:
-                grad_x.add_((g_h @ a).mul_(mask.reshape_as(grad_x)), alpha=ctx.keep_scale)
+                grad_x.add_(mm(g_h, a).mul_(mask.reshape_as(grad_x)), alpha=ctx.keep_scale)
             grad_x = grad_x.view(x.shape)
         grad_bias = g.sum(0) if needs_bias else None
         return grad_x, None, None, grad_a, grad_b, grad_bias, *(None for _ in range(4 + len(stored)))

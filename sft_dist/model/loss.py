@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sft_dist.model.cpu_shapes import product
+from sft_dist.model.cpu_shapes import add_mm, mm, product
 
 # Bytes of fp32 logits alive at a time. A CPU gains nothing from more: what does not stay in its caches is slower.
 CHUNK_BYTES = 256 * 2**20
@@ -55,9 +55,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             count = h.shape[0]
             if lacking := -count % row_multiple:
                 h, target = F.pad(h, (0, 0, 0, lacking)), F.pad(target, (0, 0, 0, lacking))
-            products = h @ weight.T
+            products = mm(h, weight.T)
             if rows is not None and row_ids is not None:
-                products.index_copy_(1, row_ids, h @ rows.T)
+                products.index_copy_(1, row_ids, mm(h, rows.T))
             logits = products.float()
             del products
             # Each number is read for the last time when its place is written. Not asked of the device: a plan's trace
@@ -83,14 +83,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_h = product(grad_logits, weight, None if lacking else grad_hidden[chunk])
                 if rows is not None:
-                    grad_h.addmm_(grad_products, rows)
+                    add_mm(grad_h, grad_products, rows)
                 if lacking:
                     grad_hidden[chunk] = grad_h[:count]
             is_only = hidden.shape[0] <= chunk_rows
             if needs_weight:
-                grad_weight = _added(grad_weight, grad_logits.T @ h, is_only=is_only)
+                grad_weight = _added(grad_weight, mm(grad_logits.T, h), is_only=is_only)
             if needs_rows:
-                grad_rows = _added(grad_rows, grad_products.T @ h, is_only=is_only)
+                grad_rows = _added(grad_rows, mm(grad_products.T, h), is_only=is_only)
         if needs_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
         if needs_rows and rows is not None and grad_rows is None:

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from sft_dist.model.cpu_shapes import mm
+
 # (tensors as ``QuantizedLinear.stored``, [out, in], dtype) -> weight
 Dequantize = Callable[[tuple[Tensor, ...], tuple[int, int], torch.dtype], Tensor]
 
@@ -101,10 +103,11 @@ class QuantizedMatmul(torch.autograd.Function):
         ctx.dequantize, ctx.shape = dequantize, shape
         # The parameter itself, not a view of it: a sharded strategy frees and refills its storage between the passes.
         ctx.save_for_backward(*stored)
-        return x @ dequantize(stored, shape, x.dtype).T
+        return mm(x.reshape(-1, shape[1]), dequantize(stored, shape, x.dtype).T).view(*x.shape[:-1], shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         stored = ctx.saved_tensors  # once: activation checkpointing hands each of them out a single time
         weight = ctx.dequantize(stored, ctx.shape, grad.dtype)
-        return grad @ weight, None, None, *(None for _ in stored)
+        grad_x = mm(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], weight.shape[1])
+        return grad_x, None, None, *(None for _ in stored)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from sft_dist.config.schema import Config
 from sft_dist.data.batch import MicroBatch
+from sft_dist.model import cpu_shapes
 from sft_dist.plan.activations import seq_lens_of
 from sft_dist.run import ZERO_STAGES
 from sft_dist.sharding.shard_optimizer import local
@@ -121,6 +122,11 @@ class Measured:
 
 def measure(cfg_yaml: str) -> Measured:
     """The longest micro-batches that the run can have, with everything supervised, by the operators of a GPU's run."""
+    with patch.object(cpu_shapes, "multiplies_bf16", lambda: True):
+        return _measure(cfg_yaml)
+
+
+def _measure(cfg_yaml: str) -> Measured:
     run, strategy = cells.start(Config.model_validate(yaml.safe_load(cfg_yaml)))
     strategy.model.token_multiple = strategy.model.head.row_multiple = 1
     lens = seq_lens_of(run)

@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_dist.data.loader import Part, collate
+from sft_dist.model import cpu_shapes
 from sft_dist.model.attention import per_segment_sdpa
 from sft_dist.model.cpu_attention import BLOCK, MAX_BY_PRODUCTS, packed_attention
-from sft_dist.model.cpu_shapes import MULTIPLE, SplitLinear, filled, filled_up, product, split_products
+from sft_dist.model.cpu_shapes import MULTIPLE, SplitLinear, add_mm, filled, filled_up, mm, product, split_products
 from sft_dist.model.loss import linear_cross_entropy_sum
 from tests.helpers.cells import config, start, synthetic_data
 
@@ -71,15 +73,17 @@ def test_the_loss_of_filled_rows_is_that_of_the_rows(smoothing: float, chunk_row
 
 
 class Products(TorchDispatchMode):
-    """The sizes of all matrix products, without the one of the batch that is an adapter's rank."""
+    """The sizes and dtypes of all matrix products, without the one of the batch that is an adapter's rank."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: set[int] = set()
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.overloadpacket is torch.ops.aten.mm:
             self.rows |= {args[0].shape[0], args[0].shape[1]}
+            self.dtypes.add(args[0].dtype)
         return function(*args, **(kwargs or {}))
 
 
@@ -139,6 +143,7 @@ def test_a_split_product_is_the_product(
     monkeypatch: pytest.MonkeyPatch, m: int, k: int, n: int, with_out: bool
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu_shapes, "multiplies_bf16", lambda: True)
     torch.manual_seed(0)
     a, b = torch.randn(m, k).to(BF16), torch.randn(k, n).to(BF16)
     out = torch.empty(m, n, dtype=BF16) if with_out else None
@@ -151,26 +156,97 @@ def test_a_split_product_is_the_product(
     torch.testing.assert_close(result.float(), a.float() @ b.float(), rtol=1e-2, atol=0.5)
 
 
+@pytest.mark.parametrize("wanted", ["mm", "product", "out", "add", "add to a copy"])
+def test_a_cpu_without_bf16_multiplies_fp32(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """The sum is rounded once; what is added to is not lost."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu_shapes, "multiplies_bf16", lambda: False)
+    torch.manual_seed(0)
+    a, b, total = torch.randn(96, 1024).to(BF16), torch.randn(1024, 512).to(BF16), torch.randn(96, 512).to(BF16)
+    exact, before = a.float() @ b.float(), total.clone()
+    seen: list[torch.dtype] = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, y: (seen.append(x.dtype), real(x, y))[1])
+    match wanted:
+        case "mm":
+            result, expected = mm(a, b), exact
+        case "product":
+            result, expected = product(a, b), exact
+        case "out":
+            result, expected = product(a, b, total), exact
+            assert result is total
+        case _:
+            in_place = wanted == "add"
+            result, expected = add_mm(total, a, b, alpha=0.5, in_place=in_place), before.float() + 0.5 * exact
+            assert (result is total) is in_place
+            assert in_place or torch.equal(total, before)
+    assert seen == [torch.float32]
+    assert result.dtype == BF16
+    assert torch.equal(result, expected.to(BF16))
+
+
+def test_only_bf16_that_is_here_goes_by_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the fake tensors of a plan, whose operators are a GPU's."""
+    monkeypatch.setattr(cpu_shapes, "multiplies_bf16", lambda: False)
+    seen = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    wide = torch.ones(4, 4)
+    with Operators():
+        mm(wide, wide)
+    with FakeTensorMode(), Operators():
+        low = torch.ones(4, 4, dtype=BF16)
+        seen.clear()
+        mm(low, low)
+        add_mm(low, low, low)
+    assert seen == [torch.ops.aten.mm.default, torch.ops.aten.addmm_.default][-len(seen) :]
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_step_without_bf16_instructions(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """All of its large products are fp32, and its loss and gradients are those of bf16."""
+    cfg = config(str(tiny_base), method, "ddp", precision={"compute": "bf16"})
+    batch = collate(synthetic_data(rows=8), [0, 1, 2])
+    found = []
+    for with_bf16 in (True, False):
+        monkeypatch.setattr(cpu_shapes, "multiplies_bf16", lambda here=with_bf16: here)
+        _, strategy = start(cfg)
+        with Products() as products:
+            loss = strategy.forward_backward(batch, supervised_in_step=10, is_last_micro_batch=True)
+        norm = strategy.step(0.0).grad_norm
+        found.append((float(loss), float(norm)))
+        strategy.close()
+        assert products.dtypes == {BF16 if with_bf16 else torch.float32}
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
 def test_a_filled_batch_keeps_the_seeds_of_its_rows() -> None:
     batch = replace(collate(synthetic_data(rows=6), [0, 1]), row_seeds=(1, 2))
     assert filled(batch, MULTIPLE).row_seeds == (1, 2)
 
 
-def test_a_split_linear_layer_is_the_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_bf16", [True, False])
+def test_a_split_linear_layer_is_the_linear_layer(monkeypatch: pytest.MonkeyPatch, with_bf16: bool) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu_shapes, "multiplies_bf16", lambda: with_bf16)
     torch.manual_seed(0)
     # Halved: the product of the one, and of the other the gradient of its input.
-    for size_in, size_out in ((1024, 512), (512, 1024)):
-        plain, split = (nn.Linear(size_in, size_out, bias=False, dtype=BF16) for _ in range(2))
+    for size_in, size_out, bias in ((1024, 512, False), (512, 1024, False), (1024, 512, True)):
+        plain, split = (nn.Linear(size_in, size_out, bias=bias, dtype=BF16) for _ in range(2))
         split.load_state_dict(plain.state_dict())
         split_products(split)
-        assert type(split) is SplitLinear
+        assert type(split) is (nn.Linear if bias and with_bf16 else SplitLinear)
         x, weight = torch.randn(2, 48, size_in).to(BF16), torch.randn(2, 48, size_out).to(BF16)
         results = []
         for layer in (plain, split):
             read = x.clone().requires_grad_()
             y = layer(read)
-            results.append((y, *torch.autograd.grad((y * weight).sum(), (read, layer.weight))))
+            results.append((y, *torch.autograd.grad((y * weight).sum(), (read, *layer.parameters()))))
         for theirs, ours in zip(*results, strict=True):
             assert ours.shape == theirs.shape
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=0.05)
