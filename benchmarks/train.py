@@ -303,7 +303,7 @@ def show(rows: list[Row], rates: dict[str, float], absent: dict[str, str], conso
         if row.side == OURS:
             console.print(_floor(row))
     console.print(
-        f"products of bf16: model {rates['model'] / 1e9:,.0f}, square {rates['square'] / 1e9:,.0f} GFLOP/s; "
+        f"products: model {rates['model'] / 1e9:,.0f}, square {rates['square'] / 1e9:,.0f} GFLOP/s; "
         f"memory, read and written: {rates['memory'] / 1e9:,.1f} GB/s"
     )
     for name, why in absent.items():

@@ -2,10 +2,10 @@
 
     python -m benchmarks.train_parts.products THREADS SIZE
 
-Each the median of many runs, products in bf16. ``square`` is a product of square matrices, 2,048 a side, 8,192 on a
-GPU. ``model`` is all products of the model's linear layers at 1,024 tokens (4,096 on a GPU), forward and for both
-gradients, at their own sizes and nothing else: the time that a full fine-tuning step cannot be below. ``memory`` is the
-bytes a second that a large copy reads and writes.
+Each the median of many runs; products in bf16, on a CPU without instructions for it in fp32. ``square`` is a product of
+square matrices, 2,048 a side, 8,192 on a GPU. ``model`` is all products of the model's linear layers at 1,024 tokens
+(4,096 on a GPU), forward and for both gradients, at their own sizes and nothing else: the time that a full fine-tuning
+step cannot be below. ``memory`` is the bytes a second that a large copy reads and writes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.train_parts.sizes import SIZES, Size
+from sft_dist.model.cpu_shapes import multiplies_bf16
 from sft_dist.plan.benchmark import copy_rate
 
 RUNS, COPIES = 15, 4
@@ -27,14 +28,15 @@ RUNS, COPIES = 15, 4
 def rates(device: torch.device, size: Size) -> dict[str, float]:
     """By name: FLOP/s, and bytes/s of memory."""
     square, tokens = (2048, 1024) if device.type == "cpu" else (8192, 4096)
-    a, b = (torch.randn(square, square, dtype=torch.bfloat16, device=device) for _ in range(2))
+    dtype = torch.bfloat16 if device.type == "cuda" or multiplies_bf16() else torch.float32
+    a, b = (torch.randn(square, square, dtype=dtype, device=device) for _ in range(2))
     found = {"square": 2 * square**3 / _median_s(lambda _: a @ b, device)}
     work = seconds = 0.0
     for inputs, outputs in set(size.linears):
         times = size.linears.count((inputs, outputs)) * size.layers
         # As many of each as a model has layers, some: else all of them stay in the caches.
         x, w, g = (
-            [torch.randn(rows, columns, dtype=torch.bfloat16, device=device) for _ in range(COPIES)]
+            [torch.randn(rows, columns, dtype=dtype, device=device) for _ in range(COPIES)]
             for rows, columns in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
         )
         products: tuple[Callable[[int], torch.Tensor], ...] = (
