@@ -207,8 +207,10 @@ def test_only_bf16_that_is_here_goes_by_fp32(monkeypatch: pytest.MonkeyPatch) ->
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_a_step_without_bf16_instructions(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["full", "lora", "qlora", {"type": "qlora", "r": 4, "target_modules": ["q_proj"]}], ids=str
+)
+def test_a_step_without_bf16_instructions(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, method: Any) -> None:
     """All of its large products are fp32, and its loss and gradients are those of bf16."""
     cfg = config(str(tiny_base), method, "ddp", precision={"compute": "bf16"})
     batch = collate(synthetic_data(rows=8), [0, 1, 2])
