@@ -27,6 +27,13 @@ def describe_model(
             ``plan_tokens``.
         CheckpointError: ``skip_by_error``.
     """
+    return describe_built(path, revision, method, compute, add_tokens)[0]
+
+
+def describe_built(
+    path: str, revision: str | None, method: MethodConfig, compute: Dtype, add_tokens: Sequence[str] = ()
+) -> tuple[ModelSpec, SftModel]:
+    """``describe_model``, and the model that was built for it: that of ``build_model``."""
     config = load_model_config(path, revision)
     check_method(stored_quantization(config, path), method, path)
     if isinstance(method, QloraMethod) and method.quantization.skip:
@@ -37,7 +44,7 @@ def describe_model(
 
 def describe_dense(path: str, revision: str | None, compute: Dtype) -> ModelSpec:
     """The base with every weight in ``compute`` and its own shape, also where the files hold it quantised."""
-    return _describe(path, revision, FullMethod(), compute, NO_TOKENS)
+    return _describe(path, revision, FullMethod(), compute, NO_TOKENS)[0]
 
 
 def _with_skipped_layers(path: str, revision: str | None, method: QloraMethod, compute: Dtype) -> QloraMethod:
@@ -51,7 +58,9 @@ def _with_skipped_layers(path: str, revision: str | None, method: QloraMethod, c
     return method.model_copy(update={"quantization": config.model_copy(update={"skip": skip, "skip_budget": None})})
 
 
-def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dtype, tokens: Tokens) -> ModelSpec:
+def _describe(
+    path: str, revision: str | None, method: MethodConfig, compute: Dtype, tokens: Tokens
+) -> tuple[ModelSpec, SftModel]:
     config = load_model_config(path, revision)
     meta = build_meta_model(path, revision, method, compute, tokens)
     heads, kv_heads, head_dim = heads_of(config)
@@ -59,7 +68,7 @@ def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dt
     parameters = tuple(
         ParameterSpec(name, tuple(p.shape), p.requires_grad, owner.get(id(p))) for name, p in meta.named_parameters()
     )
-    return ModelSpec(
+    spec = ModelSpec(
         path=path,
         revision=revision,
         method=method,
@@ -78,6 +87,7 @@ def _describe(path: str, revision: str | None, method: MethodConfig, compute: Dt
         quantization_bytes=sum(b.nbytes for m in meta.modules() if isinstance(m, QuantizedLinear) for b in m.buffers()),
         tokens=tokens,
     )
+    return spec, meta
 
 
 def _packed_away(model: SftModel) -> int:

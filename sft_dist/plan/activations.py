@@ -72,14 +72,16 @@ _built: tuple[tuple[ModelSpec, SftModel, tuple[int, ...]], ...] = ()
 
 def _shortened(spec: ModelSpec) -> tuple[SftModel, tuple[int, ...]]:
     """A copy of the model with the blocks to record: those that are left out take most of the time to build."""
-    global _built
-    for other, model, recorded in _built:
-        if other is spec:
-            return deepcopy(model), recorded
-    model = build_model(spec)
-    recorded = shorten(model, _kinds(model))
-    _built = ((spec, model, recorded), *_built[: _MOST_BUILT - 1])
+    if not any(other is spec for other, _, _ in _built):
+        keep_short(spec, build_model(spec))
+    model, recorded = next((model, recorded) for other, model, recorded in _built if other is spec)
     return deepcopy(model), recorded
+
+
+def keep_short(spec: ModelSpec, model: SftModel) -> None:
+    """Keeps the blocks to record of a model that was built anyway, for its ``trace``; ``model`` loses the others."""
+    global _built
+    _built = ((spec, model, shorten(model, _kinds(model))), *_built[: _MOST_BUILT - 1])
 
 
 def _apply_from_outside(run: Run, model: SftModel) -> None:

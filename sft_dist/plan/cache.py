@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 from sft_dist.config.schema import LoraMethod, MethodConfig, QloraMethod
 from sft_dist.model.hub import model_folder
 from sft_dist.model.spec import Dtype, ModelSpec
-from sft_dist.plan.activations import seq_lens_of, trace
+from sft_dist.plan.activations import keep_short, seq_lens_of, trace
 from sft_dist.plan.calibration import cache_root
 from sft_dist.plan.tape import Segment, Tape, Work
 from sft_dist.run import Run
@@ -44,7 +44,7 @@ def cached_describe(
     Raises:
         ConfigError, CheckpointError: as ``describe_model``.
     """
-    from sft_dist.model.describe import describe_model
+    from sft_dist.model.describe import describe_built, describe_model
 
     if add_tokens or (isinstance(method, LoraMethod) and (method.train_tokens or method.init_from)):
         return describe_model(path, revision, method, compute, add_tokens)
@@ -55,7 +55,8 @@ def cached_describe(
     adapter = TypeAdapter(ModelSpec)
     if kept is not None:
         return adapter.validate_python(kept)
-    spec = describe_model(path, revision, method, compute, add_tokens)
+    spec, model = describe_built(path, revision, method, compute, add_tokens)
+    keep_short(spec, model)
     _write(key, adapter.dump_python(spec, mode="json"))
     return spec
 

@@ -17,7 +17,7 @@ from sft_dist.hardware.gpus import find_gpu
 from sft_dist.hardware.networks import find_network
 from sft_dist.model.cpu_attention import packed_attention_backward
 from sft_dist.model.spec import ParameterSpec
-from sft_dist.plan import cache
+from sft_dist.plan import activations, cache
 from sft_dist.plan.activations import seq_lens_of, trace
 from sft_dist.plan.disk import final_bytes, num_checkpoints, saved_state_bytes
 from sft_dist.plan.host import PROCESS_BYTES, host_parts
@@ -454,6 +454,21 @@ def test_a_tape_is_kept_for_runs_that_would_record_the_same(tiny_base: Path, mon
     assert len(set(keys)) == len(keys) == len(others) + 2
     cache.cached_trace(run_of(tiny_base, "fsdp2", ranks=4))
     assert keys[-1] == keys[0]
+
+
+def test_the_model_that_was_described_is_the_one_that_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building one of 80 layers takes a tenth of a plan's time; the tape is that of one which was built for it."""
+    monkeypatch.setenv("SFT_DIST_CACHE", str(tmp_path / "cache"))
+    base = build_base(tmp_path / "base", num_layers=5)
+    run = resolve(cells.config(str(base), "lora", "fsdp2"), WorldShape(1, 3), describe=cache.cached_describe)
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "build_model", None)
+        recorded = cache._plain(trace(run))
+    again = replace(run, model=replace(run.model))
+    assert again.model is not run.model
+    assert cache._plain(trace(again)) == recorded
 
 
 # What a tape keeps
