@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_dist.config.schema import FullMethod
 from sft_dist.data.loader import TrainingOrder, collate
+from sft_dist.model import cpu_shapes
 from sft_dist.model.describe import describe_model
 from sft_dist.run import Precision, StrategyName
 from sft_dist.sharding.ddp import Ddp, cast_while_running
@@ -25,6 +26,12 @@ from tests.helpers.loaded import load_model
 
 METHODS = pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "packed_attention", "packed_attention_backward"}
+
+
+@pytest.fixture(autouse=True)
+def instructions_for_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. A CPU without them makes the same products in fp32: tests/unit/test_cpu_shapes.py."""
+    monkeypatch.setattr(cpu_shapes, "multiplies_bf16", lambda: True)
 
 
 @pytest.fixture(scope="module", autouse=True)
