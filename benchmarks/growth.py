@@ -46,6 +46,7 @@ from benchmarks.train_parts.workload import Workload
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 # FSDP2 that reduces gradients in the last micro-batch alone.
 ONCE = "fsdp2 once"
+SHARDINGS: dict[str, dict[str, Any]] = {ONCE: {"strategy": "fsdp2", "reduce_once_a_step": True}}
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -63,9 +64,7 @@ class Bench:
             "model": {"path": str(self.work.base)},
             "method": METHODS["full"],
             "data": {"train": [{"path": "unused"}], "max_seq_len": length, "packing": "best_fit"},
-            "sharding": {"strategy": "fsdp2", "reduce_once_a_step": True}
-            if strategy == ONCE
-            else {"strategy": strategy},
+            "sharding": SHARDINGS.get(strategy, {"strategy": strategy}),
             "precision": {"compute": "bf16"},
             "activation_checkpointing": {"mode": "none"},
             "train": {"global_batch_size": packs, "micro_batch_size": 1, "max_steps": 100},

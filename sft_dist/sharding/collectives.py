@@ -178,16 +178,13 @@ def _fsdp2(run: Run) -> Iterator[Collective]:
     # The one before is fetched ahead, whether or not it is needed.
     again = range(max(0, needed.start - 1), needed.stop) if needed and frees_blocks else range(0)
 
-    micro_batches = run.batch.gradient_accumulation_steps
     every: Every = "last_micro_batch" if run.sharding.reduce_once_a_step else "micro_batch"
-    waits = run.sharding.reduce_once_a_step and micro_batches > 1
-    # Of a gradient, read and written: into the buffer. One that waits is in ``reduce`` by then: copied to it in the
-    # first micro-batch, and added to in every other one.
-    copied_width = compute + reduce
-    if waits:
-        copied_width = (
-            (compute + reduce) * (compute != reduce) + (micro_batches - 1) * (compute + 2 * reduce) + 2 * reduce
-        )
+    copied_width = compute + reduce  # bytes read and written of a gradient, into the buffer
+    others = run.batch.gradient_accumulation_steps - 1
+    if run.sharding.reduce_once_a_step and others:
+        # Made ``reduce`` in the first micro-batch, added to in the others, and copied into the buffer as such.
+        to_reduce = 0 if compute == reduce else compute + reduce
+        copied_width = to_reduce + others * (compute + 2 * reduce) + 2 * reduce
 
     def gather(size: int, of: Pass, unit: int | None) -> Collective:
         """Into one buffer, out of which the unit's weights are copied."""
