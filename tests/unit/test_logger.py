@@ -326,7 +326,8 @@ def test_a_tracker_that_hangs_holds_up_neither_a_step_nor_the_end(
 ) -> None:
     """As where the process of W&B stands still."""
     monkeypatch.setattr(wandb_run, "OFFLINE_S", 1.0)
-    with RunLogger(tmp_path, to_wandb(), {}, num_steps=2) as logger:
+    # Of so many steps the console gets no line: printing 2,000 takes a second of its own, two on a busy machine.
+    with RunLogger(tmp_path, to_wandb(), {}, num_steps=1_000_000) as logger:
         logger.training_step(line(1))
         [core] = cores()
         core.suspend()
