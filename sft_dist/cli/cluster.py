@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from sft_dist.cli.options import ConfigPath, Examples, Overrides, TokensPerExample, checked_config
 from sft_dist.cli.prepare import Sweep
@@ -64,6 +63,8 @@ def submit(
     configs = [checked_config(config, overrides)] if points is None else [point.config for point in points.points]
     if configs[0].cluster.then is not None:
         _check_then(configs[0].cluster.then.command, configs[0].output_dir)
+    from rich.console import Console
+
     from sft_dist.cluster import submit as jobs
     from sft_dist.cluster.snapshot import empty_folders_removed
 

@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from sft_dist.cli.options import ConfigPath, Overrides, checked_config, put_own_tools_on_path
-from sft_dist.config.load import dump_config, value_at
-from sft_dist.config.schema import Config
 from sft_dist.runtime.quiet import quiet_libraries
 
 config_app = typer.Typer(
@@ -43,6 +41,8 @@ def check(
 @config_app.command("show")
 def show(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the configuration with every default, as YAML that can be loaded again."""
+    from sft_dist.config.load import dump_config
+
     typer.echo(dump_config(checked_config(config, overrides)), nl=False)
 
 
@@ -53,6 +53,8 @@ def get(
     overrides: Overrides = None,
 ) -> None:
     """Print one value of a configuration, for scripts: text as it is, anything else as JSON."""
+    from sft_dist.config.load import value_at
+
     value = value_at(checked_config(config, overrides), key)
     typer.echo(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
@@ -60,4 +62,6 @@ def get(
 @config_app.command("schema")
 def schema() -> None:
     """Print the JSON schema of a configuration, for editors; every key is described in it."""
+    from sft_dist.config.schema import Config
+
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))

@@ -1,4 +1,7 @@
-"""What several commands share: their arguments, and what happens before each does its work. Imports no torch."""
+"""What several commands share: their arguments, and what happens before each does its work.
+
+Imports no torch, and at module level no schema: that takes longer than all the rest of ``--help``.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sft_dist.config.load import load_config
-from sft_dist.config.schema import Config
-from sft_dist.config.validate import validate
+if TYPE_CHECKING:
+    from sft_dist.config.schema import Config
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
 Overrides = Annotated[
@@ -41,6 +43,9 @@ def checked_config(path: Path, overrides: Sequence[str] | None) -> Config:
     Raises:
         ConfigError: with every mistake that can be seen in it alone.
     """
+    from sft_dist.config.load import load_config
+    from sft_dist.config.validate import validate
+
     config = load_config(path, overrides or [])
     validate(config, source=str(path))
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,9 +15,11 @@ from sft_dist.cli.options import (
     checked_config,
     put_own_tools_on_path,
 )
-from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError, PlanError
 from sft_dist.runtime.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from sft_dist.config.schema import Config
 
 
 def plan(

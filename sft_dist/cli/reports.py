@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sft_dist.cli.watching import RunFolder
 from sft_dist.errors import ConfigError
@@ -36,6 +35,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, in place of the table.")] = False,
 ) -> None:
     """Show runs side by side: losses, scores, time and money, and the settings in which they differ."""
+    from rich.console import Console
+
     from sft_dist.report.command import write_page
     from sft_dist.report.compare import compare as compared
     from sft_dist.report.compare import comparison_json, read_reports

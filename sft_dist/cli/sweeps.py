@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sft_dist.errors import ConfigError
 
@@ -22,6 +21,8 @@ def sweep_table(
     """
     if as_csv and as_json:
         raise ConfigError("--csv and --json are two forms of one table", fix="give one of the two")
+    from rich.console import Console
+
     from sft_dist.cluster import sweep_table as table
     from sft_dist.cluster.sweep_files import job_states, read_sweeps
 

@@ -13,11 +13,11 @@ import typer
 
 from sft_dist.cli.options import ConfigPath, Overrides, checked_config, put_own_tools_on_path
 from sft_dist.cli.planning import show_plan
-from sft_dist.config.schema import Config
 from sft_dist.errors import ConfigError
 from sft_dist.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from sft_dist.config.schema import Config
     from sft_dist.train.run import Rehearsing
 
 AllowChange = Annotated[
