@@ -37,6 +37,8 @@ def as_neat_packs(packs: list[dict[str, Any]]) -> Dataset:
 
 
 def main(task: dict[str, Any]) -> None:
+    if task["compute"] == "fp32" and task["method"] != "full":
+        sys.exit("LLaMA-Factory leaves frozen weights in the dtype of their files, bf16, and has no setting for fp32")
     torch.set_num_threads(task["threads"])
     packs = [json.loads(line) for line in Path(task["packs"]).read_text().splitlines()]
     tokenized = Path(task["scratch"]) / "tokenized"
