@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.train_parts.environments import ROOT
+from benchmarks.train_parts.machine import cpu_name, own_versions
 from benchmarks.train_parts.point import Point, Report, measure
 from benchmarks.train_parts.sizes import METHODS
 from benchmarks.train_parts.workload import Workload
@@ -253,7 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = {part: PARTS[part](bench) for part in given.only}
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+        on = {"machine": {"cpu": cpu_name(), "python": platform.python_version()}, "versions": own_versions()}
+        given.json.write_text(json.dumps(on | {"rounds": given.rounds} | found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

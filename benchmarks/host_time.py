@@ -9,12 +9,9 @@ adds to an operator, starting its kernel, is not in these figures.
 
 from __future__ import annotations
 
-import platform
-import re
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,6 +21,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.train_parts.machine import cpu_name
 
 LAYERS, UNITS, TENSORS, REPEATS = 8, 16, 256, 150
 
@@ -50,7 +49,7 @@ class Leaf(nn.Module):
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(f"on {_processor()}, torch {torch.__version__}")
+    print(f"on {cpu_name()}, torch {torch.__version__}")
     print(f"an operator of a decoder layer, forward and backward: {operator_s() * 1e6:.1f} us")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     for name, shard in (("FSDP1", _fsdp1), ("FSDP2", _fsdp2)):
@@ -126,13 +125,6 @@ def _seconds(run: Callable[[], object]) -> float:
         run()
         times.append(time.thread_time() - start)
     return min(times)
-
-
-def _processor() -> str:
-    found = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
-    )
-    return found[1] if found else platform.processor()
 
 
 if __name__ == "__main__":

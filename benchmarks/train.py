@@ -46,6 +46,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_parts.environments import PEERS, ROOT
+from benchmarks.train_parts.machine import cpu_name
 from benchmarks.train_parts.sizes import METHODS, SIZES, Size, Step, flops, least_bytes
 from benchmarks.train_parts.workload import Task, Workload
 
@@ -145,7 +146,12 @@ def main(arguments: list[str] | None = None) -> None:
     show(rows, measured, absent, Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS))
     if given.json is not None:
         result = {
-            "machine": {"cpu": _cpu(), "gpu": _gpu(), "threads": given.threads, "python": platform.python_version()},
+            "machine": {
+                "cpu": cpu_name(),
+                "gpu": _gpu(),
+                "threads": given.threads,
+                "python": platform.python_version(),
+            },
             "size": given.size,
             "compute": given.compute,
             "versions": {run.side: run.versions for run in runs},
@@ -328,13 +334,6 @@ def _rates(threads: int, size: str) -> dict[str, float]:
 
 def _gpu() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

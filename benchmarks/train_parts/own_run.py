@@ -5,7 +5,6 @@ python -m benchmarks.train_parts.own_run CONFIG REPORT THREADS [key=value ...]
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import sys
@@ -14,12 +13,11 @@ from pathlib import Path
 
 import psutil
 
-DISTRIBUTIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
-
 
 def main(config: Path, report: Path, threads: int, overrides: list[str]) -> None:
     import torch
 
+    from benchmarks.train_parts.machine import own_versions
     from benchmarks.train_parts.peer_memory import peak_bytes
     from sft_dist.cli import main as command
     from sft_dist.train.loop import Training
@@ -59,7 +57,7 @@ def main(config: Path, report: Path, threads: int, overrides: list[str]) -> None
         "data_wait_s": [line["data_wait_s"] for line in lines if "data_wait_s" in line],
         "ends": ends, "started": psutil.Process().create_time(), "peak_bytes": peak_bytes(),
         "planned_bytes": planned,
-        "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
+        "versions": own_versions(),
     }  # fmt: skip
     report.with_name(report.name if rank == "0" else f"{report.stem}-{rank}.json").write_text(json.dumps(measured))
 
