@@ -97,6 +97,26 @@ def test_the_comparison_with_others_is_that_of_the_committed_results(name: str, 
     assert "".join(sentence.format(**figures).split()) in text
 
 
+def test_the_page_on_speed_tells_the_committed_growth() -> None:
+    found = json.loads((ROOT / "benchmarks/results/growth-cpu.json").read_text())
+    scaling, waits = found["scaling"], found["rows"]["data_wait_ms"]["costs"]
+    least, most = _ends(waits, 1)
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    for told in (
+        f"exponent {found['tokens']['exponent']:.2f} |",
+        f"DDP | {scaling['ddp']['speedup']:.2f} times",
+        f"| {scaling['fsdp2']['speedup']:.2f}; {scaling['fsdp2 once']['speedup']:.2f} |",
+        f"| ZeRO-3 | {scaling['zero3']['speedup']:.2f} |",
+        f"| two runs that know nothing of each other, what the machine gives | {scaling['two runs']:.2f} |",
+        f"| {least} to {most} ms a step,",
+        f"| `sft-dist --help` | {found['start']['help_s']:.2f} s |",
+    ):
+        assert told in page
+    # "as described"
+    assert all(of["heard"] == of["described"] for of in found["traffic"].values())
+    assert all(held == described for points in found["ranks"].values() for _, held, described in points)
+
+
 def _ends(values: list[float], digits: int) -> tuple[str, str]:
     return f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
 
