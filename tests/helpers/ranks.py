@@ -96,6 +96,8 @@ def _run(
     environment: dict[str, str],
     before: Callable[[int], None] | None,
 ) -> None:
+    # Where a test before has W&B in the process that started this one, a run would share that process's part of W&B.
+    os.environ.pop("WANDB_SERVICE", None)
     os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
