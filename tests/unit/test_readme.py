@@ -101,6 +101,7 @@ def test_the_page_on_speed_tells_the_committed_growth() -> None:
     found = json.loads((ROOT / "benchmarks/results/growth-cpu.json").read_text())
     scaling, waits = found["scaling"], found["rows"]["data_wait_ms"]["costs"]
     least, most = _ends(waits, 1)
+    soonest, latest = _ends(found["start"]["beyond_imports_s"], 1)
     page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     for told in (
         f"exponent {found['tokens']['exponent']:.2f} |",
@@ -109,6 +110,7 @@ def test_the_page_on_speed_tells_the_committed_growth() -> None:
         f"| ZeRO-3 | {scaling['zero3']['speedup']:.2f} |",
         f"| two runs that know nothing of each other, what the machine gives | {scaling['two runs']:.2f} |",
         f"| {least} to {most} ms a step,",
+        f"beyond the {found['start']['imports_s']:.0f} s of its imports | {soonest} to {latest} s |",
         f"| `sft-dist --help` | {found['start']['help_s']:.2f} s |",
     ):
         assert told in page
