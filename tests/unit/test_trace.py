@@ -26,7 +26,9 @@ from sft_dist.config.schema import Config
 from sft_dist.data.loader import TrainingOrder, collate, empty_micro_batch
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_meta_model
 from sft_dist.model.loss import LossHead
+from sft_dist.plan import activations
 from sft_dist.plan.activations import trace
+from sft_dist.plan.cache import _plain, cached_describe
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
@@ -107,6 +109,22 @@ def test_an_empty_micro_batch_runs_on_fake_tensors(tiny_base: Path) -> None:
         model = fake_model(run)
         model(empty_micro_batch()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@METHODS
+def test_the_first_plan_of_a_model_has_the_trace_of_the_next(
+    method: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first takes the model that was built to be described, the next one is described by a file and builds its own."""
+    monkeypatch.setenv("SFT_DIST_CACHE", str(tmp_path))
+    runs = [resolve(config(str(tiny_base), method), WorldShape(), describe=cached_describe) for _ in range(2)]
+    kept = [spec for spec, _, _ in activations._built]
+    assert any(spec is runs[0].model for spec in kept)
+    assert not any(spec is runs[1].model for spec in kept)
+    # The first LSTM that a process traces, of whichever model, adds gradients up with four kernels more than all others.
+    trace(runs[1])
+    first, second = (_plain(trace(run)) for run in runs)
+    assert first == second
 
 
 @pytest.mark.parametrize(("method", "dropout"), [("full", 0.0), ("lora", 0.0), ("qlora", 0.1)])
