@@ -33,8 +33,9 @@ from sft_dist.plan.priced import cost_of
 from sft_dist.plan.result import DataPlan, ParetoPoint, Refused, Search
 from sft_dist.plan.room import micro_batch_sizes, with_micro_batch_size
 from sft_dist.plan.tapes import Tapes
-from sft_dist.plan.time import run_time, workload
+from sft_dist.plan.time import run_time
 from sft_dist.plan.units import HOUR_S
+from sft_dist.plan.workload import workload
 from sft_dist.resolve import described_once, resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape

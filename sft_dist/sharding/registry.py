@@ -11,7 +11,7 @@ from sft_dist.model.compiled import compile_fused
 from sft_dist.model.cpu_shapes import multiple_for, split_products
 from sft_dist.model.weights import Weights
 from sft_dist.run import ZERO_STAGES, Run
-from sft_dist.sharding import ddp, fsdp2, rotary, sequence_parallel, virtual_tokens, zero
+from sft_dist.sharding import ddp, fsdp2, rotary, sequence_parallel, virtual_tokens, zero, zero_engine
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing
 from sft_dist.sharding.refusal import Refusal
 from sft_dist.sharding.remember import for_alike_runs
@@ -21,7 +21,7 @@ from sft_dist.sharding.strategy import Strategy
 # Each says why its part of a run cannot do what another part asks for, or None.
 DECLARATIONS: tuple[Callable[[Run], Refusal | None], ...] = (
     lambda run: fsdp2.unsupported(run) if run.strategy == "fsdp2" else None,
-    lambda run: zero.unsupported(run) if run.strategy in ZERO_STAGES else None,
+    lambda run: zero_engine.unsupported(run) if run.strategy in ZERO_STAGES else None,
     rotary.unsupported,
     sequence_parallel.unsupported,
     virtual_tokens.unsupported,

@@ -20,7 +20,7 @@ from sft_dist.train.evaluations import Evaluated
 
 if TYPE_CHECKING:
     # lm-eval need not be installed.
-    from sft_dist.evaluation.harness import TaskScores
+    from sft_dist.evaluation.harness_tasks import TaskScores
 
 BASE, TUNED = "base", "tuned"
 

@@ -17,7 +17,8 @@ from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
 from sft_dist.sharding import registry
 from sft_dist.sharding.verify import verify_sharding
-from sft_dist.sharding.zero import Zero, deepspeed_config
+from sft_dist.sharding.zero import Zero
+from sft_dist.sharding.zero_engine import deepspeed_config
 from tests.dist.test_parity import METHODS, assert_equal_runs, assert_sharded_as_described
 from tests.helpers import cells
 from tests.helpers.pool import WorldPool

@@ -32,7 +32,7 @@ from sft_dist.plan.data import counted_plan
 from sft_dist.plan.expected import Expected, expect
 from sft_dist.plan.machines import Machines, machines_here
 from sft_dist.plan.measured_rates import lookup_rates, store_rates
-from sft_dist.plan.time import full_step_tokens
+from sft_dist.plan.workload import full_step_tokens
 from sft_dist.resolve import resolve
 from sft_dist.runtime.process_group import process_group
 from sft_dist.runtime.world import World, WorldShape

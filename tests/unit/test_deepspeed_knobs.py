@@ -21,7 +21,7 @@ from sft_dist.config.deepspeed import (
 from sft_dist.errors import ConfigError
 from sft_dist.resolve import resolve
 from sft_dist.runtime.world import WorldShape
-from sft_dist.sharding.zero import deepspeed_config
+from sft_dist.sharding.zero_engine import deepspeed_config
 from tests.helpers.cells import config
 
 ROOT = Path(__file__).parents[2]

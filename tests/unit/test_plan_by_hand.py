@@ -39,8 +39,9 @@ from sft_dist.plan.record import recording
 from sft_dist.plan.result import DataPlan, Phase, PhaseName, Range
 from sft_dist.plan.schedule import Transfer, step_time
 from sft_dist.plan.tape import PARTS, Segment, Tape, TapePart, Work
-from sft_dist.plan.time import START_S, evaluation_seconds, run_time, workload
+from sft_dist.plan.time import START_S, evaluation_seconds, run_time
 from sft_dist.plan.update import update_bytes
+from sft_dist.plan.workload import workload
 from sft_dist.resolve import resolve
 from sft_dist.run import Run
 from sft_dist.runtime.world import WorldShape
