@@ -10,8 +10,8 @@ exponent of cost ~ size^exponent, fitted by least squares to the logarithms: 1 i
     packs     step time, 1 to 8 packs of 1,024 accumulated
     rank      step time, LoRA of rank 8 to 128
     rows      what the loop waits for its data a step, of 1k to 1M rows; and from nothing to the order of an epoch
-    start     from the command to the end of the first step, on prepared data, of 1k to 16k rows; the imports alone;
-              `sft-dist --help`
+    start     from the command to the first step, on prepared data, of 1k to 16k rows: its imports, and what comes
+              after them; the first step itself; `sft-dist --help`
     ranks     bytes of parameters and optimizer that a rank holds, of 1, 2 and 4 ranks, and what ``describe`` says
     scaling   tokens a second of 2 processes / of 1, 4 packs a step and process, each bound to its core; and of two runs
               of one process that know nothing of each other: what the machine gives. `fsdp2 once` reduces gradients
@@ -138,35 +138,29 @@ def rows(bench: Bench) -> dict[str, Any]:
 
 
 def start(bench: Bench) -> dict[str, Any]:
-    imports = "import sft_dist.cli, sft_dist.train.run"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     lines = (bench.work.folder / "rows.jsonl").read_text().splitlines()
-    sizes, firsts, alone = [1_000, 4_000, 16_000], [], []
+    sizes, imports, begins, firsts = [1_000, 4_000, 16_000], [], [], []
     for size in sizes:
         path = bench.scratch / f"rows-{size}.jsonl"
         path.write_text("\n".join((lines * 4)[:size]) + "\n")
         config = bench.work.config("full", 1024, accumulation=1, steps=2, compute="bf16", name=f"start-{size}")
         overrides = [f"data.train=[{{path: {path}}}]", "method.type=full"]
-        taken: list[float] = []
+        runs = []
         for number in range(1 + bench.rounds):  # the first one prepares the data
             folder = bench.scratch / f"start-{size}-{number}"
             report = bench.scratch / "start.json"
             command = [sys.executable, "-m", "benchmarks.train_parts.own_run", str(config), str(report), "1"]
             more = [*overrides, f"output_dir={folder}"]
             subprocess.run([*command, *more], env=environment, check=True, capture_output=True)
-            measured = json.loads(report.read_text())
-            taken.append(measured["ends"][0] - measured["started"])
-            if number:
-                began = time.perf_counter()
-                subprocess.run([sys.executable, "-c", imports], env=environment, check=True, capture_output=True)
-                alone.append(time.perf_counter() - began)
-        firsts.append(statistics.median(taken[1:]))
-    imports_s = statistics.median(alone)
-    result = grows("start ", "s to the end of the first step", sizes, firsts, 1)
-    beyond = [first - imports_s for first in firsts]
-    console.print(
-        f"        its imports take {imports_s:.1f} s of that; the rest " + ", ".join(f"{s:.1f}" for s in beyond)
-    )
+            runs.append(json.loads(report.read_text()))
+        prepared = runs[1:]
+        imports += [run["imported"] - run["started"] for run in prepared]
+        begins.append(statistics.median(run["begins"][0] - run["imported"] for run in prepared))
+        firsts.append(statistics.median(run["ends"][0] - run["begins"][0] for run in prepared))
+    imports_s, first_s = statistics.median(imports), statistics.median(firsts)
+    result = grows("start ", "s from its imports to the first step", sizes, begins, 1)
+    console.print(f"        the imports take {imports_s:.1f} s before that, the first step itself {first_s:.1f} s")
     helps = []
     for _ in range(1 + bench.rounds):
         began = time.perf_counter()
@@ -174,7 +168,7 @@ def start(bench: Bench) -> dict[str, Any]:
         helps.append(time.perf_counter() - began)
     help_s = statistics.median(helps[1:])
     console.print(f"[bold]start [/]  sft-dist --help takes {help_s:.2f} s")
-    return result | {"imports_s": imports_s, "beyond_imports_s": beyond, "help_s": help_s}
+    return result | {"imports_s": imports_s, "first_step_s": first_s, "help_s": help_s}
 
 
 def ranks(bench: Bench) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A run of this project through its command, with a task's report beside it.
 
+Everything that a run needs is imported before the command begins, so that the report has apart what imports take.
+
 python -m benchmarks.train_parts.own_run CONFIG REPORT THREADS [key=value ...]
 """
 
@@ -20,12 +22,15 @@ def main(config: Path, report: Path, threads: int, overrides: list[str]) -> None
     from benchmarks.train_parts.machine import own_versions
     from benchmarks.train_parts.peer_memory import peak_bytes
     from sft_dist.cli import main as command
+    from sft_dist.train import run as _  # noqa: F401
     from sft_dist.train.loop import Training
 
+    imported = time.time()
     torch.set_num_threads(threads)
-    ends, train_step = [], Training._train_step
+    begins, ends, train_step = [], [], Training._train_step
 
     def timed(self: Training) -> None:
+        begins.append(time.time())
         train_step(self)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -55,8 +60,8 @@ def main(config: Path, report: Path, threads: int, overrides: list[str]) -> None
     measured = {
         "losses": [line["loss"] for line in lines if "loss" in line],
         "data_wait_s": [line["data_wait_s"] for line in lines if "data_wait_s" in line],
-        "ends": ends, "started": psutil.Process().create_time(), "peak_bytes": peak_bytes(),
-        "planned_bytes": planned,
+        "started": psutil.Process().create_time(), "imported": imported, "begins": begins, "ends": ends,
+        "peak_bytes": peak_bytes(), "planned_bytes": planned,
         "versions": own_versions(),
     }  # fmt: skip
     report.with_name(report.name if rank == "0" else f"{report.stem}-{rank}.json").write_text(json.dumps(measured))
