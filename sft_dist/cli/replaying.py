@@ -69,6 +69,7 @@ def replay(
     if check:
         return
     from sft_dist.cli.training import run_checked
+    from sft_dist.train.asked import Asked
 
     def must_be_the_same(who: Mapping[str, Any]) -> None:
         keys = override_keys(given)
@@ -76,7 +77,7 @@ def replay(
         if other and not anyway:
             raise refusal(other, recorded)
 
-    run_checked(config, on_identity=must_be_the_same)
+    run_checked(config, Asked(on_identity=must_be_the_same))
     if not is_main:
         return
     from sft_dist.export.provenance import read_receipt

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,10 +16,10 @@ from sft_dist.cli.options import ConfigPath, Overrides, checked_config, put_own_
 from sft_dist.cli.planning import show_plan
 from sft_dist.errors import ConfigError
 from sft_dist.runtime.quiet import quiet_libraries
+from sft_dist.train.asked import AUTO, Asked
 
 if TYPE_CHECKING:
     from sft_dist.config.schema import Config
-    from sft_dist.train.run import Rehearsing
 
 AllowChange = Annotated[
     list[str] | None,
@@ -84,52 +85,37 @@ def train(
     if dry_run:
         show_plan(checked)
         return
-    run_checked(
-        checked,
+    asked = Asked(
         resume=resume,
         allowed=allow_change or (),
         rehearsing="only" if rehearse_only else "first" if rehearse else "no",
         profiled_steps=profile,
     )
+    run_checked(checked, asked)
 
 
-def run_checked(
-    checked: Config,
-    *,
-    resume: str = "never",
-    allowed: Collection[str] = (),
-    rehearsing: Rehearsing = "no",
-    profiled_steps: int = 0,
-    on_identity: Callable[[Mapping[str, Any]], None] = lambda _: None,
-) -> None:
-    """Trains with a configuration that was checked; arguments and errors as ``run_training`` has them."""
+def run_checked(checked: Config, asked: Asked) -> None:
+    """Trains with a configuration that was checked, and keeps the run's page up to date; errors as ``run_training``."""
     from sft_dist.runtime.world import restarts
 
-    if rehearsing != "only":  # which leaves the run directory as it was
+    if asked.rehearsing != "only":  # which leaves the run directory as it was
         _keep_what_is_printed(checked)
     from sft_dist.train.preflight import preflight
-    from sft_dist.train.resume import AUTO, resume_after_restart
+    from sft_dist.train.resume import resume_after_restart
 
     if restarts():
-        resume = resume_after_restart(resume, checked.output_dir)
+        resume = resume_after_restart(asked.resume, checked.output_dir)
+        asked = replace(asked, resume=resume)
         if os.environ["RANK"] == "0":
             place = f"--resume {resume}" if resume != AUTO else "the newest checkpoint, as with --resume auto"
             typer.echo(f"restart {restarts()}: going on from {place}")
-    preflight(checked, resume=resume)
+    preflight(checked, resume=asked.resume)
     put_own_tools_on_path()
     quiet_libraries()
     from sft_dist.train.run import run_training
 
     with _page(checked) as refresh:
-        run_training(
-            checked,
-            resume=resume,
-            allowed=allowed,
-            rehearsing=rehearsing,
-            profiled_steps=profiled_steps,
-            on_news=refresh,
-            on_identity=on_identity,
-        )
+        run_training(checked, replace(asked, on_news=refresh))
 
 
 @contextmanager
@@ -173,7 +159,7 @@ def resume(
     here.
     """
     from sft_dist.train.preflight import preflight
-    from sft_dist.train.resume import AUTO, config_of
+    from sft_dist.train.resume import config_of
 
     checked = checked_config(config_of(run), [f"output_dir={json.dumps(str(run))}", *(overrides or ())])
     if verify is None:  # which writes nothing
@@ -189,4 +175,4 @@ def resume(
     from sft_dist.train.run import run_training
 
     with _page(checked) as refresh:
-        run_training(checked, resume=AUTO, allowed=allow_change or (), on_news=refresh)
+        run_training(checked, Asked(resume=AUTO, allowed=allow_change or (), on_news=refresh))

@@ -33,8 +33,8 @@ from sft_dist.errors import CheckpointError, ConfigError, PlanError
 from sft_dist.plan import words
 from sft_dist.plan.to_json import PLAN, plan_text
 from sft_dist.runtime.code import checkout, code_here
+from sft_dist.train.asked import AUTO, NEVER
 from sft_dist.train.preflight import check_holds_no_run, preflight
-from sft_dist.train.resume import AUTO, NEVER
 from sft_dist.train.run_files import keep_file
 
 PREPARE, TRAIN, THEN = "prepare.sbatch", "train.sbatch", "then.sbatch"

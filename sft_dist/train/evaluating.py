@@ -28,19 +28,19 @@ from sft_dist.sharding import registry
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
 from sft_dist.train import eval_results
+from sft_dist.train.asked import NEVER
 from sft_dist.train.eval_record import read_files, record_of
 from sft_dist.train.eval_results import BASE, RESULT, TUNED, Results
 from sft_dist.train.eval_subject import Subject
 from sft_dist.train.evaluations import Evaluated, Evaluations, evaluations_of
 from sft_dist.train.preflight import take_run_directory
 from sft_dist.train.ready import Met, Process, make_ready, meet, warn
-from sft_dist.train.resume import NEVER
 from sft_dist.train.run_files import writing_into
 from sft_dist.train.surroundings import versions
 
 if TYPE_CHECKING:
     # lm-eval need not be installed.
-    from sft_dist.evaluation.harness import Tasks, TaskScores
+    from sft_dist.evaluation.harness_tasks import Tasks, TaskScores
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class _TasksHere:
     met: Met
 
     def ask(self, strategy: Strategy) -> TaskScores:
-        from sft_dist.evaluation.harness import HarnessModel, ask
+        from sft_dist.evaluation.harness import HarnessModel
+        from sft_dist.evaluation.harness_tasks import ask
 
         process = self.met.process
         model = HarnessModel(
@@ -212,7 +213,7 @@ def _meet_without_rows(config: Config) -> Met:
 
 
 def _load_tasks(asked: AskedTasks, subject: Subject, met: Met, console: Console) -> _TasksHere:
-    from sft_dist.evaluation.harness import Tasks, told
+    from sft_dist.evaluation.harness_tasks import Tasks, told
 
     loaded: list[Tasks] = []
 

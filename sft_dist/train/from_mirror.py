@@ -15,7 +15,8 @@ from sft_dist.checkpoint.mirror import DamagedCopy, Mirror, split_url
 from sft_dist.config.schema import Config
 from sft_dist.data.files import is_url
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.train.resume import AUTO, NEVER, checkpoints_folder, holds_a_run
+from sft_dist.train.asked import AUTO, NEVER
+from sft_dist.train.resume import checkpoints_folder, holds_a_run
 
 
 def needs_storage(config: Config, resume: str) -> bool:

@@ -16,10 +16,10 @@ from sft_dist.runtime.process_group import process_group, run_on_main_first
 from sft_dist.runtime.seeding import seed_step
 from sft_dist.sharding import registry
 from sft_dist.sharding.verify import verify_sharding
+from sft_dist.train.asked import NEVER
 from sft_dist.train.lr_curve import LrCurve
 from sft_dist.train.lr_picture import draw, in_terminal
 from sft_dist.train.ready import Process, make_ready
-from sft_dist.train.resume import NEVER
 from sft_dist.train.run_files import writing_into
 from sft_dist.train.step import train_step
 

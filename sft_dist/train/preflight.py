@@ -16,7 +16,8 @@ from sft_dist.data.named_templates import read_template
 from sft_dist.data.sources import check_source
 from sft_dist.errors import ConfigError
 from sft_dist.train import from_mirror, run_lock
-from sft_dist.train.resume import MARKS_OF_A_RUN, NEVER, find_checkpoints, holds_a_run
+from sft_dist.train.asked import NEVER
+from sft_dist.train.resume import MARKS_OF_A_RUN, find_checkpoints, holds_a_run
 from sft_dist.train.run_files import writing_into
 
 

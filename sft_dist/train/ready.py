@@ -38,9 +38,10 @@ from sft_dist.runtime.rank_log import settle
 from sft_dist.runtime.world import World
 from sft_dist.scores.judge import check_settings
 from sft_dist.sharding.optim import unsupported_on
+from sft_dist.train.asked import NEVER
 from sft_dist.train.from_mirror import bring, check_mirror, needs_storage
 from sft_dist.train.inputs import prepare_inputs
-from sft_dist.train.preflight import NEVER, take_run_directory
+from sft_dist.train.preflight import take_run_directory
 from sft_dist.train.rehearsed import remove_leftovers
 from sft_dist.train.resume import checkpoints_folder, find_checkpoints
 from sft_dist.train.run_files import AUDIT, keep_file, writing_into

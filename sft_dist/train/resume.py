@@ -13,11 +13,10 @@ from sft_dist.config.schema import Config
 from sft_dist.config.text import read_yaml
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.runtime.world import restarts
+from sft_dist.train.asked import AUTO, NEVER
 
 if TYPE_CHECKING:
     from sft_dist.data.loader import TrainingOrder
-
-NEVER, AUTO = "never", "auto"
 
 # Any of these means that a run has trained here.
 MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")

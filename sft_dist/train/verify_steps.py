@@ -11,25 +11,21 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from sft_dist.checkpoint.checkpointer import Checkpointer
-from sft_dist.checkpoint.identity import identity_of
 from sft_dist.checkpoint.manifest import Manifest
-from sft_dist.config.load import dump_config
 from sft_dist.config.schema import Config
-from sft_dist.data.loader import TrainingOrder
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.metrics.logger import METRICS
 from sft_dist.metrics.recorded import recorded_steps
 from sft_dist.run import Run
 from sft_dist.runtime.process_group import process_group
 from sft_dist.runtime.seeding import seed_step
-from sft_dist.sharding import registry
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.strategy import Strategy
-from sft_dist.sharding.verify import verify_sharding
+from sft_dist.train.asked import AUTO
+from sft_dist.train.course import Course, build, course_of
 from sft_dist.train.position import position_after
 from sft_dist.train.ready import Inputs, Process, make_ready
-from sft_dist.train.resume import AUTO, check_position, checkpoints_folder
+from sft_dist.train.resume import checkpoints_folder
 from sft_dist.train.resume_receipt import resume_receipt
 from sft_dist.train.starting_point import newest_valid
 from sft_dist.train.step import train_step
@@ -102,52 +98,36 @@ def _train_again(
     steps: int,
     allowed: Collection[str],
 ) -> list[Replayed]:
-    order = TrainingOrder(inputs.train_data, run.batch, run.seed)
-    num_steps = run.num_steps(inputs.train_data.num_sequences)
-    identity = identity_of(run, inputs.train_data)
-    completed = check_position(start, identity, order, num_steps=num_steps, allowed=allowed)
-    strategy = registry.apply(run, process.device)
-    verify_sharding(strategy, registry.describe(run, process.world.rank))
-    checkpointer = Checkpointer(
-        checkpoints_folder(run.output_dir),
-        rules=run.checkpoint,
-        identity=identity,
-        strategy_name=run.strategy,
-        settings=dump_config(config),
-    )
-    manifest = checkpointer.load(start, strategy)
-    checkpointer.close()
-    if process.world.is_main:
-        _say(run, start, manifest, order, num_steps)
+    course = course_of(run, config, process, inputs, start=start, allowed=allowed)
+    built, completed = build(course), course.completed
+    built.checkpointer.close()
+    if process.world.is_main and built.manifest is not None:
+        _say(course, start, built.manifest)
     try:
         last = next(n for n in range(completed + 1, completed + steps + 2) if n not in records or n > completed + steps)
         return [
-            Replayed(
-                number + 1, records[number + 1], _one_step(run, process, inputs, order, strategy, number, num_steps)
-            )
+            Replayed(number + 1, records[number + 1], _one_step(course, built.strategy, number))
             for number in range(completed, last - 1)
         ]
     finally:
-        strategy.close()
+        built.strategy.close()
 
 
-def _one_step(
-    run: Run, process: Process, inputs: Inputs, order: TrainingOrder, strategy: Strategy, number: int, num_steps: int
-) -> tuple[float, float]:
+def _one_step(course: Course, strategy: Strategy, number: int) -> tuple[float, float]:
     """(loss, gradient norm)."""
-    rank = process.world.rank
+    run, rank = course.run, course.process.world.rank
     seed_step(run.seed, number, rank)
     outcome = train_step(
-        strategy, inputs.train_data, run.batch, order.step(number),
-        rank=rank, device=process.device, lr=learning_rate(run.optim, number, num_steps),
+        strategy, course.inputs.train_data, run.batch, course.order.step(number),
+        rank=rank, device=course.process.device, lr=learning_rate(run.optim, number, course.num_steps),
     )  # fmt: skip
     return float(outcome.loss), float(outcome.grad_norm)
 
 
-def _say(run: Run, start: Path, manifest: Manifest, order: TrainingOrder, num_steps: int) -> None:
+def _say(course: Course, start: Path, manifest: Manifest) -> None:
     console = Console(highlight=False)
-    now = position_after(run, order, manifest.completed_steps, num_steps=num_steps)
-    for line in resume_receipt(start, manifest, run, now, num_steps=num_steps):
+    now = position_after(course.run, course.order, manifest.completed_steps, num_steps=course.num_steps)
+    for line in resume_receipt(start, manifest, course.run, now, num_steps=course.num_steps):
         console.print(line, soft_wrap=True, markup=False)
 
 

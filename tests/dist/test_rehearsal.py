@@ -26,6 +26,7 @@ from sft_dist.runtime.signals import Signals
 from sft_dist.runtime.world import World, WorldShape
 from sft_dist.train import ready, rehearsal_items, rehearsed_answers
 from sft_dist.train import run as train_run
+from sft_dist.train.asked import Asked, Rehearsing
 from sft_dist.train.outlook import look_ahead
 from sft_dist.train.rehearsed import FOLDER, remove_leftovers
 from sft_dist.train.resume import MARKS_OF_A_RUN
@@ -52,7 +53,7 @@ def config(base: Path, folder: Path, method: str, strategy: str, **sections: Any
 
 def run(
     cfg_yaml: str,
-    rehearsing: train_run.Rehearsing,
+    rehearsing: Rehearsing,
     start: str | None = None,
     fault: str | None = None,
     tries: str | None = None,
@@ -82,7 +83,8 @@ def run(
             stack.enter_context(FAULTS[fault]())
         try:
             signals = stack.enter_context(Signals(is_main=world.is_main))
-            train_run.train(resolved, cfg, process, inputs, outlook, signals, start=place, rehearsing=rehearsing)
+            asked = Asked(rehearsing=rehearsing)
+            train_run.train(resolved, cfg, process, inputs, outlook, signals, asked, start=place)
         except SftError as error:
             return f"{error.exit_code}: {error}"
         finally:

@@ -27,6 +27,7 @@ from sft_dist.runtime.world import World, WorldShape
 from sft_dist.train import loop, ready
 from sft_dist.train import run as train_run
 from sft_dist.train import step as train_step
+from sft_dist.train.asked import Asked
 from sft_dist.train.outlook import look_ahead
 from tests.dist.test_offload import OFFLOADS
 from tests.helpers import cells, figures
@@ -76,7 +77,7 @@ def run_part(cfg_yaml: str, start: str | None, allowed: tuple[str, ...] = ()) ->
         outlook = look_ahead(cfg, run, cells.CPU, inputs.train_data, held_out) if world.is_main else None
         with Signals(is_main=world.is_main) as signals:
             place = None if start is None else Path(start)
-            train_run.train(run, cfg, process, inputs, outlook, signals, start=place, allowed=allowed)
+            train_run.train(run, cfg, process, inputs, outlook, signals, Asked(allowed=allowed), start=place)
     steps = [line for line in metrics(Path(run.output_dir)) if "loss" in line]
     return Part(seen, [(line["step"], line["loss"], line["grad_norm"]) for line in steps])
 

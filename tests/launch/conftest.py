@@ -37,7 +37,8 @@ def print(*values):
     # In one piece: launchers start Python unbuffered, and then the built-in's words mingle with another process's.
     os.write(SCREEN, (" ".join(map(str, values)) + "\n").encode())
 
-def run_training(config, resume="never", allowed=(), rehearsing="no", **_):
+def run_training(config, asked):
+    resume, allowed, rehearsing = asked.resume, asked.allowed, asked.rehearsing
     rank = int(os.environ.get("RANK", "0"))
     exec(os.environ["IN_EACH_PROCESS"])
 

@@ -19,6 +19,7 @@ from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config
 from sft_dist.errors import CheckpointError, ConfigError, DataError, ShardingMismatch, TrainingDiverged
 from sft_dist.runtime import failure
+from sft_dist.train.asked import Asked
 
 SMALLEST = """\
 model: {path: m}
@@ -60,14 +61,12 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None]
     def replace(error: BaseException | None) -> list[Config]:
         calls: list[Config] = []
 
-        def run_training(
-            config: Config, *, resume: str, allowed: object = (), rehearsing: str = "no", **_: object
-        ) -> None:
+        def run_training(config: Config, asked: Asked) -> None:
             calls.append(config)
-            if rehearsing != "no":
-                print(f"rehearsing {rehearsing}")
-            if resume != "never":
-                print(f"resume {resume}")
+            if asked.rehearsing != "no":
+                print(f"rehearsing {asked.rehearsing}")
+            if asked.resume != "never":
+                print(f"resume {asked.resume}")
             if error is not None:
                 raise error
 

@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 from sft_dist.config.schema import Config
 from sft_dist.metrics.recorded import recorded_steps
 from sft_dist.runtime.spans import PARTS, PREFIX, span, traced
+from sft_dist.train.asked import Asked
 from sft_dist.train.profile_summary import Operator, ProfileSummary, kind_of, shown, summarise
 from sft_dist.train.profiling import WARM_UP_STEPS, Profiling
 from sft_dist.train.run import run_training
@@ -44,7 +45,7 @@ def test_steps_are_traced_and_the_run_is_the_same(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_training(settings(tiny_base, tmp_path / "plain", steps=7))
-    run_training(settings(tiny_base, tmp_path / "traced", steps=7), profiled_steps=2)
+    run_training(settings(tiny_base, tmp_path / "traced", steps=7), Asked(profiled_steps=2))
     printed = capsys.readouterr().out
     assert "mean of 2 steps" in printed
     assert "backward" in printed
@@ -74,7 +75,7 @@ def test_steps_are_traced_and_the_run_is_the_same(
 def test_a_run_that_ends_early_tells_what_it_has(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_training(settings(tiny_base, tmp_path / "short", steps=5), profiled_steps=50)
+    run_training(settings(tiny_base, tmp_path / "short", steps=5), Asked(profiled_steps=50))
     assert "mean of 1 step, traced" in capsys.readouterr().out
 
 
