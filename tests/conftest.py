@@ -16,10 +16,16 @@ import pytest
 from tests.helpers import figures
 from tests.helpers.parts import files_of_part
 from tests.helpers.pool import WorldPool
+from tests.helpers.quick import is_left_to_ci
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="K/N", help="run the files of part K of N alone, of what is selected")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if is_left_to_ci(item.nodeid):
+        item.add_marker("ci")
 
 
 @pytest.hookimpl(trylast=True)
