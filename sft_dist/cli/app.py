@@ -32,6 +32,7 @@ from sft_dist.cli.review import review
 from sft_dist.cli.sweeps import sweep_table
 from sft_dist.cli.training import resume, train
 from sft_dist.cli.ui import ui
+from sft_dist.cli.usage import USAGE_ERROR, mistake
 from sft_dist.cli.watching import logs, status
 from sft_dist.errors import SftError
 from sft_dist.runtime.failure import INTERRUPTED_EXIT_CODE, report, report_interrupt, report_unexpected
@@ -128,8 +129,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     rest = [argument for argument in given if argument != "--debug"]
+    said = _Given(rest, debug=len(rest) < len(given))
     try:
-        app(args=rest, prog_name="sft-dist", obj=_Given(rest, debug=len(rest) < len(given)))
+        # Not standalone: what typer's parser raises comes here instead of being printed in its own form.
+        code = app(args=rest, prog_name="sft-dist", obj=said, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except USAGE_ERROR as error:
+        found = mistake(error)
+        if found is None:
+            error.show()
+        else:
+            report(found, debug=said.debug)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        typer.echo("aborted", err=True)
+        sys.exit(UNEXPECTED_EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:

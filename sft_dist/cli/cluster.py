@@ -9,6 +9,7 @@ import typer
 
 from sft_dist.cli.options import ConfigPath, Examples, Overrides, TokensPerExample, checked_config
 from sft_dist.cli.prepare import Sweep
+from sft_dist.cli.usage import USAGE_ERROR
 from sft_dist.errors import ConfigError, PlanError
 from sft_dist.runtime.quiet import quiet_libraries
 
@@ -116,10 +117,6 @@ def _wanted(
     return wanted_sweep(points, max_parallel=max_parallel, prepares=prepares, assumed=assumed)
 
 
-# What typer's parser raises, wherever that comes from.
-_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
-
-
 def _check_then(command: str, run: str) -> None:
     """Reads ``cluster.then.command`` as the job will, which is days later.
 
@@ -137,7 +134,7 @@ def _check_then(command: str, run: str) -> None:
             name, found, words = found.resolve_command(context, words)
             context = found.context_class(found, parent=context, info_name=name)
         found.make_context(context.info_name, words, parent=context.parent)
-    except _USAGE_ERROR as error:
+    except USAGE_ERROR as error:
         raise ConfigError(
             f"cluster.then.command: {command!r}: {error.format_message()}",
             fix="write what stands behind sft-dist on a command line, e.g. 'export {run} --merge'",

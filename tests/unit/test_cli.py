@@ -316,9 +316,31 @@ def test_exit_code_of_the_trainer_passes_through(exit_code: Run, training: Train
     assert exit_code("train", "run.yaml") == (75, "", "")
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "run.yaml", "--fast"], ["config", "chekc"]])
-def test_usage_error(exit_code: Run, arguments: list[str]) -> None:
-    assert exit_code(*arguments)[0] == 2
+@pytest.mark.parametrize(
+    ("arguments", "what", "command"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?", "sft-dist"),
+        (["--fast"], "No such option: --fast", "sft-dist"),
+        (["train"], "Missing argument 'CONFIG'", "sft-dist train"),
+        (["train", "run.yaml", "--fast"], "No such option: --fast", "sft-dist train"),
+        (["train", "run.yaml", "--profile", "five"], "Invalid value for '--profile': ", "sft-dist train"),
+        (["config", "chekc"], "No such command 'chekc'. Did you mean 'check'?", "sft-dist config"),
+    ],
+)
+def test_usage_error(exit_code: Run, arguments: list[str], what: str, command: str) -> None:
+    code, out, err = exit_code(*arguments)
+    assert (code, out) == (2, "")
+    error, fix = err.splitlines()
+    assert error.startswith(f"error: {what}")
+    assert fix.startswith(f"  fix: {command} [OPTIONS]")
+    assert fix.endswith(f"; `{command} --help` explains each of them")
+
+
+def test_a_group_of_commands_alone_shows_its_help(exit_code: Run) -> None:
+    code, out, err = exit_code("data")
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: sft-dist data [OPTIONS] COMMAND")
+    assert "error:" not in err
 
 
 # Under a launcher
