@@ -28,10 +28,10 @@ plan-table: setup  ## what usual runs take and cost: memory, hours and money, wi
 bench-check: setup  ## has training become slower beside other trainers? compares ratios with benchmarks/results
 	.venv/bin/python -m benchmarks.check
 
-test: lint  ## everything that must pass before a change is merged: the whole project, in some minutes
+test: lint  ## what must pass before a change is merged: the whole project, in some minutes
 	$(PYTEST) -m "not ci and not full and not slurm"
 
-test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests; PART=1/3: a third
+test-ci: setup  ## what `make test` leaves out for its time: more combinations of what it tests; PART=1/7: a seventh
 	$(PYTEST) -m "ci and not full and not slurm" $(if $(PART),--part $(PART))
 
 # Two clusters side by side; what takes longest begins first.

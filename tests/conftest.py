@@ -16,7 +16,7 @@ import pytest
 from tests.helpers import figures
 from tests.helpers.parts import files_of_part
 from tests.helpers.pool import WorldPool
-from tests.helpers.quick import is_left_to_ci
+from tests.helpers.quick import is_left_to_ci, missing
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     if is_left_to_ci(item.nodeid):
         item.add_marker("ci")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    lost = missing(node.nodeid for node in report.result if isinstance(node, pytest.Item))
+    if lost:
+        raise pytest.UsageError(f"tests/helpers/quick.py keeps what is not there: {', '.join(sorted(lost))}")
 
 
 @pytest.hookimpl(trylast=True)

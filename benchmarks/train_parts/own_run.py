@@ -1,6 +1,6 @@
 """A run of this project through its command, with a task's report beside it.
 
-Everything that a run needs is imported before the command begins, so that the report has apart what imports take.
+What every run imports is imported before the command begins, so that the report has apart what imports take.
 
 python -m benchmarks.train_parts.own_run CONFIG REPORT THREADS [key=value ...]
 """
@@ -19,10 +19,10 @@ import psutil
 def main(config: Path, report: Path, threads: int, overrides: list[str]) -> None:
     import torch
 
+    import sft_dist.train.run  # noqa: F401
     from benchmarks.train_parts.machine import own_versions
     from benchmarks.train_parts.peer_memory import peak_bytes
     from sft_dist.cli import main as command
-    from sft_dist.train import run as _  # noqa: F401
     from sft_dist.train.loop import Training
 
     imported = time.time()

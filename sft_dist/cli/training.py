@@ -16,7 +16,7 @@ from sft_dist.cli.options import ConfigPath, Overrides, checked_config, put_own_
 from sft_dist.cli.planning import show_plan
 from sft_dist.errors import ConfigError
 from sft_dist.runtime.quiet import quiet_libraries
-from sft_dist.train.asked import AUTO, Asked
+from sft_dist.train.asked import AUTO, NEVER, Asked
 
 if TYPE_CHECKING:
     from sft_dist.config.schema import Config
@@ -41,7 +41,7 @@ def train(
             metavar="auto|never|PATH",
             help="auto: go on from the newest checkpoint in output_dir, or begin; PATH: go on from that checkpoint.",
         ),
-    ] = "never",
+    ] = NEVER,
     allow_change: AllowChange = None,
     dry_run: Annotated[
         bool,
@@ -95,7 +95,10 @@ def train(
 
 
 def run_checked(checked: Config, asked: Asked) -> None:
-    """Trains with a configuration that was checked, and keeps the run's page up to date; errors as ``run_training``."""
+    """Trains with a configuration that was checked, as ``run_training`` does; at news the run's page is written anew.
+
+    ``asked.on_news`` is not called.
+    """
     from sft_dist.runtime.world import restarts
 
     if asked.rehearsing != "only":  # which leaves the run directory as it was

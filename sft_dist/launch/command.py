@@ -15,7 +15,8 @@ from sft_dist.config.load import load_config
 from sft_dist.config.validate import validate
 from sft_dist.errors import SftError
 from sft_dist.runtime.failure import report
-from sft_dist.train.preflight import NEVER, preflight
+from sft_dist.train.asked import NEVER
+from sft_dist.train.preflight import preflight
 
 MODULE = "sft_dist"  # what runs in every process: python -m sft_dist train ...
 USAGE = "train CONFIG [--resume auto|PATH|never] [--rehearse] [KEY.PATH=VALUE ...]"

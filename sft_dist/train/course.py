@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sft_dist.sharding import registry
 from sft_dist.sharding.spec import ShardingSpec
 from sft_dist.sharding.strategy import Strategy
 from sft_dist.sharding.verify import verify_sharding
+from sft_dist.train.asked import Asked
 from sft_dist.train.early_stopping import has_fired
 from sft_dist.train.loading import loading
 from sft_dist.train.ready import Inputs, Process
@@ -27,7 +28,8 @@ from sft_dist.train.resume import check_position, checkpoints_folder
 
 @dataclass(frozen=True)
 class Course:
-    """
+    """The way of a run from where it is to its last step.
+
     Args:
         config: that the run was resolved from.
         who: what the run is (``receipt.identity_values``).
@@ -63,28 +65,28 @@ class Course:
 
 
 def course_of(
-    run: Run, config: Config, process: Process, inputs: Inputs, *, start: Path | None, allowed: Collection[str] = ()
+    run: Run, config: Config, process: Process, inputs: Inputs, asked: Asked, *, start: Path | None
 ) -> Course:
     """
-    Args:
-        allowed: names of the identity in which the checkpoint may differ.
-
     Raises:
-        CheckpointError: the checkpoint is of another run, or of a position that this run does not come by.
+        ConfigError: the checkpoint belongs to another run, or the run would end before it.
+        CheckpointError: the checkpoint is damaged, or the order of the data is another one.
+        Exception: what ``asked.on_identity`` raises.
     """
     order = TrainingOrder(inputs.train_data, run.batch, run.seed)
     num_steps = run.num_steps(inputs.train_data.num_sequences)
     identity = identity_of(run, inputs.train_data)
     who = identity_values(identity, str(inputs.renderer.tokenizer.chat_template))
+    asked.on_identity(who)
     completed = 0
     if start is not None:
-        completed = check_position(start, identity, order, num_steps=num_steps, allowed=allowed)
+        completed = check_position(start, identity, order, num_steps=num_steps, allowed=asked.allowed)
     return Course(run, config, process, inputs, order, num_steps, identity, who, start, completed)
 
 
 @dataclass(frozen=True)
 class Built:
-    """The model as it is sharded, at the position from which it is trained on.
+    """The model as it is sharded, at the position from which training goes on.
 
     Args:
         spec: what this rank holds between steps.

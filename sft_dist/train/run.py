@@ -125,8 +125,7 @@ def train(
         outlook: on rank 0; None elsewhere.
         start: the checkpoint to go on from.
     """
-    course = course_of(run, config, process, inputs, start=start, allowed=asked.allowed)
-    asked.on_identity(course.who)
+    course = course_of(run, config, process, inputs, asked, start=start)
     process.heartbeat.at(course.completed, course.num_steps)
     require_metrics(run, inputs.eval_data)
     if course.is_finished:

@@ -21,7 +21,7 @@ from sft_dist.runtime.process_group import process_group
 from sft_dist.runtime.seeding import seed_step
 from sft_dist.sharding.optim import learning_rate
 from sft_dist.sharding.strategy import Strategy
-from sft_dist.train.asked import AUTO
+from sft_dist.train.asked import AUTO, Asked
 from sft_dist.train.course import Course, build, course_of
 from sft_dist.train.position import position_after
 from sft_dist.train.ready import Inputs, Process, make_ready
@@ -98,10 +98,11 @@ def _train_again(
     steps: int,
     allowed: Collection[str],
 ) -> list[Replayed]:
-    course = course_of(run, config, process, inputs, start=start, allowed=allowed)
+    course = course_of(run, config, process, inputs, Asked(allowed=allowed), start=start)
     built, completed = build(course), course.completed
     built.checkpointer.close()
-    if process.world.is_main and built.manifest is not None:
+    assert built.manifest is not None, "there is a start"
+    if process.world.is_main:
         _say(course, start, built.manifest)
     try:
         last = next(n for n in range(completed + 1, completed + steps + 2) if n not in records or n > completed + steps)

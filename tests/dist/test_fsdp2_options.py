@@ -46,12 +46,12 @@ def alone(world: World, base: Path, method: str, **sections: Any) -> cells.Train
     ("method", "sharding", "sections"),
     [
         ("full", OFFLOADED, {}),
-        ("lora", OFFLOADED, {}),
+        pytest.param("lora", OFFLOADED, {}, marks=pytest.mark.ci),
         ("qlora", OFFLOADED, {}),
-        ("full", OFFLOADED, ADAFACTOR),
-        ("full", REPLICATED, {}),
-        ("qlora", REPLICATED, {}),
-        ("full", REPLICATED, states("bf16")),
+        pytest.param("full", OFFLOADED, ADAFACTOR, marks=pytest.mark.ci),
+        pytest.param("full", REPLICATED, {}, marks=pytest.mark.ci),
+        pytest.param("qlora", REPLICATED, {}, marks=pytest.mark.ci),
+        pytest.param("full", REPLICATED, states("bf16"), marks=pytest.mark.ci),
         ("lora", REPLICATED | OFFLOADED, ADAFACTOR),
     ],
 )
@@ -138,7 +138,7 @@ def test_what_did_not_happen_is_found(world: World, tiny_base: Path) -> None:
         assert "embed_tokens.weight has (numel, dtype, requires_grad)" in message
 
 
-@pytest.mark.parametrize("sharding", [OFFLOADED, REPLICATED])
+@pytest.mark.parametrize("sharding", [OFFLOADED, pytest.param(REPLICATED, marks=pytest.mark.ci)])
 def test_resumed_equals_uninterrupted(world: World, tiny_base: Path, tmp_path: Path, sharding: dict[str, Any]) -> None:
     """Bit for bit; and the checkpoint of replicas is whole and holds everything once."""
     whole = world(2).run(run_part, whole_run(tiny_base, tmp_path / "a", "full", "fsdp2", sharding=sharding), None)[0]

@@ -145,7 +145,7 @@ def test_the_highest_moment_with_blocks_that_stay_gathered(world: World, base: P
 @pytest.mark.parametrize(
     ("method", "compute", "sharding"),
     [
-        ("full", "bf16", {}),
+        pytest.param("full", "bf16", {}, marks=pytest.mark.ci),
         ("full", "fp32", {}),
         pytest.param("lora", "bf16", {}, marks=pytest.mark.ci),
         pytest.param("full", "bf16", {"reshard_after_forward": False}, marks=pytest.mark.ci),

@@ -1,4 +1,4 @@
-"""Files of tests dealt into parts that take about as long, so that several machines or days share them."""
+"""Files of tests dealt into parts that take about as long, so that several machines or runs share them."""
 
 from __future__ import annotations
 
