@@ -17,13 +17,31 @@ TESTS = [
 ]
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_every_file_is_in_one_part(parts: int) -> None:
+def all_parts(parts: int) -> list[set[Path]]:
     dealt = [files_of_part(TESTS, part, parts) for part in range(1, parts + 1)]
     assert sum(map(len, dealt)) == len(set(TESTS))
     assert set().union(*dealt) == set(TESTS)
-    seconds = [sum(SECONDS.get(file.parent.name, OTHERS) for file in TESTS if file in part) for part in dealt]
-    assert max(seconds) - min(seconds) <= max(SECONDS.values())
+    return dealt
+
+
+def seconds(files: set[Path]) -> int:
+    return sum(SECONDS.get(file.parent.name, OTHERS) for file in TESTS if file in files)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_every_file_is_in_one_part(parts: int) -> None:
+    dealt = all_parts(parts)
+    assert max(map(seconds, dealt)) - min(map(seconds, dealt)) <= max(SECONDS.values())
+
+
+def test_files_longer_than_a_part_are_parts_of_their_own() -> None:
+    dealt = all_parts(7)
+    others = [files for files in dealt if len(files) > 1]
+    assert [files for files in dealt if files not in others] == [
+        {Path("tests/dist/test_a.py")},
+        {Path("tests/dist/test_c.py")},
+    ]
+    assert max(map(seconds, others)) - min(map(seconds, others)) <= max(SECONDS.values())
 
 
 def test_the_order_of_tests_changes_nothing() -> None:
