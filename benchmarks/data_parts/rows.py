@@ -115,8 +115,9 @@ Prepare = Callable[[Path], dict[str, int]]
 
 def sft_dist(tokenizer: Path) -> Prepare:
     from sft_dist.config.data_schema import DataConfig, SourceConfig
+    from sft_dist.data.cache import Cache
     from sft_dist.data.chat_template import load_renderer
-    from sft_dist.data.prepare import Cache, prepare_set
+    from sft_dist.data.prepare import prepare_set
     from sft_dist.data.prepared import open_prepared
 
     load = functools.partial(load_renderer, str(tokenizer), None, None)  # what a worker process can be told

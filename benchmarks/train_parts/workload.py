@@ -103,8 +103,9 @@ class Workload:
         """The packs of all steps of a run, as a peer reads them, and what is in them; prepares them."""
         from sft_dist.config.load import load_config
         from sft_dist.data.batch import BatchPlan
+        from sft_dist.data.cache import Cache
         from sft_dist.data.loader import TrainingOrder
-        from sft_dist.data.prepare import Cache, prepare_set
+        from sft_dist.data.prepare import prepare_set
         from sft_dist.data.prepared import open_prepared
         from sft_dist.model.renderer import renderer_of
 

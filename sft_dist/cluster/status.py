@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.cluster.attempts import FOLDER as SLURM
-from sft_dist.cluster.evidence import Evidence, Pulse, read_evidence
+from sft_dist.cluster.evidence import Evidence, Pulse
 from sft_dist.cluster.file_clock import Clock, clock_of
 from sft_dist.cluster.job_of_run import Ask, JobOfRun, job_of_run
+from sft_dist.cluster.read_evidence import read_evidence
 from sft_dist.cluster.slurm import show_job
 from sft_dist.cluster.verdict import ENDED, SILENT_S, Forecast, Verdict, forecast, judge, step_of
 from sft_dist.errors import ConfigError

@@ -22,7 +22,7 @@ from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config
 from sft_dist.config.text import describe_yaml_error, read_yaml
 from sft_dist.config.validate import validate
-from sft_dist.data.prepare import cache_path
+from sft_dist.data.cache import cache_path
 from sft_dist.errors import ConfigError
 
 # Of a value in the name of a folder; longer ones end in a digest.

@@ -25,12 +25,12 @@ from sft_dist.errors import CheckpointError
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
 from sft_dist.model.hub import model_folder
 from sft_dist.model.initial import InitialAdapters
+from sft_dist.model.initial_virtual_tokens import InitialVirtualTokens, init_token_ids
 from sft_dist.model.matching import match_keys, quantized_layers, stored_state
 from sft_dist.model.prequantized import read_buffer
 from sft_dist.model.safetensors_folder import SafetensorsFolder, UnmappedFolder
 from sft_dist.model.spec import ModelSpec
 from sft_dist.model.token_rows import TOKEN_ROWS
-from sft_dist.model.virtual_tokens import InitialVirtualTokens, init_token_ids
 from sft_dist.runtime.memory import release_freed_memory
 
 # A rank's own, after which the host memory that filling it took on the way is handed back.

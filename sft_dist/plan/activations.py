@@ -16,7 +16,8 @@ from sft_dist.data.batch import MicroBatch
 from sft_dist.model.build import TORCH_DTYPES, SftModel, build_model
 from sft_dist.model.compiled import use_compiled
 from sft_dist.model.spec import ModelSpec
-from sft_dist.plan.record import on_the_host, record_short, shorten
+from sft_dist.plan.record import record_short, shorten
+from sft_dist.plan.recorder import on_the_host
 from sft_dist.plan.tape import Tape
 from sft_dist.run import Run
 from sft_dist.sharding.activation_checkpointing import apply_activation_checkpointing, checkpointed_blocks, to_host

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft_dist.config.schema import Config
+from sft_dist.data.cache import Cache, cache_path, sources_of
 from sft_dist.data.mixing import Side
-from sft_dist.data.prepare import Cache, cache_path, find_set, sources_of
+from sft_dist.data.prepare import find_set
 from sft_dist.data.prepared import PreparedData, open_prepared, open_stores
 from sft_dist.data.sources import files_here
 from sft_dist.errors import CheckpointError

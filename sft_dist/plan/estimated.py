@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sft_dist.config.schema import Config
+from sft_dist.data.cache import row_settings, sources_of
 from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.messages import Origin
 from sft_dist.data.mixing import Side
 from sft_dist.data.named_templates import BUILT_IN
-from sft_dist.data.prepare import row_settings, sources_of
 from sft_dist.data.sampling import draw_rows
 from sft_dist.data.sources import parser_of
 from sft_dist.errors import DataError

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.config.data_schema import DataConfig, SourceConfig
+from sft_dist.data.cache import row_settings, source_names, sources_of
 from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.chunk import tokenise_chunk
 from sft_dist.data.mixing import Side, weights_of
-from sft_dist.data.prepare import row_settings, source_names, sources_of
 from sft_dist.data.prepared import ChosenRows, PreparedData, Tokens
 from sft_dist.data.rejected import none_left
 from sft_dist.data.sampling import Sample, draw_rows

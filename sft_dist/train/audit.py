@@ -22,10 +22,11 @@ from sft_dist.data.audit.report_html import render
 from sft_dist.data.audit.report_terminal import show
 from sft_dist.data.audit.settings import AuditSettings, PackUse
 from sft_dist.data.audit.stored import StoredSource, audit_stores, audited_rows, rejected_rows
+from sft_dist.data.cache import Cache, cache_folder
 from sft_dist.data.chat_template import ChatRenderer
 from sft_dist.data.messages import Conversation
 from sft_dist.data.mixing import Side
-from sft_dist.data.prepare import Cache, PreparedSets, Tokenised, cache_folder, prepare_sets, tokenise_sources
+from sft_dist.data.prepare import PreparedSets, Tokenised, prepare_sets, tokenise_sources
 from sft_dist.data.prepared import open_prepared
 from sft_dist.data.selection import rows_of_side
 from sft_dist.data.sources import read_source

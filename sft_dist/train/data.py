@@ -17,8 +17,9 @@ from rich.text import Text
 
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.schema import Config
+from sft_dist.data.cache import Cache, cache_folder
 from sft_dist.data.chat_template import ChatRenderer
-from sft_dist.data.prepare import Cache, cache_folder, counts_of, prepare_sets, rejected_of
+from sft_dist.data.prepare import counts_of, prepare_sets, rejected_of
 from sft_dist.data.prepared import ChosenRows, open_prepared
 from sft_dist.data.rejected import rejections
 from sft_dist.data.tokenising import WHOLE, Shard

@@ -9,8 +9,8 @@ from typing import Any
 from sft_dist.config.measured import files_of_evaluations
 from sft_dist.config.schema import Config
 from sft_dist.config.secrets import without_secrets
+from sft_dist.data.cache import cache_path
 from sft_dist.data.fingerprint import Fingerprints
-from sft_dist.data.prepare import cache_path
 from sft_dist.train.evaluations import Evaluated
 from sft_dist.train.run_inputs import file_digest
 from sft_dist.train.surroundings import LIBRARIES, versions

@@ -9,8 +9,9 @@ from rich.markup import escape
 
 from sft_dist.config.schema import Config
 from sft_dist.data.audit.findings import Audit
+from sft_dist.data.cache import Cache, cache_folder
 from sft_dist.data.chat_template import ChatRenderer
-from sft_dist.data.prepare import Cache, PreparedSets, cache_folder, prepare_sets
+from sft_dist.data.prepare import PreparedSets, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.model.spec import ModelSpec
 from sft_dist.model.untrained import untrained_tokens

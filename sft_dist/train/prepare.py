@@ -14,9 +14,10 @@ from rich.console import Console
 
 from sft_dist.config.schema import Config
 from sft_dist.data.audit.report_terminal import verdict
+from sft_dist.data.cache import Cache, cache_path, sources_of
 from sft_dist.data.hub_dataset import is_dataset_id, named
 from sft_dist.data.mixing import Side
-from sft_dist.data.prepare import Cache, cache_path, find_set, sources_of
+from sft_dist.data.prepare import find_set
 from sft_dist.data.sources import files_here
 from sft_dist.errors import RowError
 from sft_dist.model.describe import describe_model

@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from sft_dist.config.schema import Config
+from sft_dist.data.cache import Cache, cache_path
 from sft_dist.data.loader import Step, TrainingOrder
 from sft_dist.data.packing import Packs
-from sft_dist.data.prepare import Cache, cache_path, find_set
+from sft_dist.data.prepare import find_set
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.errors import CheckpointError, PlanError, TrainingDiverged
 from sft_dist.model.hub import ModelNotHere

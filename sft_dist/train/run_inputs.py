@@ -12,10 +12,10 @@ from sft_dist.config.data_schema import SourceConfig
 from sft_dist.config.measured import files_of_evaluations
 from sft_dist.config.schema import Config, LoraMethod
 from sft_dist.config.secrets import without_secrets
+from sft_dist.data.cache import cache_path, source_names
 from sft_dist.data.files import ending, is_url
 from sft_dist.data.fingerprint import Fingerprints
 from sft_dist.data.named_templates import read_template
-from sft_dist.data.prepare import cache_path, source_names
 from sft_dist.errors import CheckpointError
 from sft_dist.model.hub import is_folder_path, model_folder
 from sft_dist.model.hub_fetch import TOKENIZER_FILES

@@ -7,7 +7,8 @@ import json
 from rich.console import Console
 
 from sft_dist.config.schema import Config
-from sft_dist.data.prepare import Cache, cache_folder, prepare_sets
+from sft_dist.data.cache import Cache, cache_folder
+from sft_dist.data.prepare import prepare_sets
 from sft_dist.data.prepared import open_prepared, open_stores
 from sft_dist.data.show import Shown, look, to_json
 from sft_dist.data.show_choice import Choice, Form

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sft_dist.plan import operators, record
+from sft_dist.plan import operators, recorder
 from sft_dist.plan.activations import trace
 from sft_dist.plan.memory import memory_phases, resident_parts
 from sft_dist.resolve import resolve
@@ -29,7 +29,7 @@ SCALARS = 16
 @pytest.fixture(autouse=True)
 def this_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which rounds no request, and whose operators allocate nothing that nobody sees."""
-    monkeypatch.setattr(record, "ALLOCATION_UNIT", 1)
+    monkeypatch.setattr(recorder, "ALLOCATION_UNIT", 1)
     monkeypatch.setattr(operators, "INNER", {})
 
 

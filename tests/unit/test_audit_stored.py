@@ -16,8 +16,9 @@ from sft_dist.config.schema import Config
 from sft_dist.data.audit.audit import enforce
 from sft_dist.data.audit.findings import Audit
 from sft_dist.data.audit.stored import StoredSource, audit_stores, audited_rows
+from sft_dist.data.cache import Cache
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
-from sft_dist.data.prepare import Cache, prepare_sets, tokenise_sources
+from sft_dist.data.prepare import prepare_sets, tokenise_sources
 from sft_dist.data.sources import read_source
 from sft_dist.errors import DataError
 from sft_dist.train.audit import audit_prepared, settings_of

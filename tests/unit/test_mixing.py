@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from sft_dist.config.data_schema import DataConfig, EvalSplitConfig, SourceConfig
 from sft_dist.config.schema import Config
 from sft_dist.config.validate import validate
+from sft_dist.data.cache import Cache
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.mixing import is_held_out, repeated, weights_of
-from sft_dist.data.prepare import Cache, counts_of, prepare_sets
+from sft_dist.data.prepare import counts_of, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.errors import ConfigError, DataError
 

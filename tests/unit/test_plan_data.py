@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from sft_dist.config.schema import Config
+from sft_dist.data.cache import Cache, cache_folder
 from sft_dist.data.loader import TrainingOrder, micro_batches
 from sft_dist.data.mixing import Side
-from sft_dist.data.prepare import Cache, cache_folder, find_set, prepare_sets
+from sft_dist.data.prepare import find_set, prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared
 from sft_dist.errors import ConfigError, DataError, PlanError
 from sft_dist.model.describe import describe_model

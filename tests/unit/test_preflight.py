@@ -14,8 +14,9 @@ from sft_dist.config.data_schema import DataConfig
 from sft_dist.config.load import load_config
 from sft_dist.config.schema import Config, LoraMethod, Zero3Sharding
 from sft_dist.config.shape import OTHER_NAMES
+from sft_dist.data.cache import Cache
 from sft_dist.data.chat_template import load_renderer
-from sft_dist.data.prepare import Cache, counts_of, prepare_set
+from sft_dist.data.prepare import counts_of, prepare_set
 from sft_dist.data.prepared import open_prepared
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.resolve import resolve

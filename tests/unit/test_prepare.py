@@ -21,9 +21,10 @@ import pytest
 
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.data import tokenising
+from sft_dist.data.cache import Cache, cache_folder
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
 from sft_dist.data.packing import pack_in_windows
-from sft_dist.data.prepare import Cache, PreparedSets, cache_folder, counts_of, prepare_sets
+from sft_dist.data.prepare import PreparedSets, counts_of, prepare_sets
 from sft_dist.data.prepared import open_prepared
 from sft_dist.data.tokenising import Shard
 from sft_dist.errors import ConfigError, DataError

@@ -101,22 +101,49 @@ def test_the_page_on_speed_tells_the_committed_growth() -> None:
     found = json.loads((ROOT / "benchmarks/results/growth-cpu.json").read_text())
     scaling, waits = found["scaling"], found["rows"]["data_wait_ms"]["costs"]
     least, most = _ends(waits, 1)
-    soonest, latest = _ends(found["start"]["beyond_imports_s"], 1)
+    start = found["start"]
+    soonest, latest = _ends(start["costs"], 1)
     page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     for told in (
-        f"exponent {found['tokens']['exponent']:.2f} |",
+        f"a step against its tokens, 1,024 to 8,192 in rows of 256 | exponent {found['tokens']['exponent']:.2f} |",
+        f"a step against its packs of 1,024, 1 to 8 | exponent {found['packs']['exponent']:.2f} |",
+        f"a step of LoRA against its rank, 8 to 128 | exponent {found['rank']['exponent']:.2f} |",
         f"DDP | {scaling['ddp']['speedup']:.2f} times",
         f"| {scaling['fsdp2']['speedup']:.2f}; {scaling['fsdp2 once']['speedup']:.2f} |",
         f"| ZeRO-3 | {scaling['zero3']['speedup']:.2f} |",
         f"| two runs that know nothing of each other, what the machine gives | {scaling['two runs']:.2f} |",
         f"| {least} to {most} ms a step,",
-        f"beyond the {found['start']['imports_s']:.0f} s of its imports | {soonest} to {latest} s |",
-        f"| `sft-dist --help` | {found['start']['help_s']:.2f} s |",
+        f"imports ({start['imports_s']:.1f} s) to its first step ({start['first_step_s']:.1f} s)",
+        f"1,000 to 16,000 rows | {soonest} to {latest} s |",
+        f"| `sft-dist --help` | {start['help_s']:.2f} s |",
     ):
         assert told in page
     # "as described"
     assert all(of["heard"] == of["described"] for of in found["traffic"].values())
     assert all(held == described for points in found["ranks"].values() for _, held, described in points)
+
+
+def test_the_page_on_speed_tells_the_committed_comparison_in_fp32() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/train-cpu-fp32.json").read_text())["rows"]
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    sides = {side: [row for row in rows if row["side"] == side] for side in ("sft_dist", "trl")}
+    assert len(sides["trl"]) == 4
+    for own, other in zip(sides["sft_dist"], sides["trl"], strict=True):
+        method = {"full": "full", "lora": "LoRA"}[own["method"]]
+        assert (own["method"], own["length"]) == (other["method"], other["length"])
+        assert (
+            f"| {method} | {own['length']:,} | {other['ratio']:.2f} | {other['memory_ratio']:.2f} |"
+            f" {own['of_model']:.0%} | {other['of_model']:.0%} |".replace("%", " %")
+        ) in page
+    assert max(row["losses_differ"] for row in sides["trl"]) < 1e-5
+    assert f"Losses differ by {max(row['losses_differ'] for row in sides['trl']):.1e}".replace("e-0", "e-") in page
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+def test_every_picture_and_page_that_the_readme_names_is_there(name: str) -> None:
+    named = re.findall(r"\]\(([^):#]+)\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert len([path for path in named if path.endswith(".png")]) == 3
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def _ends(values: list[float], digits: int) -> tuple[str, str]:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from sft_dist.config.data_schema import DataConfig, SourceConfig
+from sft_dist.data.cache import Cache
 from sft_dist.data.chat_template import ChatRenderer
-from sft_dist.data.prepare import Cache, prepare_sets
+from sft_dist.data.prepare import prepare_sets
 from sft_dist.data.prepared import open_prepared
 from sft_dist.data.rejected import rejections
 from sft_dist.data.sources import read_source

@@ -21,9 +21,10 @@ from rich.console import Console
 from sft_dist.cli import main
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.data.batch import IGNORE_INDEX
+from sft_dist.data.cache import Cache
 from sft_dist.data.chat_template import load_renderer
 from sft_dist.data.loader import collate
-from sft_dist.data.prepare import Cache, prepare_sets
+from sft_dist.data.prepare import prepare_sets
 from sft_dist.data.prepared import PreparedData, open_prepared, open_stores
 from sft_dist.data.show import Place, Shown, ShownPack, ShownRow, Totals, look, to_json
 from sft_dist.data.show_choice import Choice, Form

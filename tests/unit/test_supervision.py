@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_dist.config.data_schema import DataConfig
+from sft_dist.data.cache import Cache
 from sft_dist.data.chat_template import ChatRenderer, load_renderer
 from sft_dist.data.messages import Conversation, Message, Origin, ToolCall
-from sft_dist.data.prepare import Cache, counts_of, prepare_sets
+from sft_dist.data.prepare import counts_of, prepare_sets
 from sft_dist.data.prepared import open_prepared
 from sft_dist.data.splitting import split_conversation, split_tokens
 from sft_dist.data.supervision import Supervision, vary_prompt

@@ -12,8 +12,9 @@ import pytest
 
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.data import tokenising
+from sft_dist.data.cache import Cache
 from sft_dist.data.chat_template import ChatRenderer
-from sft_dist.data.prepare import Cache, Tokenised, prepare_set, prepare_sets, tokenise_sources
+from sft_dist.data.prepare import Tokenised, prepare_set, prepare_sets, tokenise_sources
 from sft_dist.data.prepared import open_prepared
 from sft_dist.data.token_store import CHUNKS, IDS, MASK, MAX_REJECTIONS, ROWS
 from sft_dist.data.tokenising import Shard

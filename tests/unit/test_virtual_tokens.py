@@ -27,7 +27,8 @@ from sft_dist.config.schema import Fsdp2Sharding, VirtualTokensMethod
 from sft_dist.data.loader import collate
 from sft_dist.errors import ConfigError
 from sft_dist.model.build import SftModel, build_model
-from sft_dist.model.virtual_tokens import LongRows, cut_off, init_token_ids, put_before, to_save
+from sft_dist.model.initial_virtual_tokens import init_token_ids
+from sft_dist.model.virtual_tokens import LongRows, cut_off, put_before, to_save
 from sft_dist.model.weights import Part, Weights
 from sft_dist.plan.activations import trace
 from sft_dist.resolve import resolve
