@@ -19,6 +19,7 @@ from sft_dist.plan.timeline_zero import Bf16OptimizerTimeline, ZeroTimeline
 from sft_dist.plan.update import update_bytes
 from sft_dist.run import Run
 from sft_dist.sharding import registry
+from sft_dist.sharding.ddp import has_reducer
 from sft_dist.sharding.spec import ShardingSpec
 
 GIB = 2**30
@@ -103,8 +104,9 @@ def resident_parts(run: Run) -> Counter[Part]:
     parts: Counter[Part] = Counter(_parameters(run, spec))
     parts["quantization_state"] = run.model.quantization_bytes
     parts["buffers"] = run.model.buffer_bytes - run.model.quantization_bytes
-    # FSDP2 makes gradients as it reduces them, and drops them with the update.
-    parts["gradients"] = 0 if run.strategy == "fsdp2" else states.gradients
+    # FSDP2 makes gradients as it reduces them and a single rank as backward comes to them; the update drops them.
+    are_dropped = run.strategy == "fsdp2" or (run.strategy == "ddp" and not has_reducer(run))
+    parts["gradients"] = 0 if are_dropped else states.gradients
     # Paged states leave the device when it is full: they are counted where they go, in host memory.
     parts["optimizer"] = states.optimizer
     return parts

@@ -32,6 +32,18 @@ def describe(run: Run, rank: int) -> ShardingSpec:
     return ShardingSpec("ddp", rank, parameters, run.model.num_trainable, run.precision.master, states)
 
 
+def has_reducer(run: Run) -> bool:
+    """Whether gradients go through DDP's buckets, which stay from step to step.
+
+    A single rank has nothing to reduce, and its gradients need no copy in a bucket; unless they are to be rounded.
+    """
+    return run.world.size > 1 or _rounds(run)
+
+
+def _rounds(run: Run) -> bool:
+    return run.precision.reduce != run.precision.master
+
+
 class Ddp(NativeStrategy):
     def __init__(self, run: Run, model: SftModel, device: torch.device, weights: Weights) -> None:
         super().__init__(run, model)
@@ -39,15 +51,12 @@ class Ddp(NativeStrategy):
         fill(model, weights, partial(whole_parameter, device=device), device, group=None)
         if run.precision.master != run.precision.compute:
             cast_while_running(model, TORCH_DTYPES[run.precision.compute])
-        reduce_dtype = TORCH_DTYPES[run.precision.reduce]
-        rounds = reduce_dtype != TORCH_DTYPES[run.precision.master]
-        # A single rank has nothing to reduce, and its gradients need no copy in a bucket.
         self.ddp: DistributedDataParallel | None = None
-        if run.world.size > 1 or rounds:
+        if has_reducer(run):
             # Buffers are constants here, the same on every rank.
             self.ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        if self.ddp is not None and rounds:
-            self.ddp.register_comm_hook(reduce_dtype, reduce_in_dtype)
+            if _rounds(run):
+                self.ddp.register_comm_hook(TORCH_DTYPES[run.precision.reduce], reduce_in_dtype)
         self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
         if self.ddp is not None:
             self._settle_buckets(run, device)

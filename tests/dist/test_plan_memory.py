@@ -102,9 +102,12 @@ TABLE = [
     for row in itertools.product(("ddp", "fsdp2"), METHODS, MODES, (1, 3))
 ]
 OTHER_WORLDS = [
-    pytest.param(size, compute, strategy, method, "full", 1, marks=pytest.mark.full if size == 1 else pytest.mark.ci)
-    for size, compute in ((1, "bf16"), (2, "fp32"), (4, "bf16"))
-    for strategy, method in itertools.product(("ddp", "fsdp2"), METHODS)
+    pytest.param(1, "bf16", "ddp", "full", "full", 3),
+    *(
+        (size, compute, strategy, method, "full", 1)
+        for size, compute in ((1, "bf16"), (2, "fp32"), (4, "bf16"))
+        for strategy, method in itertools.product(("ddp", "fsdp2"), METHODS)
+    ),
 ]
 
 
