@@ -24,7 +24,9 @@ WHAT_FOLLOWS = (
     "What stands after the command belongs to it: a configuration file, --resume, --rehearse and key.path=value "
     "overrides."
 )
-RESUME, ALLOW_CHANGE, DRY_RUN, PROBE = "--resume", "--allow-change", "--dry-run", "--probe"
+RESUME, DRY_RUN, PROBE, CHECK = "--resume", "--dry-run", "--probe", "--check"
+# Other options of ``train``: those that a value follows, and those that stand alone.
+WITH_VALUE = (RESUME, "--allow-change", "--profile")
 REHEARSALS = ("--rehearse", "--rehearse-only")
 
 
@@ -99,8 +101,11 @@ def measures_with_all(command: Sequence[str]) -> bool:
     """Whether a command other than ``train`` runs in all processes: ``resume``, ``eval``, ``lr-find`` and so on."""
     if "--help" in command:
         return False
-    probes = any(word.partition("=")[0] == PROBE for word in command)
-    return command[0] in ("calibrate", "eval", "lr-find", "resume") or (command[0] == "plan" and probes)
+    if command[0] == "plan":
+        return any(word.partition("=")[0] == PROBE for word in command)
+    if command[0] == "replay":
+        return CHECK not in command
+    return command[0] in ("calibrate", "eval", "lr-find", "resume")
 
 
 def _launched(arguments: list[str], prepare: Callable[[], int], launch: Callable[[list[str]], int]) -> int:
@@ -123,7 +128,7 @@ def _machines(rest: Sequence[str], prepare: Callable[[], int]) -> list[str]:
 
 
 def split_resume(command: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of ``--resume``, and the command without the options of ``train`` that have a value.
+    """The value of ``--resume``, and the command without the options of ``train`` that a value follows.
 
     The last value counts; an option without one stays.
     """
@@ -131,7 +136,7 @@ def split_resume(command: Sequence[str]) -> tuple[str, list[str]]:
     words = iter(command)
     for word in words:
         name, equals, value = word.partition("=")
-        if name not in (RESUME, ALLOW_CHANGE):
+        if name not in WITH_VALUE:
             rest.append(word)
             continue
         following = value if equals else next(words, None)

@@ -10,9 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from sft_dist.cli.app import app
 from sft_dist.launch import accelerate, deepspeed, torchrun
-from sft_dist.launch.command import _share_cores, measures_with_all, split_debug, split_resume, start
+from sft_dist.launch.command import (
+    DRY_RUN,
+    REHEARSALS,
+    WITH_VALUE,
+    _share_cores,
+    measures_with_all,
+    split_debug,
+    split_resume,
+    start,
+)
 from sft_dist.launch.wrong_words import refused
 from sft_dist.runtime.failure import with_config
 from tests.helpers.checkpoints import make_checkpoint
@@ -28,10 +39,19 @@ from tests.launch.conftest import REPOSITORY, SMALLEST
         ("train c.yaml --resume auto --resume never", "never", "train c.yaml"),
         ("train c.yaml --resume", "never", "train c.yaml --resume"),
         ("train c.yaml --resumed auto", "never", "train c.yaml --resumed auto"),
+        ("train c.yaml --profile 5 --resume auto --allow-change=train.seed", "auto", "train c.yaml"),
     ],
 )
 def test_resume_is_found_wherever_it_stands(command: str, resume: str, rest: str) -> None:
     assert split_resume(command.split()) == (resume, rest.split())
+
+
+def test_every_option_of_train_is_known() -> None:
+    """One that is not would be taken for a mistake, which a single process tells."""
+    options = [each for each in get_command(app).commands["train"].params if each.param_type_name == "option"]
+    flags = {each.opts[0] for each in options if each.is_flag}
+    assert flags - {"--help"} == {*REHEARSALS, DRY_RUN}
+    assert {each.opts[0] for each in options} - flags == set(WITH_VALUE)
 
 
 def test_debug_may_stand_anywhere() -> None:
@@ -66,7 +86,9 @@ def test_what_is_checked_and_what_the_processes_get(
     assert go("train", "--resume=auto", "run.yaml") == 6
     assert go("train", "run.yaml", "--resume", "runs/x/checkpoints/step-00000001", "train.seed=7") == 6
     assert go("train", "run.yaml", "--rehearse", "--resume=auto", "--rehearse-only") == 6
-    assert capfd.readouterr().out == "starting 2 processes on this machine\n" * 3
+    assert go("train", "run.yaml", "--profile", "5", "--resume=auto") == 6
+    assert capfd.readouterr().out == "starting 2 processes on this machine\n" * 4
+    assert started.pop() == ["train", "run.yaml", "--profile", "5", "--resume=auto"]
     assert started.pop() == ["train", "run.yaml", "--rehearse", "--resume=auto", "--rehearse-only"]
     assert started == [
         ["train", "--resume=auto", "run.yaml"],
@@ -75,7 +97,8 @@ def test_what_is_checked_and_what_the_processes_get(
 
 
 @pytest.mark.parametrize(
-    "command", ["calibrate --gpu h100", "plan run.yaml --probe 5", "plan --probe=5 run.yaml a.b=1"]
+    "command",
+    ["calibrate --gpu h100", "plan run.yaml --probe 5", "plan --probe=5 run.yaml a.b=1", "replay runs/x --out runs/y"],
 )
 def test_what_measures_runs_in_all_processes(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     started: list[list[str]] = []
@@ -84,8 +107,10 @@ def test_what_measures_runs_in_all_processes(command: str, capfd: pytest.Capture
     assert capfd.readouterr().out == "starting 2 processes on this machine\n"
 
 
-@pytest.mark.parametrize("command", ["plan run.yaml", "plan --help --probe 3", "train c.yaml --probe 3"])
-def test_a_plan_without_steps_needs_one(command: str) -> None:
+@pytest.mark.parametrize(
+    "command", ["plan run.yaml", "plan --help --probe 3", "train c.yaml --probe 3", "replay runs/x --check"]
+)
+def test_what_trains_nothing_needs_one(command: str) -> None:
     assert not measures_with_all(command.split())
 
 
