@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sft_dist.config.schema import PromptMethod, QloraMethod
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.model import build, hub_fetch, skip, support, tokens, virtual_tokens, weights
+from sft_dist.model import build, hub_fetch, initial_virtual_tokens, skip, support, tokens, weights
 from sft_dist.model.describe import describe_model
 from sft_dist.model.hub import model_folder, weight_files
 from sft_dist.model.hub_fetch import _answers, _Blob, _fetch_weights
@@ -95,7 +95,7 @@ def test_all_of_a_model_is_of_the_revision_that_was_asked_for(tiny_base: Path, m
         asked["virtual_tokens"].add((path, revision))
         return tokenizer
 
-    monkeypatch.setattr(virtual_tokens, "AutoTokenizer", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr(initial_virtual_tokens, "AutoTokenizer", SimpleNamespace(from_pretrained=from_pretrained))
     prompt = PromptMethod.model_validate({"type": "prompt", "init_text": "Say: "})
     weights.check_weights(describe_model("org/m", "v2", prompt, "fp32"))
     skip.measure.cache_clear()  # of a model that is nowhere
