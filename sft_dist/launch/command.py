@@ -19,10 +19,10 @@ from sft_dist.train.asked import NEVER
 from sft_dist.train.preflight import preflight
 
 MODULE = "sft_dist"  # what runs in every process: python -m sft_dist train ...
-USAGE = "train CONFIG [--resume auto|PATH|never] [--rehearse] [KEY.PATH=VALUE ...]"
+USAGE = "train CONFIG [--resume auto|PATH|never] [--rehearse] [--profile N] [KEY.PATH=VALUE ...]"
 WHAT_FOLLOWS = (
-    "What stands after the command belongs to it: a configuration file, --resume, --rehearse and key.path=value "
-    "overrides."
+    "What stands after the command belongs to it: a configuration file, --resume, --rehearse, --profile and "
+    "key.path=value overrides."
 )
 RESUME, DRY_RUN, PROBE, CHECK = "--resume", "--dry-run", "--probe", "--check"
 # Other options of ``train``: those that a value follows, and those that stand alone.
