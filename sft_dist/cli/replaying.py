@@ -56,7 +56,9 @@ def replay(
     if not check and not restarts():
         check_holds_no_run(Path(config.output_dir))
     found, is_main = Found(), os.environ.get("RANK", "0") == "0"
-    if is_main:
+
+    def compare() -> None:
+        nonlocal found
         began_in = recorded.content.get("directory")
         if began_in not in (None, str(Path.cwd())):
             typer.echo(f"the run was started in {began_in}; relative paths count from {Path.cwd()} now")
@@ -66,6 +68,11 @@ def replay(
             typer.echo(line)
         if found.numbers and not anyway:
             raise refusal(found.numbers, recorded)
+
+    # Where there are others they wait for it, and end as this one does.
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if is_main and (check or is_alone):
+        compare()
     if check:
         return
     from sft_dist.cli.training import run_checked
@@ -77,7 +84,8 @@ def replay(
         if other and not anyway:
             raise refusal(other, recorded)
 
-    run_checked(config, Asked(on_identity=must_be_the_same))
+    before = (lambda: None) if is_alone else compare
+    run_checked(config, Asked(before=before, on_identity=must_be_the_same))
     if not is_main:
         return
     from sft_dist.export.provenance import read_receipt

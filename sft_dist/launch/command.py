@@ -24,7 +24,7 @@ WHAT_FOLLOWS = (
     "What stands after the command belongs to it: a configuration file, --resume, --rehearse, --profile and "
     "key.path=value overrides."
 )
-RESUME, DRY_RUN, PROBE, CHECK = "--resume", "--dry-run", "--probe", "--check"
+RESUME, DRY_RUN, PROBE = "--resume", "--dry-run", "--probe"
 # Other options of ``train``: those that a value follows, and those that stand alone.
 WITH_VALUE = (RESUME, "--allow-change", "--profile")
 REHEARSALS = ("--rehearse", "--rehearse-only")
@@ -57,7 +57,7 @@ def start(
         if measures_with_all(command):
             return _launched(arguments, prepare, launch)
         _, rest = split_resume(command)
-        if rest[0] == "train" and DRY_RUN in rest:
+        if rest[:1] == ["train"] and DRY_RUN in rest:
             rest.remove(DRY_RUN)
             return subprocess.run([sys.executable, "-m", MODULE, *arguments, *_machines(rest, prepare)]).returncode
         if not runs_everywhere(command):
@@ -76,7 +76,7 @@ def runs_everywhere(command: Sequence[str]) -> bool:
 
 
 def _trains(rest: Sequence[str]) -> bool:
-    return rest[0] == "train" and len(rest) > 1 and not any(word.startswith("-") for word in rest)
+    return rest[:1] == ["train"] and len(rest) > 1 and not any(word.startswith("-") for word in rest)
 
 
 def _positionals(command: Sequence[str]) -> list[str]:
@@ -103,9 +103,7 @@ def measures_with_all(command: Sequence[str]) -> bool:
         return False
     if command[0] == "plan":
         return any(word.partition("=")[0] == PROBE for word in command)
-    if command[0] == "replay":
-        return CHECK not in command
-    return command[0] in ("calibrate", "eval", "lr-find", "resume")
+    return command[0] in ("calibrate", "eval", "lr-find", "replay", "resume")
 
 
 def _launched(arguments: list[str], prepare: Callable[[], int], launch: Callable[[list[str]], int]) -> int:

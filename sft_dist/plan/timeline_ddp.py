@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.plan.ledger import Ledger
-from sft_dist.plan.tape import Segment
+from sft_dist.plan.tape import Segment, Tape
 from sft_dist.plan.timeline import Timeline
 from sft_dist.run import Run
 from sft_dist.sharding.ddp import has_reducer
@@ -32,6 +32,9 @@ class DdpTimeline(Timeline):
         elif self.reduces or self.accumulates:
             segment = segment.gradients_move
         ledger.play(segment, moment)
+
+    def evaluation(self, ledger: Ledger, tape: Tape) -> None:
+        self._forward(ledger, tape)  # without DDP around the model
 
     def end(self, ledger: Ledger, *, first: bool, last: bool) -> None:
         ledger.now["communication"] = 0

@@ -14,6 +14,7 @@ from sft_dist.data.loader import Part, empty_micro_batch
 from sft_dist.model.build import TORCH_DTYPES, SftModel
 from sft_dist.model.lora import readers
 from sft_dist.model.row_cache import RowCache
+from sft_dist.model.spec import DTYPE_BYTES
 from sft_dist.model.weights import Weights, fill
 from sft_dist.run import Run
 from sft_dist.sharding.optim import build_optimizer
@@ -37,11 +38,7 @@ def has_reducer(run: Run) -> bool:
 
     A single rank has nothing to reduce, and its gradients need no copy in a bucket; unless they are to be rounded.
     """
-    return run.world.size > 1 or _rounds(run)
-
-
-def _rounds(run: Run) -> bool:
-    return run.precision.reduce != run.precision.master
+    return run.world.size > 1 or DTYPE_BYTES[run.precision.reduce] < DTYPE_BYTES[run.precision.master]
 
 
 class Ddp(NativeStrategy):
@@ -55,7 +52,7 @@ class Ddp(NativeStrategy):
         if has_reducer(run):
             # Buffers are constants here, the same on every rank.
             self.ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-            if _rounds(run):
+            if run.precision.reduce != run.precision.master:
                 self.ddp.register_comm_hook(TORCH_DTYPES[run.precision.reduce], reduce_in_dtype)
         self.optimizer = build_optimizer(run.optim, run.precision, model.named_parameters())
         if self.ddp is not None:

@@ -146,12 +146,18 @@ def meet(config: Config, *, heartbeat: Heartbeat | None = None, watchdog: Watchd
 
 
 def make_ready(
-    config: Config, *, resume: str, heartbeat: Heartbeat | None = None, watchdog: Watchdog | None = None
+    config: Config,
+    *,
+    resume: str,
+    before: Callable[[], None] = lambda: None,
+    heartbeat: Heartbeat | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Ready:
     """Meets the other processes, decides, and prepares the data on rank 0 or finds them prepared.
 
     Args:
         resume: ``never``, ``auto`` or the path of a checkpoint.
+        before: called on rank 0 before anything is prepared (``Asked.before``).
         heartbeat: begins when the run directory is taken; None: nothing is to be left there.
         watchdog: sees the other ranks from here on.
     """
@@ -167,6 +173,7 @@ def make_ready(
 
     def prepare() -> str:
         with process.heartbeat.phase("preparing"):
+            before()
             return prepare_run(run, config, renderer, load, resume, taken=taken)
 
     # Before there is a process group: nothing of it can time out while rank 0 tokenises for hours.

@@ -70,7 +70,7 @@ def run_training(config: Config, asked: Asked = ALONE) -> None:
 def _run_training(config: Config, asked: Asked, signals: Signals, heartbeat: Heartbeat, watchdog: Watchdog) -> None:
     # A rehearsal alone leaves the folder as it was.
     beat = None if asked.rehearsing == "only" else heartbeat
-    ready = make_ready(config, resume=asked.resume, heartbeat=beat, watchdog=watchdog)
+    ready = make_ready(config, resume=asked.resume, before=asked.before, heartbeat=beat, watchdog=watchdog)
     run, process, inputs = ready.run, ready.process, ready.inputs
     # Before there is a process group: a plan of ranks that share sequences makes one of its own.
     outlook = None

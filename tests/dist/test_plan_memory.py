@@ -92,7 +92,7 @@ def _described(run: Run) -> Any:
 METHODS, MODES = ("full", "lora", "qlora"), ("none", "full", "selective")
 
 # Every strategy, method and way to recompute in pairs; the rest of the table is for CI or, where only the number of
-# micro-batches or of processes is another, for `make test-full`.
+# micro-batches is another, for `make test-full`.
 FEW = {
     ("ddp", "full", "full", 3), ("ddp", "lora", "none", 1), ("ddp", "qlora", "selective", 1),
     ("fsdp2", "full", "none", 3), ("fsdp2", "full", "selective", 1), ("fsdp2", "lora", "full", 3), ("fsdp2", "qlora", "none", 1),

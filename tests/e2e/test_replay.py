@@ -168,6 +168,15 @@ def test_what_changes_the_numbers_ends_it(moved: Path, tmp_path: Path, what: str
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
+def test_all_processes_end_as_the_one_that_finds_what_changes_the_numbers(moved: Path, tmp_path: Path) -> None:
+    change(moved, "row")
+    out = tmp_path / "out"
+    code, said = command("replay", str(moved / "run"), "-o", str(out), log=tmp_path / "log", size=2)
+    assert code == 4, said
+    assert said.count("changes the numbers:\n  data.train.1 (") == 1
+    assert not (out / "metrics.jsonl").exists()
+
+
 @pytest.mark.ci
 def test_anyway_goes_on_and_says_what_came_of_it(moved: Path, tmp_path: Path) -> None:
     change(moved, "row")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from sft_dist.config.data_schema import DataConfig
 from sft_dist.data import prepare, token_store, tokenising
+from sft_dist.data.cache import Cache
 from sft_dist.data.chat_template import load_renderer
 
 ALIVE = 4  # a tracker of resources, the fork server and two workers
@@ -36,7 +37,7 @@ def begin(folder: Path, base: str, workers: int, killed_after_s: float = 0.0) ->
     signal.setitimer(signal.ITIMER_PROF, killed_after_s)
     load = partial(load_renderer, base, None, None)
     data = DataConfig.model_validate({"train": [{"path": str(folder / "rows.jsonl")}], "max_seq_len": 256})
-    prepare.prepare_sets(data, prepare.Cache(folder / "cache", load(), load, num_workers=workers))
+    prepare.prepare_sets(data, Cache(folder / "cache", load(), load, num_workers=workers))
     os._exit(0)
 
 

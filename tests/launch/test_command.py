@@ -20,6 +20,7 @@ from sft_dist.launch.command import (
     WITH_VALUE,
     _share_cores,
     measures_with_all,
+    runs_everywhere,
     split_debug,
     split_resume,
     start,
@@ -98,7 +99,7 @@ def test_what_is_checked_and_what_the_processes_get(
 
 @pytest.mark.parametrize(
     "command",
-    ["calibrate --gpu h100", "plan run.yaml --probe 5", "plan --probe=5 run.yaml a.b=1", "replay runs/x --out runs/y"],
+    ["calibrate --gpu h100", "plan run.yaml --probe 5", "plan --probe=5 run.yaml a.b=1", "replay runs/x --check"],
 )
 def test_what_measures_runs_in_all_processes(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     started: list[list[str]] = []
@@ -107,11 +108,14 @@ def test_what_measures_runs_in_all_processes(command: str, capfd: pytest.Capture
     assert capfd.readouterr().out == "starting 2 processes on this machine\n"
 
 
-@pytest.mark.parametrize(
-    "command", ["plan run.yaml", "plan --help --probe 3", "train c.yaml --probe 3", "replay runs/x --check"]
-)
-def test_what_trains_nothing_needs_one(command: str) -> None:
+@pytest.mark.parametrize("command", ["plan run.yaml", "plan --help --probe 3", "train c.yaml --probe 3"])
+def test_a_plan_without_steps_needs_one(command: str) -> None:
     assert not measures_with_all(command.split())
+
+
+@pytest.mark.parametrize("command", ["--profile 5", "--resume auto", "--help", "status runs/x"])
+def test_a_mistake_is_told_by_one(command: str) -> None:
+    assert not runs_everywhere(command.split())
 
 
 def test_a_dry_run_is_told_how_many_would_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,6 +322,7 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
         "/v/bin/python", "/home/me/code", "/home/me", "/data/runs/my x", "/data/runs/my x/slurm/submission-001"
     )
     files = sorted((ROOT / "slurm").glob("*.sbatch")) + sorted((ROOT / "launch").glob("*.sh"))
+    files += sorted((ROOT / "scripts").glob("*.sh"))
     for number, (launcher, container) in enumerate(itertools.product(LAUNCHERS, CONTAINERS.values())):
         doctor = number % 2 == 0
         asked = config(launcher=launcher, container=container, doctor=doctor, modules=["cuda/13.0"] * doctor)

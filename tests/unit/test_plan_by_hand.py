@@ -143,6 +143,24 @@ def test_what_fsdp2_has_gathered_and_reduces(tiny_base: Path, ranks: int, replic
         assert phase.parts["gradients"] == 4 * (root + 2 * block) // 3
 
 
+@pytest.mark.parametrize(
+    ("ranks", "precision", "held"),
+    [
+        (1, {}, 0),
+        (2, {}, 4),
+        (1, {"reduce": "bf16"}, 4),  # rounded by the reducer
+        (1, {"master": "bf16", "reduce": "fp32"}, 0),
+        (2, {"master": "bf16", "reduce": "fp32"}, 2),
+    ],
+)
+def test_a_single_rank_holds_no_gradients_between_steps(
+    tiny_base: Path, ranks: int, precision: dict[str, str], held: int
+) -> None:
+    run = run_of(tiny_base, "ddp", ranks=ranks, precision=precision)
+    assert resident_parts(run)["gradients"] == held * numel(run)
+    assert phases_of(run, eval_at="head")["eval"].parts.get("communication", 0) == 0
+
+
 def test_gradients_are_reduced_in_their_own_width(tiny_base: Path) -> None:
     run = run_of(tiny_base, "fsdp2", precision={"reduce": "bf16"})
     _, block = units(run, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -51,6 +52,31 @@ def test_every_recipe_is_planned_and_fits(recipe: Path, tmp_path: Path) -> None:
     assert made.cost.chosen is not None
     assert made.data.basis == "assumed"
     assert any("--examples" in warning for warning in made.warnings)
+
+
+@pytest.mark.ci
+def test_the_page_on_clusters_tells_what_is_planned(
+    plan: Called, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SFT_DIST_CACHE", str(tmp_path))  # nothing that was measured of this machine
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8").partition("| run |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines()[2:]]
+    recipe, count = "", 0
+    for run, taken, hours, cost in rows:
+        named = re.findall(r"`(.*?)`", run)[0]
+        recipe = named if named.endswith(".yaml") else recipe
+        more = [] if named.endswith(".yaml") else named.split()
+        stated = ("--examples", "20k", "--tokens-per-example", "500")
+        code, out, _ = plan(str(ROOT / "configs/recipes" / recipe), *stated, *more)
+        said = " ".join(out.split())
+        usd, jpy = re.findall(r"\$([\d.]+) \(¥([\d,]+)\)", cost)[0]
+        assert (code, f"peak allocated {taken.split()[0]} (" in said) == (0, True), said
+        # "11 (10-15) min", "1 h 25 min (1 h 17 min-1 h 36 min)"
+        assert re.search(
+            rf"{hours.removesuffix(' min')}(?: min)? \([^)]*\)(?: min)?, \${usd} \([^)]*\), ¥{jpy} ", said
+        ), said
+        count += 1
+    assert count == 5
 
 
 def test_what_is_printed_is_written(plan: Called, tmp_path: Path) -> None:
