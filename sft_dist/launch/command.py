@@ -103,7 +103,7 @@ def measures_with_all(command: Sequence[str]) -> bool:
         return False
     if command[0] == "plan":
         return any(word.partition("=")[0] == PROBE for word in command)
-    return command[0] in ("calibrate", "eval", "lr-find", "replay", "resume")
+    return command[0] in ("calibrate", "doctor", "eval", "lr-find", "replay", "resume")
 
 
 def _launched(arguments: list[str], prepare: Callable[[], int], launch: Callable[[list[str]], int]) -> int:

@@ -99,7 +99,13 @@ def test_what_is_checked_and_what_the_processes_get(
 
 @pytest.mark.parametrize(
     "command",
-    ["calibrate --gpu h100", "plan run.yaml --probe 5", "plan --probe=5 run.yaml a.b=1", "replay runs/x --check"],
+    [
+        "calibrate --gpu h100",
+        "plan run.yaml --probe 5",
+        "plan --probe=5 run.yaml a.b=1",
+        "replay runs/x --check",
+        "doctor c.yaml",
+    ],
 )
 def test_what_measures_runs_in_all_processes(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     started: list[list[str]] = []
