@@ -54,7 +54,7 @@ def start(
     """
     arguments = [*command, "--debug"] if debug else list(command)
     try:
-        if measures_with_all(command):
+        if is_for_all_processes(command):
             return _launched(arguments, prepare, launch)
         _, rest = split_resume(command)
         if rest[:1] == ["train"] and DRY_RUN in rest:
@@ -72,7 +72,7 @@ def start(
 
 def runs_everywhere(command: Sequence[str]) -> bool:
     """Whether a command runs in all processes; the others, help and mistakes of usage, run in one."""
-    return measures_with_all(command) or _trains(_positionals(command))
+    return is_for_all_processes(command) or _trains(_positionals(command))
 
 
 def _trains(rest: Sequence[str]) -> bool:
@@ -97,7 +97,7 @@ def check_training(command: Sequence[str]) -> None:
     preflight(config, resume=split_resume(command)[0])
 
 
-def measures_with_all(command: Sequence[str]) -> bool:
+def is_for_all_processes(command: Sequence[str]) -> bool:
     """Whether a command other than ``train`` runs in all processes: ``resume``, ``eval``, ``lr-find`` and so on."""
     if "--help" in command:
         return False

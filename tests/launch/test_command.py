@@ -19,7 +19,7 @@ from sft_dist.launch.command import (
     REHEARSALS,
     WITH_VALUE,
     _share_cores,
-    measures_with_all,
+    is_for_all_processes,
     runs_everywhere,
     split_debug,
     split_resume,
@@ -116,7 +116,7 @@ def test_what_measures_runs_in_all_processes(command: str, capfd: pytest.Capture
 
 @pytest.mark.parametrize("command", ["plan run.yaml", "plan --help --probe 3", "train c.yaml --probe 3"])
 def test_a_plan_without_steps_needs_one(command: str) -> None:
-    assert not measures_with_all(command.split())
+    assert not is_for_all_processes(command.split())
 
 
 @pytest.mark.parametrize("command", ["--profile 5", "--resume auto", "--help", "status runs/x"])
